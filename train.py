@@ -1,0 +1,153 @@
+"""Distils a CNN teacher into a DeiT student: the whole story of a run, told once.
+
+    accelerate launch train.py --recipe deit_ti --data DIR --output runs/deit_ti
+    python train.py --recipe quickstart optim.lr=5e-4
+    python train.py --recipe deit_ti --dry-run
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from deit_kd import recipe as recipes
+from deit_kd.errors import UserError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="train.py",
+        description="Distil a CNN teacher into a DeiT student, as a recipe says.",
+        epilog=f"recipes: {', '.join(recipes.names())}",
+    )
+    add = parser.add_argument
+    add("--recipe", required=True, help="a name in recipes/, or the path of a YAML file")
+    add("--data", type=Path, help="the folder of the data; Fashion-MNIST needs none, a subset of it is embedded")
+    add("--output", type=Path, help="the run folder (default: runs/RECIPE)")
+    add("--resume", default="auto", help="auto (default): go on if the run folder holds a checkpoint; none: start anew; or a checkpoint")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one")
+    add("--device-batch-size", type=int, help="most images on a device at once; a larger share of the global batch is accumulated")
+    add("--max-steps", type=int, help="stop after so many optimiser steps; the schedule stays that of the whole run")
+    add("--dry-run", action="store_true", help="print networks, shapes, memory and compute; train nothing")
+    add("overrides", nargs="*", metavar="key=value", help="changes to the recipe, such as optim.lr=1e-3 epochs=3")
+    options = parser.parse_intermixed_args(arguments)
+    if options.max_steps is not None and options.max_steps < 1:
+        parser.error("--max-steps must be at least 1")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Trains, exports, writes card and plots; user errors end in one line and exit code 2."""
+    options = parse(arguments)
+    try:
+        recipe = recipes.load(options.recipe, options.overrides)
+        output = options.output or Path("runs") / Path(options.recipe).stem
+        dry_run(recipe, options.data) if options.dry_run else train(recipe, options, output)
+    except UserError as error:
+        fail(str(error))
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        fail(f"no space left on the device of {output}: free some, or give another --output; the last whole checkpoint is kept")
+
+
+def fail(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def dry_run(recipe: recipes.Recipe, data: Path | None) -> None:
+    from deit_kd import classification, plan
+
+    train = None
+    if data or recipe.data.source == "fashion_mnist":
+        train, _ = classification.open_data(recipe, data)
+    counted = plan.make_plan(recipe, len(train.class_names) if train else None)
+    print(plan.describe(recipe, counted, len(train) if train else None))
+
+
+def train(recipe: recipes.Recipe, options: argparse.Namespace, output: Path) -> None:
+    from timm.utils import ModelEmaV3
+
+    from deit_kd import analysis, classification, engine, optim, release, run_folder, tracking
+
+    accelerator = make_accelerator(recipe, options.device, output)
+    resume = run_folder.prepare(output, recipe, options.resume, accelerator)
+    say = accelerator.print
+
+    with accelerator.main_process_first():  # one process downloads, the others find it
+        sources = classification.open_data(recipe, options.data)
+    teacher = classification.build_teacher(recipe, len(sources[0].class_names))
+    if teacher:
+        teacher.to(accelerator.device)
+    task = classification.Classification(recipe, accelerator, sources, teacher, options.device_batch_size, say)
+    optimizer = optim.build_optimizer(recipe, task.module)
+    ema = ModelEmaV3(task.student, decay=recipe.ema_decay, device=accelerator.device) if recipe.ema_decay else None
+    task.module, optimizer = accelerator.prepare(task.module, optimizer)
+
+    total_steps = recipe.epochs * task.steps_per_epoch
+    stop_at = min(total_steps, options.max_steps or total_steps)
+    run_folder.describe(output, recipe, options, accelerator, task, total_steps)
+    tracker = tracking.Tracker(accelerator, output, stop_at)
+    if teacher and resume is None:
+        tracker.log("teacher", 0, task.evaluate_teacher())
+    loop = engine.Loop(
+        seed=recipe.seed,
+        total_steps=stop_at,
+        accumulation_steps=task.accumulation_steps,
+        images_per_step=task.train_loader.global_batch_size,
+        clip_grad=recipe.optim.clip_grad,
+        log_every_steps=recipe.run.log_every_steps,
+        eval_every_epochs=recipe.run.eval_every_epochs,
+        save_every_steps=task.steps_per_epoch if recipe.run.save_every_steps == "epoch" else recipe.run.save_every_steps,
+        keep_checkpoints=recipe.run.keep_checkpoints,
+    )
+    schedule = optim.build_schedule(recipe, task.steps_per_epoch)
+    complete = engine.fit(task, accelerator, optimizer, schedule, loop, tracker, output, ema, resume)
+    tracker.close()
+    if not complete:
+        sys.exit(130)
+
+    if accelerator.is_main_process:
+        student = accelerator.unwrap_model(task.module).student if ema is None else ema.module
+        release.export_student(student, output / "student", recipe, sources[0].class_names)
+        run_folder.finish(output)
+        card = release.write_card(output)
+        analysis.plot_run(output)
+        say(f"student {output / 'student'}\ncard    {card}\nplots   {output / 'plots'}")
+    accelerator.wait_for_everyone()
+
+
+def make_accelerator(recipe: recipes.Recipe, device: str, output: Path) -> Accelerator:
+    """Accelerate on the device asked for; refuses to run as one process where several were launched."""
+    import torch
+    from accelerate import Accelerator
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch finds no CUDA device; use --device cpu, or install a driver and a CUDA build of torch")
+    cpu = device == "cpu" or not torch.cuda.is_available()
+    precision = recipe.run.precision
+    if precision == "auto":
+        precision = "bf16" if not cpu and torch.cuda.is_bf16_supported() else "no"
+    try:
+        accelerator = Accelerator(cpu=cpu, mixed_precision=precision, log_with=list(recipe.run.trackers) or None, project_dir=output)
+    except ValueError as error:
+        raise UserError(f"run.precision={precision}, run.trackers={list(recipe.run.trackers)}: {error}") from None
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != accelerator.num_processes:
+        raise UserError(
+            f"WORLD_SIZE={launched} but {accelerator.num_processes} process takes part: on CPUs launch with "
+            f"ACCELERATE_USE_CPU=1 torchrun --nproc_per_node {launched} train.py ..., or unset WORLD_SIZE"
+        )
+    return accelerator
+
+
+if __name__ == "__main__":
+    main()
