@@ -1,8 +1,8 @@
 """Distils a CNN teacher into a DeiT student: the whole story of a run, told once.
 
-    accelerate launch train.py --recipe deit_ti --data DIR --output runs/deit_ti
-    python train.py --recipe quickstart optim.lr=5e-4
-    python train.py --recipe deit_ti --dry-run
+accelerate launch train.py --recipe deit_ti --data DIR --output runs/deit_ti
+python train.py --recipe quickstart optim.lr=5e-4
+python train.py --recipe deit_ti --dry-run
 """
 
 from __future__ import annotations
@@ -31,7 +31,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--recipe", required=True, help="a name in recipes/, or the path of a YAML file")
     add("--data", type=Path, help="the folder of the data; Fashion-MNIST needs none, a subset of it is embedded")
     add("--output", type=Path, help="the run folder (default: runs/RECIPE)")
-    add("--resume", default="auto", help="auto (default): go on if the run folder holds a checkpoint; none: start anew; or a checkpoint")
+    add(
+        "--resume",
+        default="auto",
+        help="auto (default): go on if the run folder holds a checkpoint; none: start anew; or a checkpoint",
+    )
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one")
     add("--device-batch-size", type=int, help="most images on a device at once; a larger share of the global batch is accumulated")
     add("--max-steps", type=int, help="stop after so many optimiser steps; the schedule stays that of the whole run")
@@ -131,13 +135,17 @@ def make_accelerator(recipe: recipes.Recipe, device: str, output: Path) -> Accel
     from accelerate import Accelerator
 
     if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch finds no CUDA device; use --device cpu, or install a driver and a CUDA build of torch")
+        raise UserError(
+            "--device cuda: torch finds no CUDA device; use --device cpu, or install a driver and a CUDA build of torch"
+        )
     cpu = device == "cpu" or not torch.cuda.is_available()
     precision = recipe.run.precision
     if precision == "auto":
         precision = "bf16" if not cpu and torch.cuda.is_bf16_supported() else "no"
     try:
-        accelerator = Accelerator(cpu=cpu, mixed_precision=precision, log_with=list(recipe.run.trackers) or None, project_dir=output)
+        accelerator = Accelerator(
+            cpu=cpu, mixed_precision=precision, log_with=list(recipe.run.trackers) or None, project_dir=output
+        )
     except ValueError as error:
         raise UserError(f"run.precision={precision}, run.trackers={list(recipe.run.trackers)}: {error}") from None
     launched = int(os.environ.get("WORLD_SIZE", "1"))

@@ -82,10 +82,12 @@ def load(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """An optimiser's state as tensors `INDEX.NAME` and the rest as JSON."""
     content = optimizer.state_dict()
-    tensors, rest = {}, {}
+    tensors: dict[str, Tensor] = {}
+    rest: dict[str, Any] = {}
     for index, values in content["state"].items():
         for name, value in values.items():
-            (tensors if isinstance(value, Tensor) else rest)[f"{index}.{name}"] = value
+            group = tensors if isinstance(value, Tensor) else rest
+            group[f"{index}.{name}"] = value
     return tensors, {"state": rest, "param_groups": content["param_groups"]}
 
 

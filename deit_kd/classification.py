@@ -202,7 +202,8 @@ class Classification:
     def _count(self, predict: Callable[[Tensor], dict[str, Tensor]], prefix: str) -> dict[str, float]:
         """Sums over this process's images, then over the processes: an exact count, whatever their number."""
         sums: dict[str, Tensor] = {}
-        progress = tqdm(self.val_loader, "evaluating", delay=2, leave=False, disable=not self.accelerator.is_main_process)
+        quiet = None if self.accelerator.is_main_process else True  # None: a bar on terminals only
+        progress = tqdm(self.val_loader, "evaluating", delay=2, leave=False, disable=quiet)
         for images, labels in progress:
             with self.accelerator.autocast():
                 outputs = predict(images)

@@ -61,14 +61,18 @@ class Loop:
 class Stop:
     """Turns SIGINT and SIGTERM into a request that the loop meets after the step; a second signal ends the process at once."""
 
-    def __init__(self) -> None:
+    def __enter__(self) -> Stop:
         self.requested = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._request)
+        self._before = {number: signal.signal(number, self._request) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _request(self, number: int, _: FrameType | None) -> None:
         self.requested = True
-        for each in (signal.SIGINT, signal.SIGTERM):
+        for each in self._before:
             signal.signal(each, signal.SIG_DFL)
 
     def agreed(self, accelerator: Accelerator) -> bool:
@@ -100,57 +104,58 @@ def fit(
     """
     state = _State(task, accelerator, optimizer, tracker, folder / "checkpoints", loop.keep_checkpoints, ema)
     step = state.restore(resume) if resume else 0
-    clock, stop, batches = Clock(accelerator.device), Stop(), None
+    clock, batches = Clock(accelerator.device), None
     parameters = [p for p in task.module.parameters() if p.requires_grad]
     tracker.start(step)
     window = _Window(step)
     task.module.train()
 
-    while step < loop.total_steps:
-        epoch, step_of_epoch = divmod(step, task.steps_per_epoch)
-        if batches is None or step_of_epoch == 0:
-            batches = task.train_batches(epoch, step_of_epoch)
-        lr = schedule(step)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group.get("lr_scale", 1.0)
-        step += 1
-        log = step % loop.log_every_steps == 0 or step == loop.total_steps
-        for micro in range(loop.accumulation_steps):
-            with clock.span("data", host=True):
-                batch = next(batches)
-            torch.manual_seed(derive_seed(loop.seed, "model", step, micro, accelerator.process_index))
-            last = micro == loop.accumulation_steps - 1
-            with nullcontext() if last else accelerator.no_sync(task.module):
-                terms = task.compute_terms(batch, clock, detailed=log)
-                with clock.span("student"):
-                    accelerator.backward(terms["loss"] / loop.accumulation_steps)
-            tracker.add({name: value.detach() for name, value in terms.items()})
-        with clock.span("student"):
-            if loop.clip_grad is not None:
-                accelerator.clip_grad_norm_(parameters, loop.clip_grad)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            if ema is not None:
-                ema.update(task.student)
-        tracker.advance()
+    with Stop() as stop:
+        while step < loop.total_steps:
+            epoch, step_of_epoch = divmod(step, task.steps_per_epoch)
+            if batches is None or step_of_epoch == 0:
+                batches = task.train_batches(epoch, step_of_epoch)
+            lr = schedule(step)
+            for group in optimizer.param_groups:
+                group["lr"] = lr * group.get("lr_scale", 1.0)
+            step += 1
+            log = step % loop.log_every_steps == 0 or step == loop.total_steps
+            for micro in range(loop.accumulation_steps):
+                with clock.span("data", host=True):
+                    batch = next(batches)
+                torch.manual_seed(derive_seed(loop.seed, "model", step, micro, accelerator.process_index))
+                last = micro == loop.accumulation_steps - 1
+                with nullcontext() if last else accelerator.no_sync(task.module):
+                    terms = task.compute_terms(batch, clock, detailed=log)
+                    with clock.span("student"):
+                        accelerator.backward(terms["loss"] / loop.accumulation_steps)
+                tracker.add({name: value.detach() for name, value in terms.items()})
+            with clock.span("student"):
+                if loop.clip_grad is not None:
+                    accelerator.clip_grad_norm_(parameters, loop.clip_grad)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                if ema is not None:
+                    ema.update(task.student)
+            tracker.advance()
 
-        if log:  # the only steps that wait for the device
-            means = tracker.means()
-            _refuse_nonfinite(means, window.step + 1, step, folder)
-            speed = window.close(step, loop.images_per_step, clock)
-            tracker.log("train", step, {"epoch": step / task.steps_per_epoch, "lr": lr, **means, **speed})
-        stopping = (log or accelerator.num_processes == 1) and stop.agreed(accelerator)
-        with window.paused():
-            if step % (loop.eval_every_epochs * task.steps_per_epoch) == 0 or step == loop.total_steps:
-                metrics = task.evaluate(None if ema is None else ema.module)
-                tracker.log("eval", step, {"epoch": step / task.steps_per_epoch, **metrics})
-                tracker.log("projector", step, task.inspect())
-                task.module.train()
-            if stopping or step % loop.save_every_steps == 0 or step == loop.total_steps:
-                state.save(step)
-        if stopping:
-            tracker.say(f"stopped at step {step}; the same command goes on from {folder / 'checkpoints'}")
-            break
+            if log:  # the only steps that wait for the device
+                means = tracker.means()
+                _refuse_nonfinite(means, window.step + 1, step, folder)
+                speed = window.close(step, loop.images_per_step, clock)
+                tracker.log("train", step, {"epoch": step / task.steps_per_epoch, "lr": lr, **means, **speed})
+            stopping = (log or accelerator.num_processes == 1) and stop.agreed(accelerator)
+            with window.paused():
+                if step % (loop.eval_every_epochs * task.steps_per_epoch) == 0 or step == loop.total_steps:
+                    metrics = task.evaluate(None if ema is None else ema.module)
+                    tracker.log("eval", step, {"epoch": step / task.steps_per_epoch, **metrics})
+                    tracker.log("projector", step, task.inspect())
+                    task.module.train()
+                if stopping or step % loop.save_every_steps == 0 or step == loop.total_steps:
+                    state.save(step)
+            if stopping:
+                tracker.say(f"stopped at step {step}; the same command goes on from {folder / 'checkpoints'}")
+                break
     return step >= loop.total_steps
 
 

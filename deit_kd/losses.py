@@ -41,9 +41,7 @@ def _log(total: Tensor, eps: float) -> Tensor:
     return torch.log((total + eps).clamp_min(torch.finfo(total.dtype).tiny))
 
 
-def logsum_correlation(
-    student: Tensor, teacher: Tensor, power: float = 4.0, eps: float = 1e-5, norm_eps: float = 1e-5
-) -> Tensor:
+def logsum_correlation(student: Tensor, teacher: Tensor, power: float = 4.0, eps: float = 1e-5, norm_eps: float = 1e-5) -> Tensor:
     """LogSum over per-channel cross-correlations: log(sum_e |corr_e - 1|^power + eps).
 
     corr_e is the correlation over the batch of channel e of the student with channel e of the teacher. The form of the
@@ -99,9 +97,7 @@ def logsum(
     return _log((student - teacher).abs().pow(power).sum(), eps)
 
 
-def logsum_difference(
-    student: Tensor, teacher: Tensor, power: float = 4.0, eps: float = 0.0, norm_eps: float = 1e-4
-) -> Tensor:
+def logsum_difference(student: Tensor, teacher: Tensor, power: float = 4.0, eps: float = 0.0, norm_eps: float = 1e-4) -> Tensor:
     """LogSum over element-wise differences, batch-normalised both: the form of the authors' ResNet code; student, teacher [B,E]."""
     return logsum(student, teacher, power, "batch", eps, norm_eps)
 

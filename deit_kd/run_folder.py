@@ -122,7 +122,7 @@ def describe(
         f"(processes x accumulation x device), on {hardware(accelerator.device)}, precision {accelerator.mixed_precision}"
     )
     if recipe.run.trackers:
-        accelerator.init_trackers("deit_kd", config={key: str(value) for key, value in recipes._flatten(asdict(recipe))})
+        accelerator.init_trackers("deit_kd", config={key: str(value) for key, value in recipes.flatten(recipe)})
 
 
 def _teacher(task: Classification, counted: plan.Plan) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from deit_kd.recipe import Augmentation
 
 
 def smooth_one_hot(labels: Tensor, num_classes: int, smoothing: float) -> Tensor:
-    """labels [B] int -> [B,K]: smoothing/K everywhere, and 1 - smoothing more at the label."""
+    """Labels [B] int -> [B,K]: smoothing/K everywhere, and 1 - smoothing more at the label."""
     targets = torch.full((len(labels), num_classes), smoothing / num_classes, device=labels.device)
     return targets.scatter_add_(1, labels[:, None], torch.full_like(targets[:, :1], 1 - smoothing))
 

@@ -25,7 +25,7 @@ FASHION_CLASSES = (
 class Source(Protocol):
     """Images and labels of one split."""
 
-    class_names: Sequence[str]
+    class_names: tuple[str, ...]
     origin: str  # for people: what this is and where it lies
 
     def __len__(self) -> int: ...
@@ -46,7 +46,7 @@ class ArraySource:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def where(self, index: int) -> str:
+    def where(self, index: int) -> str:  # noqa: D102
         return f"image {index} of {self.origin}"
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
@@ -67,7 +67,7 @@ class FolderSource:
         extensions = tuple(Image.registered_extensions())
         self.paths: list[str] = []
         labels: list[int] = []
-        for name in tqdm(folders, desc=f"reading {root}", unit="class", delay=2, leave=False):
+        for name in tqdm(folders, desc=f"reading {root}", unit="class", delay=2, leave=False, disable=None):
             found = sorted(
                 os.path.join(folder, file)
                 for folder, _, files in os.walk(root / name)
@@ -84,7 +84,7 @@ class FolderSource:
     def __len__(self) -> int:
         return len(self.paths)
 
-    def where(self, index: int) -> str:
+    def where(self, index: int) -> str:  # noqa: D102
         return self.paths[index]
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:

@@ -35,8 +35,7 @@ def train_transform(recipe: Recipe) -> Transform:
         )
     except (AssertionError, KeyError, ValueError) as error:
         raise UserError(
-            f"augmentation.auto_augment={aug.auto_augment}: timm does not know it ({error}); "
-            "use rand-m9-mstd0.5-inc1, 3a or null"
+            f"augmentation.auto_augment={aug.auto_augment}: timm does not know it ({error}); use rand-m9-mstd0.5-inc1, 3a or null"
         ) from None
     for step in transform.transforms:
         for operation in step.ops if isinstance(step, RandAugment) else ():

