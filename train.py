@@ -115,18 +115,15 @@ def train(recipe: recipes.Recipe, options: argparse.Namespace, output: Path) -> 
     )
     schedule = optim.build_schedule(recipe, task.steps_per_epoch)
     complete = engine.fit(task, accelerator, optimizer, schedule, loop, tracker, output, ema, resume)
-    tracker.close()
-    if not complete:
-        sys.exit(130)
-
-    if accelerator.is_main_process:
+    if complete and accelerator.is_main_process:
         student = accelerator.unwrap_model(task.module).student if ema is None else ema.module
         release.export_student(student, output / "student", recipe, sources[0].class_names)
-        run_folder.finish(output)
         card = release.write_card(output)
         analysis.plot_run(output)
         say(f"student {output / 'student'}\ncard    {card}\nplots   {output / 'plots'}")
-    accelerator.wait_for_everyone()
+    tracker.close()
+    if not complete:
+        sys.exit(130)
 
 
 def make_accelerator(recipe: recipes.Recipe, device: str, output: Path) -> Accelerator:
@@ -142,18 +139,20 @@ def make_accelerator(recipe: recipes.Recipe, device: str, output: Path) -> Accel
     precision = recipe.run.precision
     if precision == "auto":
         precision = "bf16" if not cpu and torch.cuda.is_bf16_supported() else "no"
-    try:
-        accelerator = Accelerator(
-            cpu=cpu, mixed_precision=precision, log_with=list(recipe.run.trackers) or None, project_dir=output
-        )
-    except ValueError as error:
-        raise UserError(f"run.precision={precision}, run.trackers={list(recipe.run.trackers)}: {error}") from None
     launched = int(os.environ.get("WORLD_SIZE", "1"))
+    alone = UserError(
+        f"WORLD_SIZE={launched} is set, but one process is running: launch all of them (on CPUs: torchrun --nproc_per_node {launched} "
+        "train.py ...; on GPUs: accelerate launch train.py ...), or unset WORLD_SIZE"
+    )
+    if launched > 1 and not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= set(os.environ):
+        raise alone
+    trackers = list(recipe.run.trackers)
+    try:
+        accelerator = Accelerator(cpu=cpu, mixed_precision=precision, log_with=trackers or None, project_dir=output)
+    except ValueError as error:
+        raise UserError(f"run.precision={precision}, run.trackers={trackers}: {error}") from None
     if launched != accelerator.num_processes:
-        raise UserError(
-            f"WORLD_SIZE={launched} but {accelerator.num_processes} process takes part: on CPUs launch with "
-            f"ACCELERATE_USE_CPU=1 torchrun --nproc_per_node {launched} train.py ..., or unset WORLD_SIZE"
-        )
+        raise alone
     return accelerator
 
 

@@ -6,6 +6,7 @@ default; only `run` has defaults. Machine facts (data folder, output folder, dev
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import re
@@ -191,7 +192,8 @@ def load(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         recipe = _ADAPTER.validate_python(document)
         faults += _impossible(recipe)
     except ValidationError as error:
-        faults += [fault for detail in error.errors() if (fault := _explain(detail))]
+        faults += [_explain(detail) for detail in error.errors()]
+        faults += _impossible_beside(document, error)
     if faults:
         count = f"{len(faults)} fault{'s' if len(faults) > 1 else ''}"
         raise RecipeError("\n  ".join([f"recipe {path.name}: {count}", *dict.fromkeys(faults)]))
@@ -273,7 +275,30 @@ def _apply(document: dict[str, Any], override: str) -> str | None:
     return None
 
 
-def _explain(detail: Any) -> str | None:
+def _impossible_beside(document: dict[str, Any], error: ValidationError) -> list[str]:
+    """Impossible values among the well-typed keys of a document that has faults of type too, so that all are told at once.
+
+    Each faulty key takes the value that the quick start has; faults that name such a key are left out.
+    """
+    mended, good = copy.deepcopy(document), yaml.safe_load((FOLDER / "quickstart.yaml").read_text(encoding="utf-8"))
+    places = {tuple(map(str, detail["loc"][:2])) for detail in error.errors()}
+    for section, *key in places:
+        if not key:
+            mended[section] = good.get(section)
+        elif isinstance(mended.get(section), dict) and isinstance(good.get(section), dict):
+            mended[section][key[0]] = good[section].get(key[0])
+            if key[0] not in good[section]:
+                del mended[section][key[0]]
+    mended = {key: value for key, value in mended.items() if key in good}
+    try:
+        faults = _impossible(_ADAPTER.validate_python(mended))
+    except ValidationError:
+        return []
+    names = [".".join(place) for place in places]
+    return [fault for fault in faults if not any(name in fault for name in names)]
+
+
+def _explain(detail: Any) -> str:
     """One pydantic error as `key: what is wrong (value, remedy)`."""
     known = _known_keys()
     parts = [str(part) for part in detail["loc"]]

@@ -84,12 +84,10 @@ def describe(
                 f"no space left for checkpoints in {output}: {needed / 1e6:.0f} MB are needed, {free / 1e6:.0f} MB are free; "
                 "free some, give another --output, or lower run.keep_checkpoints"
             )
-        file = output / "run.json"
-        before = json.loads(file.read_text())["sessions"] if file.exists() else []
         run = {
             "name": output.name,
             "deit_kd": deit_kd.__version__,
-            "command": shlex.join(["python", *sys.argv]),
+            "command": shlex.join(["python", *(_without_folders(word) for word in sys.argv)]),
             "commit": commit(),
             "versions": {"python": platform.python_version()}
             | {name: version(name) for name in ("torch", "torchvision", "timm", "accelerate", "safetensors", "pillow")},
@@ -101,8 +99,7 @@ def describe(
             "global_batch_size": loader.global_batch_size,
             "total_steps": total_steps,
             "data": {
-                "train": loader.source.origin,
-                "val": val.origin,
+                "name": val.name,
                 "train_images": len(loader.source),
                 "val_images": len(val),
                 "num_classes": task.num_classes,
@@ -110,9 +107,8 @@ def describe(
             "student": {"parameters": counted.student_parameters, "gmacs": counted.student_gmacs},
             "projector_parameters": counted.projector_parameters,
             "teacher": None if task.teacher is None else _teacher(task, counted),
-            "sessions": [*before, {"started": time.time()}],
         }
-        file.write_text(json.dumps(run, indent=2) + "\n")
+        (output / "run.json").write_text(json.dumps(run, indent=2) + "\n")
     loading = f"{loader.num_processes} x {loader.accumulation_steps} x {loader.micro_batch_size}"
     accelerator.print(
         f"train   {len(loader.source):,} images of {loader.source.origin}; validation {len(val):,} images\n"
@@ -131,15 +127,9 @@ def _teacher(task: Classification, counted: plan.Plan) -> dict[str, Any]:
     return {**info, "gmacs": counted.teacher_gmacs}
 
 
-def finish(output: Path) -> None:
-    """Writes into run.json how long the run took, over all its sessions."""
-    file = output / "run.json"
-    run = json.loads(file.read_text())
-    run["sessions"][-1]["ended"] = time.time()
-    run["hours"] = sum(session["ended"] - session["started"] for session in run["sessions"] if "ended" in session) / 3600
-    file.write_text(json.dumps(run, indent=2) + "\n")
-    for name in ("recipe.yaml", "metrics.jsonl"):
-        shutil.copyfile(output / name, output / "student" / name)
+def _without_folders(word: str) -> str:
+    """A card is public, and where its author keeps things is not its business."""
+    return f".../{Path(word).name}" if Path(word).is_absolute() else word
 
 
 def commit() -> str:

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
-TIMES = ("images_per_second", "seconds_data", "seconds_teacher", "seconds_student")  # differ between equal runs
+TIMES = ("seconds", "images_per_second", "seconds_data", "seconds_teacher", "seconds_student")  # differ between equal runs
 
 
 class Clock:
@@ -66,6 +66,7 @@ class Tracker:
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
         self._bar: tqdm[Any] | None = None
+        self._started = time.time()
 
     def start(self, step: int) -> None:
         """Begins or goes on at `step`; lines of later steps, written before an interruption, are dropped."""
@@ -100,21 +101,24 @@ class Tracker:
         return dict(zip(names, means, strict=True))
 
     def state(self) -> dict[str, Any]:
-        """The open window, for a checkpoint."""
-        return {"sums": {name: value.item() for name, value in self._sums.items()}, "counts": self._counts}
+        """The open window and the run's seconds so far, for a checkpoint."""
+        sums = {name: value.item() for name, value in self._sums.items()}
+        return {"sums": sums, "counts": self._counts, "seconds": time.time() - self._started}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Puts back an open window."""
+        """Puts back what `state` gave."""
         device = self.accelerator.device
         self._sums = {name: torch.tensor(value, device=device) for name, value in state["sums"].items()}
         self._counts = dict(state["counts"])
+        self._started = time.time() - state["seconds"]
 
     def log(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Writes one line of `kind` (train, eval, teacher, projector), shows it, and passes its numbers to the trackers."""
         if not self.accelerator.is_main_process:
             return
         with self.file.open("a") as stream:
-            stream.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+            line = {"kind": kind, "step": step, **values, "seconds": time.time() - self._started}
+            stream.write(json.dumps(line) + "\n")
         numbers = {name: value for name, value in values.items() if isinstance(value, (int, float))}
         self.accelerator.log({f"{kind}/{name}": value for name, value in numbers.items()}, step=step)
         shown = "  ".join(f"{name} {_short(value)}" for name, value in numbers.items() if not name.startswith("seconds"))

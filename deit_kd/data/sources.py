@@ -26,7 +26,8 @@ class Source(Protocol):
     """Images and labels of one split."""
 
     class_names: tuple[str, ...]
-    origin: str  # for people: what this is and where it lies
+    name: str  # what this is, as a card may say it
+    origin: str  # where it lies, for messages
 
     def __len__(self) -> int: ...
 
@@ -40,8 +41,9 @@ class Source(Protocol):
 class ArraySource:
     """Images held in memory: uint8 [N,H,W] or [N,H,W,3]."""
 
-    def __init__(self, images: np.ndarray, labels: np.ndarray, class_names: Sequence[str], origin: str):
-        self.images, self.labels, self.class_names, self.origin = images, labels, tuple(class_names), origin
+    def __init__(self, images: np.ndarray, labels: np.ndarray, class_names: Sequence[str], name: str, origin: str):
+        self.images, self.labels, self.class_names = images, labels, tuple(class_names)
+        self.name, self.origin = name, origin
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -79,7 +81,7 @@ class FolderSource:
             self.paths += found
             labels += [label_of[name]] * len(found)
         self.labels = np.asarray(labels)
-        self.origin = str(root)
+        self.name, self.origin = f"images of {len(self.class_names)} classes in folders", str(root)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -128,7 +130,8 @@ def _fashion_mnist(data: Path | None, split: Split) -> Source:
     if data is None:
         with np.load(EMBEDDED, allow_pickle=False) as arrays:
             images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
-        return ArraySource(images, labels, FASHION_CLASSES, "Fashion-MNIST, embedded subset of 12,000 and 2,000 images")
+        name = "Fashion-MNIST, the embedded 12,000 + 2,000 images"
+        return ArraySource(images, labels, FASHION_CLASSES, name, name)
     _must_exist(data)
     prefix = {"train": "train", "val": "t10k"}[split]
     files = [f"{prefix}-images-idx3-ubyte", f"{prefix}-labels-idx1-ubyte"]
@@ -136,9 +139,9 @@ def _fashion_mnist(data: Path | None, split: Split) -> Source:
         found = [path for file in files for path in (folder / file, folder / f"{file}.gz") if path.is_file()]
         if len({path.name.removesuffix(".gz") for path in found}) == 2:
             images, labels = (_read_idx(next(path for path in found if path.name.startswith(file))) for file in files)
-            return ArraySource(images, labels, FASHION_CLASSES, f"Fashion-MNIST in {folder}")
+            return ArraySource(images, labels, FASHION_CLASSES, "Fashion-MNIST", f"Fashion-MNIST in {folder}")
     dataset = _download("FashionMNIST", data, f"{files[0]}[.gz] and {files[1]}[.gz]", train=split == "train")
-    return ArraySource(dataset.data.numpy(), dataset.targets.numpy(), FASHION_CLASSES, f"Fashion-MNIST in {data}")
+    return ArraySource(dataset.data.numpy(), dataset.targets.numpy(), FASHION_CLASSES, "Fashion-MNIST", f"Fashion-MNIST in {data}")
 
 
 def _read_idx(path: Path) -> np.ndarray:
@@ -159,7 +162,7 @@ def _cifar(name: str) -> Callable[[Path | None, Split], Source]:
             raise UserError(f"data.source={name.lower()} needs a folder: pass --data DIR, it is downloaded there once")
         _must_exist(data)
         dataset = _download(name, data, "the extracted cifar-* folder", train=split == "train")
-        return ArraySource(dataset.data, np.asarray(dataset.targets), dataset.classes, f"{name} in {data}")
+        return ArraySource(dataset.data, np.asarray(dataset.targets), dataset.classes, name, f"{name} in {data}")
 
     return read
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -15,7 +16,7 @@ TEMPLATE = Path(__file__).with_name("card.md.jinja")
 
 
 def write_card(run_folder: Path) -> Path:
-    """Writes `student/README.md` of a run that has been evaluated, and returns its path."""
+    """Writes `student/README.md` of a run that has been evaluated, recipe and metrics beside it, and returns its path."""
     recipe = recipes.load(run_folder / "recipe.yaml")
     run = json.loads((run_folder / "run.json").read_text())
     metrics = read_metrics(run_folder)
@@ -36,7 +37,7 @@ def write_card(run_folder: Path) -> Path:
             EvalResult(
                 task_type="image-classification",
                 dataset_type=recipe.data.source,
-                dataset_name=run["data"]["val"],
+                dataset_name=run["data"]["name"],
                 dataset_split="validation",
                 metric_type="accuracy",
                 metric_name=f"Top-{k}",
@@ -55,6 +56,8 @@ def write_card(run_folder: Path) -> Path:
         best=max(evaluations, key=lambda line: line["top1"]),
         teacher=next((line for line in metrics if line["kind"] == "teacher"), None),
     )
+    for file in ("recipe.yaml", "metrics.jsonl"):
+        shutil.copyfile(run_folder / file, run_folder / "student" / file)
     path = run_folder / "student" / "README.md"
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n").save(path)
     return path

@@ -1,0 +1,105 @@
+"""Real images and small recipes that the tests share."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # small models; two test processes share two cores
+os.environ["HF_HUB_OFFLINE"] = "1"  # read at import: a test that would need the network fails at once instead of waiting for it
+
+import importlib.util
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from accelerate.state import AcceleratorState
+from PIL import Image
+from timm.data import ImageNetInfo
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+# What turns the quick start into a run of seconds, on a folder of 240 real images: 10 steps an epoch.
+SMALL = [
+    "data.source=image_folder",
+    "global_batch_size=24",
+    "epochs=3",
+    "run.workers=0",
+    "run.log_every_steps=4",
+    "optim.warmup_epochs=1",
+    "student.model_args.embed_dim=48",
+    "student.model_args.depth=2",
+]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerator() -> Iterator[None]:
+    """Accelerate keeps its state in the process; a second run in one process starts clean."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="session")
+def fashion_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """train/ and val/ with a folder a class: 24 and 4 PNGs of each class of Fashion-MNIST."""
+    from deit_kd.data.sources import EMBEDDED, FASHION_CLASSES
+
+    root = tmp_path_factory.mktemp("fashion folder")  # the space is on purpose
+    with np.load(EMBEDDED) as arrays:
+        for split, count in (("train", 24), ("val", 4)):
+            images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
+            for label, name in enumerate(FASHION_CLASSES):
+                folder = root / split / f"{label} {name.replace('/', ' or ')}"
+                folder.mkdir(parents=True)
+                for index in np.flatnonzero(labels == label)[:count]:
+                    Image.fromarray(images[index]).save(folder / f"{index}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def photos() -> list[tuple[Path, int]]:
+    """foolbox's 20 ImageNet photos with their class indices."""
+    spec = importlib.util.find_spec("foolbox")
+    assert spec is not None
+    assert spec.origin is not None
+    files = sorted((Path(spec.origin).parent / "data").glob("imagenet_*.jpg"))
+    assert len(files) == 20
+    return [(file, int(file.stem.split("_")[-1])) for file in files]
+
+
+@pytest.fixture(scope="session")
+def photo_folder(photos: list[tuple[Path, int]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The 20 photos as a part of ImageNet: folders named by synset, the same for train and val."""
+    root, synsets = tmp_path_factory.mktemp("photos"), ImageNetInfo("imagenet-1k").label_names()
+    for split in ("train", "val"):
+        for file, label in photos:
+            (root / split / synsets[label]).mkdir(parents=True, exist_ok=True)
+            (root / split / synsets[label] / file.name).symlink_to(file)
+    return root
+
+
+@pytest.fixture
+def train_cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+    """Runs train.py's main in this process; gives (exit code, everything it printed)."""
+    import train
+
+    def run(*arguments: object) -> tuple[int, str]:
+        code = 0
+        try:
+            train.main([str(argument) for argument in arguments])
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        AcceleratorState._reset_state(reset_partial_state=True)
+        printed = capsys.readouterr()
+        return code, printed.out + printed.err
+
+    return run
+
+
+def run_script(*arguments: object, **kwargs: object) -> subprocess.CompletedProcess[str]:
+    """Runs `python ARGUMENTS` in the project's folder as a process of its own."""
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, **kwargs)  # type: ignore[call-overload, no-any-return]

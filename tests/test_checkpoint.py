@@ -1,0 +1,64 @@
+"""Checkpoints: whole or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from deit_kd import checkpoint
+from deit_kd.errors import UserError
+
+PARTS = {
+    "module": {"a": torch.arange(6.0).view(2, 3), "channels_last": torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)}
+}
+
+
+def test_round_trip_and_pruning_after_the_save(tmp_path: Path) -> None:
+    for step in (1, 2, 30):
+        checkpoint.save(tmp_path, step, PARTS, {"note": step}, keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000002", "step_00000030"]
+    newest = checkpoint.newest(tmp_path, print)
+    assert newest is not None
+    parts, state = checkpoint.load(newest)
+    assert (state["step"], state["note"]) == (30, 30)
+    for name, value in PARTS["module"].items():
+        assert torch.equal(parts["module"][name], value)
+    assert {file.suffix for file in newest.iterdir()} == {".safetensors", ".json"}
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing", "no state"])
+def test_damaged_checkpoints_are_named_and_passed_over(damage: str, tmp_path: Path) -> None:
+    for step in (1, 2):
+        path = checkpoint.save(tmp_path, step, PARTS, {}, keep=5)
+    file = path / ("state.json" if damage == "no state" else "module.safetensors")
+    content = file.read_bytes()
+    if damage == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(content[: len(content) // 2] if damage != "flipped" else content[:-1] + bytes([content[-1] ^ 1]))
+    said: list[str] = []
+    assert checkpoint.newest(tmp_path, said.append) == tmp_path / "step_00000001"
+    assert str(path) in said[0]
+    with pytest.raises(UserError, match="give another checkpoint"):
+        checkpoint.load(path)
+
+
+def test_a_failed_save_leaves_the_old_one(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, 1, PARTS, {}, keep=1)
+    with pytest.raises(TypeError):
+        checkpoint.save(tmp_path, 2, PARTS, {"cannot be JSON": object()}, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
+
+
+def test_optimizer_state_survives_as_tensors() -> None:
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    model(torch.randn(4, 3)).sum().backward()
+    optimizer.step()
+    tensors, rest = checkpoint.pack_optimizer(optimizer)
+    assert all(isinstance(value, torch.Tensor) for value in tensors.values())
+    other = torch.optim.AdamW(model.parameters(), lr=0.5)
+    checkpoint.unpack_optimizer(other, tensors, rest)
+    assert str(other.state_dict()) == str(optimizer.state_dict())

