@@ -145,7 +145,7 @@ def test_real_teacher_knows_imagenet_photos(lite: Teacher, photos: list[tuple[Pa
 
 
 def test_teacher_is_frozen_and_cannot_be_thawed(lite: Teacher) -> None:
-    from deit_kd.models.teacher import fingerprint
+    from deit_kd.models.weights import fingerprint
 
     before = fingerprint(lite.model)
     assert before == lite.info.sha256

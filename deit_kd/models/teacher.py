@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import safetensors.torch
 import timm
 import torch
 from torch import Tensor, nn
 
 from deit_kd.errors import UserError
 from deit_kd.models.distiller import TimmModel, feature_map, feature_width
+from deit_kd.models.weights import fingerprint, read_weights
 from deit_kd.recipe import nearest
 
 RELEASED = Path(__file__).resolve().parent.parent / "released"
@@ -154,17 +153,6 @@ def load_teacher(
     return Teacher(model, info, image_mean, image_std, precision)
 
 
-def fingerprint(model: TimmModel) -> str:
-    """sha256 over the names and bytes of all tensors, in order of name; empty for a model without data (meta device)."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if tensor.is_meta:
-            return ""
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
 def _create(name: str, **kwargs: Any) -> TimmModel:
     try:
         return timm.create_model(name, **kwargs)
@@ -212,25 +200,6 @@ def _from_file(architecture: str, path: Path) -> TimmModel:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"teacher.weights={path}: not the weights of {architecture} ({reason})") from None
     return model
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file or a torch checkpoint; nothing in a pickle but tensors is ever built."""
-    if not path.is_file():
-        raise UserError(f"teacher.weights={path}: no such file (or pretrained, or random)")
-    try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch and safetensors raise many types for foreign and truncated files
-        raise UserError(f"teacher.weights={path}: cannot be read as weights ({' '.join(str(error).split())[:200]})") from None
-    for key in ("model", "state_dict"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-    tensors = {key.removeprefix("module."): value for key, value in content.items() if isinstance(value, Tensor)}
-    if not tensors:
-        raise UserError(f"teacher.weights={path}: holds no tensors")
-    return tensors
 
 
 def _from_package(package: str) -> TimmModel:

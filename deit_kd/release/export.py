@@ -38,6 +38,7 @@ def export_student(student: TimmModel, folder: Path, recipe: Recipe, class_names
         name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in student.state_dict().items()
     }
     save_file(tensors, temporary / "model.safetensors", {"format": "pt"})
+    (temporary / "model.safetensors").chmod(0o644)  # safetensors makes files that only their owner can read
     _write_config(student, temporary / "config.json", recipe, class_names)
     _compare(student, temporary, recipe)
     shutil.rmtree(folder, ignore_errors=True)
@@ -61,6 +62,7 @@ def _write_config(student: TimmModel, file: Path, recipe: Recipe, class_names: S
         "test_input_size": None,
         "test_crop_pct": None,
         "pool_size": None,
+        **dict.fromkeys(("origin_url", "paper_ids", "paper_name", "notes", "description")),  # of timm's own weights
         "num_classes": len(class_names),
     }
     save_config_for_hf(

@@ -1,0 +1,107 @@
+"""Who may import whom, and what no file may name."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+PACKAGE = ROOT / "deit_kd"
+STANDARD = {"errors", "seed"}  # stdlib alone; anyone may import them
+# module or folder -> what of the package it may import; standard ones go without saying
+MAY_IMPORT = {
+    "__init__": {"models", "models.students", "recipe", "losses"},
+    "errors": set(),
+    "seed": set(),
+    "recipe": {"recipe"},
+    "losses": set(),
+    "data": {"data", "recipe"},
+    "models": {"models", "recipe"},
+    "optim": {"recipe"},
+    "checkpoint": set(),
+    "tracking": set(),
+    "engine": {"checkpoint", "tracking"},
+    "classification": {"data", "models", "losses", "recipe", "tracking"},
+    "plan": {"classification", "recipe"},
+    "release": {"release", "models", "recipe", "tracking"},
+    "analysis": {"tracking"},
+    "run_folder": {"checkpoint", "plan", "recipe", "classification", "__init__"},
+}
+# third-party packages that only these may import
+ONLY = {
+    "accelerate": {"engine", "tracking", "classification", "run_folder"},
+    "timm": {"data", "models", "optim", "engine", "release"},
+    "torchvision": {"data"},
+    "matplotlib": {"analysis"},
+    "huggingface_hub": {"release"},
+    "pydantic": {"recipe"},
+    "yaml": {"recipe"},
+}
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def part_of(file: Path) -> str:
+    relative = file.relative_to(PACKAGE)
+    return relative.parts[0] if len(relative.parts) > 1 else relative.stem
+
+
+def imports(file: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{file}: relative import"
+            found |= {f"{node.module}.{alias.name}" if node.module == "deit_kd" else node.module for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_imports_go_down(file: Path) -> None:
+    part = part_of(file)
+    assert part in MAY_IMPORT, "a new part: say here what it may import"
+    for name in imports(file):
+        root, _, rest = name.partition(".")
+        if root == "deit_kd":
+            target = rest.partition(".")[0] or "__init__"
+            assert target in MAY_IMPORT[part] | STANDARD, f"{part} may not import {name}"
+        elif root in ONLY:
+            assert part in ONLY[root], f"{part} may not import {name}"
+
+
+def test_nothing_goes_past_the_wrapper() -> None:
+    """`.module` calls inside DDP skip its gradient synchronisation; torch.distributed belongs to Accelerate."""
+    for file in [*FILES, ROOT / "train.py"]:
+        tree = ast.parse(file.read_text())
+        names = imports(file)
+        assert not any(name.startswith("torch.distributed") for name in names), file
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and node.attr == "module":
+                owner = ast.unparse(node.value)
+                assert owner in ("self", "task", "self.task", "ema", "self.ema"), f"{file}:{node.lineno}: {ast.unparse(node)}"
+
+
+def test_the_path_to_backward_is_short() -> None:
+    """Own lines that a reader of one step passes: whole files of entry, loop and task, and the parts of leaves that they call."""
+    leaves = {
+        "losses": {"_full_precision", "_pair", "_batch_standardise", "_log", "logsum_correlation", "kl_distillation"},
+        "models/distiller": {"StudentOutput", "Distiller", "pooled_features"},
+        "models/teacher": {"TeacherOutput", "Teacher"},
+    }
+    lines = sum(
+        len(file.read_text().splitlines()) for file in (ROOT / "train.py", PACKAGE / "engine.py", PACKAGE / "classification.py")
+    )
+    for leaf, names in leaves.items():
+        nodes = [node for node in ast.parse((PACKAGE / f"{leaf}.py").read_text()).body if getattr(node, "name", None) in names]
+        assert len(nodes) == len(names)
+        lines += sum((node.end_lineno or 0) - node.lineno + 1 for node in nodes)
+    assert lines <= 900, lines
+
+
+def test_the_project_names_no_machine() -> None:
+    for file in [*FILES, ROOT / "train.py", *(ROOT / "recipes").iterdir(), *(ROOT / "launch").iterdir(), ROOT / "README.md"]:
+        text = file.read_text()
+        for word in ("/root/", "/work/", "index-url"):
+            assert word not in text, f"{file}: {word}"
