@@ -56,6 +56,9 @@ def main(arguments: list[str] | None = None) -> None:
         dry_run(recipe, options.data) if options.dry_run else train(recipe, options, output)
     except UserError as error:
         fail(str(error))
+    except KeyboardInterrupt:
+        print("interrupted before the first step: nothing was saved", file=sys.stderr)
+        sys.exit(130)
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise

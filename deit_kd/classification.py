@@ -111,8 +111,8 @@ class Classification:
         self.num_classes = len(train.class_names)
         if teacher and teacher.info.label_names and recipe.distill and recipe.distill.kd_weight > 0:
             _same_labels(teacher.info.label_names, train.class_names)
-        if teacher and recipe.distill and recipe.distill.kd_weight > 0 and recipe.distill.feature_weight == 0:
-            warn("distill.feature_weight=0: no projector, the teacher's logits alone")
+        if len(val) < accelerator.num_processes:
+            raise UserError(f"{val.origin}: {len(val)} validation images are fewer than the {accelerator.num_processes} processes")
         self.accumulation_steps = accumulation(recipe.global_batch_size, accelerator.num_processes, device_batch_size)
         workers = recipe.run.workers
         if workers == "auto":
@@ -219,6 +219,8 @@ class Classification:
                 sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64, device=labels.device)) + value
         totals = self.accelerator.reduce(torch.stack(list(sums.values())), reduction="sum").tolist()
         count = totals[0]
+        if not count:
+            raise UserError(f"{self.val_loader.source.origin}: no validation image can be read; mend them, or give other data")
         metrics = {prefix + name: total / count * (100 if "top" in name else 1) for name, total in zip(sums, totals, strict=True)}
         metrics[f"{prefix}images"] = int(count)
         return metrics

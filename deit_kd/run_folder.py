@@ -67,6 +67,8 @@ def prepare(output: Path, recipe: Recipe, resume: str, accelerator: Accelerator)
         checkpoint.load(path)  # says now what is wrong with it
     if path:
         accelerator.print(f"going on from {path}")
+    elif accelerator.is_main_process:
+        (output / "metrics.jsonl").unlink(missing_ok=True)  # of a start that saved nothing
     return path
 
 

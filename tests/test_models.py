@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -255,3 +256,23 @@ def test_load_student_refuses_what_is_not_there() -> None:
         load_student("runs/none/student")
     with pytest.raises(UserError, match="cannot be loaded"):
         deit_kd.load_student("hf-hub:nobody/nothing")
+
+
+def test_teacher_from_a_folder_and_from_a_hub_cache(tmp_path: Path) -> None:
+    import shutil
+
+    from conftest import run_script
+
+    from deit_kd.models.teacher import RELEASED
+
+    released = load_teacher("quickstart_teacher")
+    assert released.info.label_names is not None
+    assert released.info.label_names[9] == "Ankle boot"
+    assert load_teacher(RELEASED / "quickstart_teacher").info.sha256 == released.info.sha256
+    repository = tmp_path / "models--org--teacher"
+    shutil.copytree(RELEASED / "quickstart_teacher", repository / "snapshots" / ("0" * 40))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    code = "import deit_kd; print(deit_kd.load_teacher('hf-hub:org/teacher').info.sha256)"
+    done = run_script("-c", code, env={**os.environ, "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"})
+    assert done.stdout.strip() == released.info.sha256, done.stderr

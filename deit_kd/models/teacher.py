@@ -125,12 +125,12 @@ def load_teacher(
         UserError: unknown or ambiguous name, unreachable or foreign weights, another label space.
     """
     name = str(source)
-    folder = next((path for path in (RELEASED / name, Path(name)) if path.is_dir()), None)
+    folder = next((path for path in (RELEASED / name, Path(name)) if (path / "config.json").is_file()), None)
     elsewhere = f"local-dir:{folder.resolve()}" if folder else name if name.startswith(("hf-hub:", "local-dir:")) else None
     if weights == "random":
-        model = _create(elsewhere or _architecture(name), num_classes=num_classes)
+        model = _create(elsewhere or _checked(name), num_classes=num_classes)
     elif weights != "pretrained":
-        model = _from_file(_architecture(name), Path(weights))
+        model = _from_file(elsewhere or _checked(name), Path(weights))
     elif name in LITE_PACKAGES:
         model = _from_package(name)
     else:
@@ -141,11 +141,13 @@ def load_teacher(
             "first and give its folder as teacher.name, or distil features only with distill.kd_weight=0"
         )
     labels = model.pretrained_cfg.get("label_names")
+    stated = {"random": "none, random weights", "pretrained": model.pretrained_cfg.get("license") or "unknown"}
+    licence = stated.get(weights, "unknown, weights from a file")
     info = TeacherInfo(
         name=name,
         weights=weights,
         sha256=fingerprint(model),
-        license="none, random weights" if weights == "random" else model.pretrained_cfg.get("license") or "unknown",
+        license=licence,
         parameters=sum(p.numel() for p in model.parameters()),
         num_classes=model.num_classes,
         label_names=tuple(labels) if isinstance(labels, (list, tuple)) else None,
@@ -164,20 +166,22 @@ def _create(name: str, **kwargs: Any) -> TimmModel:
         ) from None
 
 
-def _architecture(name: str) -> str:
-    """The timm architecture in a tag, checked."""
+def _checked(name: str) -> str:
+    """A name that timm can build, its tag included; of a package, its architecture."""
     if name in LITE_PACKAGES:
         return LITE_PACKAGES[name][0]
     architecture = name.partition(".")[0]
     if architecture not in timm.list_models():
         known = [*timm.list_models(), *LITE_PACKAGES, *(folder.name for folder in RELEASED.glob("*"))]
-        raise UserError(f"teacher.name={name}: timm knows no such architecture, and it is no folder{nearest(architecture, known)}")
-    return architecture
+        raise UserError(
+            f"teacher.name={name}: timm knows no such architecture, and it is no folder with a config.json{nearest(architecture, known)}"
+        )
+    return name
 
 
 def _full_tag(name: str) -> str:
     """A name whose weights are beyond doubt: the bare name of several is whatever timm prefers today."""
-    architecture = _architecture(name)
+    architecture = _checked(name).partition(".")[0]
     tags = [tag for tag in timm.list_pretrained(f"{architecture}.*") if tag.partition(".")[0] == architecture]
     if name in tags or len(tags) == 1:
         return tags[0] if len(tags) == 1 and name == architecture else name
@@ -188,17 +192,18 @@ def _full_tag(name: str) -> str:
     raise UserError(f"teacher.name={name}: no such weights; timm has {', '.join(tags)}")
 
 
-def _from_file(architecture: str, path: Path) -> TimmModel:
+def _from_file(name: str, path: Path) -> TimmModel:
     state_dict = read_weights(path)
-    head = timm.get_pretrained_cfg(architecture).classifier
-    head = head[0] if isinstance(head, (tuple, list)) else head
-    classes = state_dict.get(f"{head}.weight")
-    model = _create(architecture, num_classes=None if classes is None else len(classes))
+    model = _create(name)
+    head = model.pretrained_cfg["classifier"]
+    classes = state_dict.get(f"{head[0] if isinstance(head, (tuple, list)) else head}.weight")
+    if classes is not None and len(classes) != model.num_classes:
+        model = _create(name, num_classes=len(classes))
     try:
         model.load_state_dict(state_dict)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
-        raise UserError(f"teacher.weights={path}: not the weights of {architecture} ({reason})") from None
+        raise UserError(f"teacher.weights={path}: not the weights of {name} ({reason})") from None
     return model
 
 

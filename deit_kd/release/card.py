@@ -26,7 +26,7 @@ def write_card(run_folder: Path) -> Path:
     name = f"{recipe.student.name}, {run['name']}"
     data = ModelCardData(
         model_name=name,
-        license="apache-2.0",
+        license=_licence(run["teacher"]["license"] if recipe.teacher else None),
         library_name="timm",
         pipeline_tag="image-classification",
         tags=["image-classification", "timm", "deit_kd", *(["knowledge-distillation"] if recipe.teacher else [])],
@@ -61,3 +61,10 @@ def write_card(run_folder: Path) -> Path:
     path = run_folder / "student" / "README.md"
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n").save(path)
     return path
+
+
+def _licence(of_teacher: str | None) -> str:
+    """Apache-2.0, unless the teacher's weights came under terms that are not permissive, or not known."""
+    if of_teacher in (None, "none, random weights", "apache-2.0", "mit", "bsd-3-clause"):
+        return "apache-2.0"
+    return "other" if of_teacher.startswith("unknown") else of_teacher

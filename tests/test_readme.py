@@ -1,0 +1,85 @@
+"""What the README tells people to type, typed: in a copy of the project under a path with spaces, from another directory."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from PIL import Image
+
+from deit_kd import recipe as recipes
+
+README = (ROOT / "README.md").read_text()
+BASH = [
+    line.split("#")[0].strip()
+    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    for line in block.splitlines()
+    if line.split("#")[0].strip()
+]
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files that git knows, with a .venv that is this environment."""
+    target = tmp_path_factory.mktemp("with spaces") / "deit kd"
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout.decode().split("\0")
+    for name in filter(None, listed):
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, target / name)
+    environment = target / ".venv"
+    (environment / "bin").mkdir(parents=True)
+    (environment / "bin" / "python").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
+    (environment / "bin" / "python").chmod(0o755)
+    for lock in ("requirements.lock", "requirements-dev.lock"):
+        shutil.copy2(ROOT / lock, environment / lock)
+    return target
+
+
+def bash(script: Path, *arguments: str) -> str:
+    done = subprocess.run(["bash", str(script), *arguments], cwd="/", capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_the_two_commands_come_first() -> None:
+    assert BASH[:2] == ["bash launch/quickstart.sh", "bash launch/test.sh"]
+
+
+def test_quick_start_and_what_follows_it(copy: Path) -> None:
+    printed = bash(copy / "launch" / "quickstart.sh", "--max-steps", "4")
+    assert re.search(r"teacher +959,066 +91\.30", printed), printed
+    assert re.search(r"student +465,620 +\d", printed), printed
+    with Image.open(copy / "runs/quickstart/plots/contact_sheet.png") as sheet:
+        assert sheet.size[0] > 800
+    assert "is now in" in bash(copy / "launch" / "quickstart.sh", "--max-steps", "1"), "a second run keeps the first"
+    for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
+        done = subprocess.run([sys.executable, "-c", code], cwd=copy, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{code}\n{done.stderr}"
+
+
+def test_the_test_command_finds_the_tests(copy: Path) -> None:
+    assert re.search(
+        r"[1-9]\d* tests collected", bash(copy / "launch" / "test.sh", "--collect-only", "-q", "-n0", "tests/test_losses.py")
+    )
+
+
+def test_other_commands_name_recipes_and_keys_that_exist() -> None:
+    import train
+
+    commands = [shlex.split(line)[shlex.split(line).index("train.py") + 1 :] for line in BASH if "train.py" in line]
+    assert len(commands) >= 4
+    for arguments in commands:
+        options = train.parse(arguments)
+        recipes.load(options.recipe, options.overrides)
+
+
+def test_files_and_links_exist() -> None:
+    for document in (ROOT / "README.md", *ROOT.glob("*/README.md"), ROOT / "CONTRIBUTING.md"):
+        for link in re.findall(r"\]\((?!https?://)([^)#]+)\)", document.read_text()):
+            assert (document.parent / link).exists(), f"{document}: {link}"
