@@ -37,7 +37,6 @@ def main() -> None:
     options = parser.parse_args()
 
     results: dict[str, list[float]] = {arm: [] for arm in ARMS}
-    seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}
     facts: dict[str, Any] = {}
     for seed in options.seeds:
         for arm, (recipe, *overrides) in ARMS.items():
@@ -47,15 +46,12 @@ def main() -> None:
             subprocess.run(list(map(str, command)), cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             last = [line for line in read_metrics(folder) if line["kind"] == "eval"][-1]
             results[arm].append(last["top1"])
-            seconds[arm].append(last["seconds"])
             facts = json.loads((folder / "run.json").read_text())
 
-    print(f"\n{'':<14}{'top-1 %':>10}{'s.e.':>8}{'gain':>8}{'s.e.':>8}{'seconds':>10}   each seed")
+    print(f"\n{'':<14}{'top-1 %':>10}{'s.e.':>8}{'gain':>8}{'s.e.':>8}   each seed")
     for arm, scores in results.items():
         gains = [score - alone for score, alone in zip(scores, results["alone"], strict=True)]
-        row = (
-            f"{arm:<14}{mean(scores):>10.2f}{error(scores):>8.2f}{mean(gains):>8.2f}{error(gains):>8.2f}{mean(seconds[arm]):>10.0f}"
-        )
+        row = f"{arm:<14}{mean(scores):>10.2f}{error(scores):>8.2f}{mean(gains):>8.2f}{error(gains):>8.2f}"
         print(row, "  ", "  ".join(f"{score:.2f}" for score in scores))
     options.output.parent.mkdir(exist_ok=True)
     content = {
@@ -63,7 +59,6 @@ def main() -> None:
         "measure": "top-1 % of the last weights on the 2,000 embedded validation images",
         "seeds": options.seeds,
         "top1": results,
-        "seconds": seconds,
         **{key: facts[key] for key in ("commit", "hardware", "versions", "precision")},
     }
     options.output.write_text(json.dumps(content, indent=2) + "\n")
