@@ -107,6 +107,8 @@ def fit(
     clock, batches = Clock(accelerator.device), None
     parameters = [p for p in task.module.parameters() if p.requires_grad]
     tracker.start(step)
+    if step == 0:
+        tracker.log("projector", step, task.inspect())
     window = _Window(step)
     task.module.train()
 

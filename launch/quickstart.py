@@ -24,7 +24,7 @@ def main(run: Path) -> None:
     labels = json.loads((run / "student" / "config.json").read_text())["label_names"]
 
     held_out = open_source("fashion_mnist", None, "val")
-    images, truth = zip(*(held_out[index] for index in range(0, len(held_out), len(held_out) // 32)), strict=True)
+    images, truth = zip(*(held_out[index] for index in range(0, len(held_out), -(-len(held_out) // 32))), strict=True)
     with torch.inference_mode():
         confidences, guesses = student(torch.stack([transform(image) for image in images])).softmax(1).max(1)
     sheet = run / "plots" / "contact_sheet.png"
