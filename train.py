@@ -57,12 +57,16 @@ def main(arguments: list[str] | None = None) -> None:
     except UserError as error:
         fail(str(error))
     except KeyboardInterrupt:
-        print("interrupted before the first step: nothing was saved", file=sys.stderr)
+        print("interrupted; a checkpoint that was saved before is kept, and the same command goes on from it", file=sys.stderr)
         sys.exit(130)
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            fail(f"no space left on the device of {output}: free some, or give another --output; the last whole checkpoint is kept")
+        fail(f"{error.filename or output}: {error.strerror or error}; check the path and its permissions")
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":
             raise
-        fail(f"no space left on the device of {output}: free some, or give another --output; the last whole checkpoint is kept")
+        fail(f"out of memory on the device: halve what it holds at once with --device-batch-size ({str(error).splitlines()[0]})")
 
 
 def fail(message: str) -> NoReturn:
@@ -96,14 +100,14 @@ def train(recipe: recipes.Recipe, options: argparse.Namespace, output: Path) -> 
         teacher.to(accelerator.device)
     task = classification.Classification(recipe, accelerator, sources, teacher, options.device_batch_size, say)
     optimizer = optim.build_optimizer(recipe, task.module)
-    ema = ModelEmaV3(task.student, decay=recipe.ema_decay, device=accelerator.device) if recipe.ema_decay else None
     task.module, optimizer = accelerator.prepare(task.module, optimizer)
+    ema = ModelEmaV3(task.student, decay=recipe.ema_decay) if recipe.ema_decay else None
 
     total_steps = recipe.epochs * task.steps_per_epoch
     stop_at = min(total_steps, options.max_steps or total_steps)
-    run_folder.describe(output, recipe, options, accelerator, task, total_steps)
+    run_folder.describe(output, recipe, accelerator, task, total_steps, resumed=resume is not None)
     tracker = tracking.Tracker(accelerator, output, stop_at)
-    if teacher and resume is None:
+    if teacher and resume is None and task.teacher_knows_labels:
         tracker.log("teacher", 0, task.evaluate_teacher())
     loop = engine.Loop(
         seed=recipe.seed,
@@ -120,7 +124,9 @@ def train(recipe: recipes.Recipe, options: argparse.Namespace, output: Path) -> 
     complete = engine.fit(task, accelerator, optimizer, schedule, loop, tracker, output, ema, resume)
     if complete and accelerator.is_main_process:
         student = accelerator.unwrap_model(task.module).student if ema is None else ema.module
-        release.export_student(student, output / "student", recipe, sources[0].class_names)
+        release.export_student(
+            student, output / "student", recipe, sources[0].class_names, teacher.info.license if teacher else None
+        )
         card = release.write_card(output)
         analysis.plot_run(output)
         say(f"student {output / 'student'}\ncard    {card}\nplots   {output / 'plots'}")
@@ -141,7 +147,9 @@ def make_accelerator(recipe: recipes.Recipe, device: str, output: Path) -> Accel
     cpu = device == "cpu" or not torch.cuda.is_available()
     precision = recipe.run.precision
     if precision == "auto":
-        precision = "bf16" if not cpu and torch.cuda.is_bf16_supported() else "no"
+        precision = "bf16" if not cpu and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+    if precision == "fp16" and cpu:
+        raise UserError("run.precision=fp16: a CPU has no fp16 training; use bf16, no or auto")
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     alone = UserError(
         f"WORLD_SIZE={launched} is set, but one process is running: launch all of them (on CPUs: torchrun --nproc_per_node {launched} "
@@ -154,6 +162,8 @@ def make_accelerator(recipe: recipes.Recipe, device: str, output: Path) -> Accel
         accelerator = Accelerator(cpu=cpu, mixed_precision=precision, log_with=trackers or None, project_dir=output)
     except ValueError as error:
         raise UserError(f"run.precision={precision}, run.trackers={trackers}: {error}") from None
+    if len(accelerator.log_with) < len(trackers):
+        raise UserError(f"run.trackers={trackers}: not all of these are installed; pip install what is missing")
     if launched != accelerator.num_processes:
         raise alone
     return accelerator

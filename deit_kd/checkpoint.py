@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -38,22 +39,53 @@ def save(folder: Path, step: int, parts: Mapping[str, Tensors], state: Mapping[s
         hashes = {}
         for name, tensors in parts.items():
             file = temporary / f"{name}.safetensors"
-            save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, file, {"format": "pt"})
+            write_tensors(tensors, file)
             hashes[file.name] = _sha256(file)
         (temporary / "state.json").write_text(json.dumps({**state, "step": step, "sha256": hashes}, indent=1))
         for file in temporary.iterdir():
             _flush(file)
         _flush(temporary)
-        if final.exists():  # the same step, saved again after a resume
-            shutil.rmtree(final)
-        temporary.rename(final)
+        replace_folder(temporary, final)
         _flush(folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    for old in _all(folder)[:-keep]:
+    for old in [path for path in _all(folder) if path != final][: -keep + 1 or None]:
         shutil.rmtree(old)
     return final
+
+
+def write_tensors(tensors: Tensors, file: Path) -> None:
+    """Writes contiguous copies, which neither views nor channels_last memory are; a failure of the disk is an OSError as elsewhere."""
+    copies = {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
+    try:
+        save_file(copies, file, {"format": "pt"})
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(file)) from None
+    file.chmod(0o644)  # safetensors makes files that only their owner can read
+
+
+def replace_folder(temporary: Path, final: Path) -> None:
+    """Renames `temporary` to `final`; what was there before goes only after that."""
+    before = final.with_name(f".{final.name}.before")
+    shutil.rmtree(before, ignore_errors=True)
+    if final.exists():
+        final.rename(before)
+    temporary.rename(final)
+    shutil.rmtree(before, ignore_errors=True)
+
+
+def set_aside_after(folder: Path, chosen: Path | None, warn: Callable[[str], None]) -> None:
+    """Renames checkpoints of `folder` that are newer than the one to go on from: damaged, or of a course that is given up."""
+    for path in _all(folder):
+        if chosen is None or path.name > chosen.name:
+            aside = path.with_name(f"aside_{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+            warn(f"{path} is set aside as {aside.name}")
 
 
 def newest(folder: Path, warn: Callable[[str], None]) -> Path | None:
@@ -86,18 +118,24 @@ def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor],
     rest: dict[str, Any] = {}
     for index, values in content["state"].items():
         for name, value in values.items():
-            group = tensors if isinstance(value, Tensor) else rest
-            group[f"{index}.{name}"] = value
-    return tensors, {"state": rest, "param_groups": content["param_groups"]}
+            target = tensors if isinstance(value, Tensor) else rest
+            target[f"{index}.{name}"] = value
+    groups = [dict(group) for group in content["param_groups"]]
+    for number, group in enumerate(groups):
+        for name in [name for name, value in group.items() if isinstance(value, Tensor)]:
+            tensors[f"group.{number}.{name}"] = group.pop(name)  # LAMB keeps its step there
+    return tensors, {"state": rest, "param_groups": groups}
 
 
 def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: Tensors, rest: Mapping[str, Any]) -> None:
     """Puts back what `pack_optimizer` gave."""
     state: dict[int, dict[str, Any]] = {}
+    groups = [dict(group) for group in rest["param_groups"]]
     for key, value in {**rest["state"], **tensors}.items():
-        index, _, name = key.partition(".")
-        state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": rest["param_groups"]})
+        index, _, name = key.removeprefix("group.").partition(".")
+        target = groups[int(index)] if key.startswith("group.") else state.setdefault(int(index), {})
+        target[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 def _all(folder: Path) -> list[Path]:
@@ -110,8 +148,8 @@ def _fault(path: Path) -> str | None:
         for name, expected in hashes.items():
             if _sha256(path / name) != expected:
                 return f"{name} is damaged"
-    except FileNotFoundError as error:
-        return f"{Path(error.filename).name} is missing"
+    except OSError as error:
+        return f"{Path(error.filename).name} is missing" if isinstance(error, FileNotFoundError) else "is no checkpoint folder"
     except (ValueError, KeyError, TypeError, AttributeError):
         return "state.json is damaged"
     return None

@@ -17,6 +17,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -28,6 +29,7 @@ from deit_kd.losses import kl_distillation, logsum_correlation, logsum_differenc
 from deit_kd.models import Distiller, StudentOutput, Teacher, TeacherOutput, build_projector, build_student, load_teacher
 from deit_kd.models.distiller import feature_width
 from deit_kd.recipe import Recipe
+from deit_kd.seed import derive_seed
 from deit_kd.tracking import Clock
 
 FEATURE_LOSSES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
@@ -40,6 +42,7 @@ def build_teacher(recipe: Recipe, num_classes: int) -> Teacher | None:
     """The recipe's teacher, which gets the images that the student gets and knows its classes if logits are distilled."""
     if recipe.teacher is None or recipe.distill is None:
         return None
+    torch.manual_seed(derive_seed(recipe.seed, "teacher"))  # random weights are then the same in every process and after a resume
     knows_classes = recipe.distill.kd_weight > 0 or recipe.teacher.weights == "random"
     return load_teacher(
         recipe.teacher.name,
@@ -109,6 +112,9 @@ class Classification:
         self.recipe, self.accelerator, self.teacher = recipe, accelerator, teacher
         train, val = sources
         self.num_classes = len(train.class_names)
+        self.teacher_knows_labels = bool(recipe.distill and recipe.distill.kd_weight > 0)
+        if teacher:
+            teacher.gives_feature_map = False  # nothing here reads it
         if teacher and teacher.info.label_names and recipe.distill and recipe.distill.kd_weight > 0:
             _same_labels(teacher.info.label_names, train.class_names)
         if len(val) < accelerator.num_processes:
@@ -170,12 +176,18 @@ class Classification:
                 feature_loss = FEATURE_LOSSES[distill.feature_loss]
                 terms["feature"] = feature_loss(student.projected, teacher.features, distill.power)
                 loss = loss + distill.feature_weight * terms["feature"]
-        return {"loss": loss, **terms, **(_detail(student, teacher) if detailed and teacher else {})}
+        if detailed and teacher:
+            terms |= _detail(student, teacher, self.teacher_knows_labels)
+        return {"loss": loss, **terms}
 
     @torch.inference_mode()
     def evaluate(self, ema: nn.Module | None = None) -> dict[str, float]:
         """top1 and top5 in percent and nll of the mean of the heads, each head's top1, over every validation image once."""
         distiller = cast(Distiller, self.accelerator.unwrap_model(self.module))
+        if self.accelerator.num_processes > 1:  # running statistics differ by process; what is exported are those of the first
+            for model in (distiller, ema) if ema is not None else (distiller,):
+                for buffer in model.buffers():
+                    buffer.copy_(broadcast(buffer))
         metrics = self._measure(distiller, "")
         if ema is not None:
             metrics |= self._measure(Distiller(ema), "ema_")
@@ -187,21 +199,23 @@ class Classification:
         def heads(images: Tensor) -> dict[str, Tensor]:
             output = distiller(images)
             if output.dist_logits is None:
-                return {"": output.logits}
-            return {"": output.prediction(), "class_head_": output.logits, "distillation_head_": output.dist_logits}
+                return {"": output.logits.float()}
+            logits, dist_logits = output.logits.float(), output.dist_logits.float()
+            return {"": (logits + dist_logits) / 2, "class_head_": logits, "distillation_head_": dist_logits}
 
-        return self._count(heads, prefix)
+        return self._count(heads, prefix, ("", "class_head_", "distillation_head_") if distiller.has_two_heads else ("",))
 
     @torch.inference_mode()
     def evaluate_teacher(self) -> dict[str, float]:
         """The teacher's top1 and top5 over the same images."""
         teacher = self.teacher
         assert teacher is not None
-        return self._count(lambda images: {"": teacher(images).logits}, "teacher_")
+        return self._count(lambda images: {"": teacher(images).logits}, "teacher_", ("",))
 
-    def _count(self, predict: Callable[[Tensor], dict[str, Tensor]], prefix: str) -> dict[str, float]:
+    def _count(self, predict: Callable[[Tensor], dict[str, Tensor]], prefix: str, heads: tuple[str, ...]) -> dict[str, float]:
         """Sums over this process's images, then over the processes: an exact count, whatever their number."""
-        sums: dict[str, Tensor] = {}
+        names = ["images", *(f"{head}top1" for head in heads), "top5", "nll"]
+        sums = {name: torch.zeros((), dtype=torch.float64, device=self.accelerator.device) for name in names}
         quiet = None if self.accelerator.is_main_process else True  # None: a bar on terminals only
         progress = tqdm(self.val_loader, "evaluating", delay=2, leave=False, disable=quiet)
         for images, labels in progress:
@@ -216,7 +230,7 @@ class Classification:
                     new["top5"] = top.sum()
                     new["nll"] = F.cross_entropy(logits.double(), labels, ignore_index=SKIPPED, reduction="sum")
             for name, value in new.items():
-                sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64, device=labels.device)) + value
+                sums[name] += value
         totals = self.accelerator.reduce(torch.stack(list(sums.values())), reduction="sum").tolist()
         count = totals[0]
         if not count:
@@ -231,7 +245,10 @@ class Classification:
         projector = cast(Distiller, self.accelerator.unwrap_model(self.module)).projector
         if projector is None:
             return {}
-        values = torch.linalg.svdvals(cast(Tensor, projector.weight).float())
+        weight = cast(Tensor, projector.weight).float()
+        if not weight.isfinite().all():
+            return {}
+        values = torch.linalg.svdvals(weight)
         share = values / values.sum()
         rank = torch.special.entr(share).sum().exp()
         return {"projector_norm": values.norm().item(), "effective_rank": rank.item(), "singular_values": values.tolist()}
@@ -257,9 +274,9 @@ def accumulation(global_batch_size: int, num_processes: int, device_batch_size: 
     return share // device_batch_size
 
 
-def _detail(student: StudentOutput, teacher: TeacherOutput) -> dict[str, Tensor]:
+def _detail(student: StudentOutput, teacher: TeacherOutput, same_labels: bool) -> dict[str, Tensor]:
     detail = {}
-    if student.logits.shape == teacher.logits.shape:
+    if same_labels:
         detail["agreement"] = (student.prediction().argmax(1) == teacher.logits.argmax(1)).float().mean()
     if student.projected is not None:
         detail["cosine"] = F.cosine_similarity(student.projected.detach().float(), teacher.features, dim=1).mean()

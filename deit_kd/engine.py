@@ -109,6 +109,8 @@ def fit(
     tracker.start(step)
     if step == 0:
         tracker.log("projector", step, task.inspect())
+    elif _evaluation_is_due(loop, task, step) and not tracker.has("eval", step):  # stopped between saving and evaluating
+        _evaluate(task, tracker, step, ema)
     window = _Window(step)
     task.module.train()
 
@@ -148,24 +150,32 @@ def fit(
                 tracker.log("train", step, {"epoch": step / task.steps_per_epoch, "lr": lr, **means, **speed})
             stopping = (log or accelerator.num_processes == 1) and stop.agreed(accelerator)
             with window.paused():
-                if step % (loop.eval_every_epochs * task.steps_per_epoch) == 0 or step == loop.total_steps:
-                    metrics = task.evaluate(None if ema is None else ema.module)
-                    tracker.log("eval", step, {"epoch": step / task.steps_per_epoch, **metrics})
-                    tracker.log("projector", step, task.inspect())
-                    task.module.train()
                 if stopping or step % loop.save_every_steps == 0 or step == loop.total_steps:
-                    state.save(step)
+                    state.save(step)  # before evaluating, which can take long and fail
+                if _evaluation_is_due(loop, task, step) and not stopping:
+                    _evaluate(task, tracker, step, ema)
             if stopping:
                 tracker.say(f"stopped at step {step}; the same command goes on from {folder / 'checkpoints'}")
                 break
     return step >= loop.total_steps
 
 
+def _evaluation_is_due(loop: Loop, task: Task, step: int) -> bool:
+    return step % (loop.eval_every_epochs * task.steps_per_epoch) == 0 or step >= loop.total_steps
+
+
+def _evaluate(task: Task, tracker: Tracker, step: int, ema: ModelEmaV3 | None) -> None:
+    metrics = task.evaluate(None if ema is None else ema.module)
+    tracker.log("eval", step, {"epoch": step / task.steps_per_epoch, **metrics})
+    tracker.log("projector", step, task.inspect())
+    task.module.train()
+
+
 def _refuse_nonfinite(means: dict[str, float], first: int, last: int, folder: Path) -> None:
     if bad := [name for name, value in means.items() if not math.isfinite(value)]:
         raise UserError(
-            f"{', '.join(bad)} became nan or inf between steps {first} and {last}; go on from {folder / 'checkpoints'} with a lower "
-            "optim.lr, or with run.precision=no"
+            f"{', '.join(bad)} became nan or inf between steps {first} and {last}; start again with --resume none and a lower optim.lr "
+            f"or a clip_grad, or go on from {folder / 'checkpoints'} with run.precision=no if it was not"
         )
 
 
@@ -208,22 +218,39 @@ class _State:
 
     def save(self, step: int) -> None:
         window = self.tracker.state()
+        _refuse_nonfinite(window["sums"], step, step, self.folder.parent)  # never let such a state push out a good one
         if self.accelerator.is_main_process:
             tensors, rest = checkpoint.pack_optimizer(self.optimizer)
             parts = {"module": self.bare.state_dict(), "optimizer": tensors}
             if self.ema is not None:
                 parts["ema"] = self.ema.module.state_dict()
             scaler = self.accelerator.scaler
-            state = {"optimizer": rest, "window": window, "scaler": scaler.state_dict() if scaler else None}
+            state = {
+                "optimizer": rest,
+                "window": window,
+                "scaler": scaler.state_dict() if scaler else None,
+                "steps_per_epoch": self.task.steps_per_epoch,
+            }
             checkpoint.save(self.folder, step, parts, state, self.keep)
         self.accelerator.wait_for_everyone()
 
     def restore(self, path: Path) -> int:
         """Puts everything back; returns the step that was reached."""
         parts, state = checkpoint.load(path)
+        if state["steps_per_epoch"] != self.task.steps_per_epoch:
+            raise UserError(
+                f"{path}: was saved with {state['steps_per_epoch']} steps an epoch, this run has {self.task.steps_per_epoch}; "
+                "give the same data and global_batch_size, or --resume none"
+            )
         try:
             self.bare.load_state_dict(parts["module"])
+            stated: list[dict[str, Any]] = [
+                {key: group[key] for key in ("betas", "eps", "weight_decay") if key in group}
+                for group in self.optimizer.param_groups
+            ]
             checkpoint.unpack_optimizer(self.optimizer, parts["optimizer"], state["optimizer"])
+            for group, values in zip(self.optimizer.param_groups, stated, strict=True):
+                group.update(values)  # the recipe's, not the checkpoint's
             if self.ema is not None:
                 self.ema.module.load_state_dict(parts["ema"])
             if self.accelerator.scaler and state["scaler"]:

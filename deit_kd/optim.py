@@ -33,7 +33,7 @@ def build_optimizer(recipe: Recipe, module: nn.Module) -> torch.optim.Optimizer:
             eps=optim.eps,
             **fused,
         )
-    except TypeError as error:
+    except (TypeError, ValueError, AssertionError, IndexError) as error:
         raise UserError(f"optim.name={optim.name}: cannot take the recipe's betas and eps ({error}); use adamw") from None
 
 

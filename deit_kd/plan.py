@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from deit_kd.classification import build_distiller, build_teacher
+from deit_kd.errors import UserError
 from deit_kd.recipe import Recipe
 
 
@@ -50,8 +52,6 @@ def make_plan(recipe: Recipe, num_classes: int | None) -> Plan:
     Raises:
         UserError: a name or an argument that timm refuses.
     """
-    from dataclasses import replace
-
     teacher_recipe = recipe.teacher and replace(recipe.teacher, weights="random", precision="auto")
     image = torch.empty(2, 3, recipe.data.img_size, recipe.data.img_size, device="meta")
     with torch.device("meta"), torch.no_grad():
@@ -61,11 +61,11 @@ def make_plan(recipe: Recipe, num_classes: int | None) -> Plan:
         teacher_gmacs, shapes = 0.0, [("images", image.shape)]
         if teacher:
             with FlopCounterMode(display=False) as counter:
-                output = teacher(image)
+                output = _forward(teacher, image, f"teacher {recipe.teacher.name if recipe.teacher else ''}")
             teacher_gmacs = counter.get_total_flops() / 2 / len(image) / 1e9
-            shapes += [(f"teacher {name}", value.shape) for name, value in output._asdict().items()]
+            shapes += [(f"teacher {name}", value.shape) for name, value in output._asdict().items() if value is not None]
         with FlopCounterMode(display=False) as counter:
-            student = distiller(image)
+            student = _forward(distiller, image, f"student {recipe.student.name}")
         total_gmacs = counter.get_total_flops() / 2 / len(image) / 1e9
         shapes += [(f"student {name}", value.shape) for name, value in student._asdict().items() if value is not None]
     projector_parameters = count(distiller.projector) if distiller.projector else 0
@@ -78,6 +78,16 @@ def make_plan(recipe: Recipe, num_classes: int | None) -> Plan:
         teacher_gmacs=teacher_gmacs,
         shapes=tuple((name, str(["B", *shape[1:]]).replace("'", "")) for name, shape in shapes),
     )
+
+
+def _forward(module: nn.Module, image: torch.Tensor, who: str) -> Any:
+    try:
+        return module(image)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{who} cannot take images of 3 x {image.shape[2]} x {image.shape[3]} ({reason}); change data.img_size"
+        ) from None
 
 
 def describe(recipe: Recipe, plan: Plan, train_images: int | None) -> str:

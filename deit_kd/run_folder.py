@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 
 import deit_kd
 from deit_kd import checkpoint, plan
@@ -39,43 +40,38 @@ def prepare(output: Path, recipe: Recipe, resume: str, accelerator: Accelerator)
         accelerator: for doing this once and telling people.
 
     Raises:
-        UserError: the folder is of another recipe, cannot be made, or the checkpoint is not there.
+        UserError: the folder is of another recipe, or the checkpoint is not there.
+        OSError: the folder cannot be made or moved.
     """
-    stored = output / "recipe.yaml"
+    chosen: list[str | None] = [None]
     if accelerator.is_main_process:
-        if resume == "none" and stored.exists():
-            aside = output.with_name(f"{output.name}.{time.strftime('%Y%m%d-%H%M%S')}")
+        if resume == "none" and output.is_dir() and any(output.iterdir()):
+            aside = output.with_name(f"{output.resolve().name}.{time.strftime('%Y%m%d-%H%M%S')}")
             output.rename(aside)
             accelerator.print(f"the run that was in {output} is now in {aside}")
-        try:
-            output.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--output {output}: cannot be made ({error.strerror}); give another folder") from None
-        if stored.exists():
-            changed = recipes.differences(recipes.load(stored), recipe)
+        output.mkdir(parents=True, exist_ok=True)
+        if (output / "recipe.yaml").exists():
+            changed = recipes.differences(recipes.load(output / "recipe.yaml"), recipe)
             if changed:
                 raise UserError(
                     f"--output {output}: holds a run of another recipe ({'; '.join(changed[:5])}); give another --output, or "
                     "--resume none to move that run aside"
                 )
-        stored.write_text(recipes.dump(recipe))
-    accelerator.wait_for_everyone()
-    if resume in ("auto", "none"):
-        path = checkpoint.newest(output / "checkpoints", accelerator.print)
-    else:
-        path = Path(resume)
-        checkpoint.load(path)  # says now what is wrong with it
-    if path:
-        accelerator.print(f"going on from {path}")
-    elif accelerator.is_main_process:
-        (output / "metrics.jsonl").unlink(missing_ok=True)  # of a start that saved nothing
-    return path
+        folder = output / "checkpoints"
+        path = checkpoint.newest(folder, accelerator.print) if resume in ("auto", "none") else Path(resume)
+        if path:
+            checkpoint.load(path)  # says now what is wrong with it
+            accelerator.print(f"going on from {path}")
+        else:
+            (output / "metrics.jsonl").unlink(missing_ok=True)  # of a start that saved nothing
+        checkpoint.set_aside_after(folder, path, accelerator.print)
+        chosen = [str(path) if path else None]
+    broadcast_object_list(chosen)  # one process looks, all go on from the same
+    return Path(chosen[0]) if chosen[0] else None
 
 
-def describe(
-    output: Path, recipe: Recipe, options: argparse.Namespace, accelerator: Accelerator, task: Classification, total_steps: int
-) -> None:
-    """Writes run.json, says what will happen, checks the disk, and starts the trackers."""
+def describe(output: Path, recipe: Recipe, accelerator: Accelerator, task: Classification, total_steps: int, resumed: bool) -> None:
+    """Writes recipe.yaml and run.json, says what will happen, checks the disk, and starts the trackers."""
     counted = plan.make_plan(recipe, task.num_classes)
     needed = counted.checkpoint_bytes * (recipe.run.keep_checkpoints + 1) + 4 * counted.student_parameters
     loader, val = task.train_loader, task.val_loader.source
@@ -86,14 +82,16 @@ def describe(
                 f"no space left for checkpoints in {output}: {needed / 1e6:.0f} MB are needed, {free / 1e6:.0f} MB are free; "
                 "free some, give another --output, or lower run.keep_checkpoints"
             )
+        (output / "recipe.yaml").write_text(recipes.dump(recipe))
         run = {
-            "name": output.name,
+            "name": output.resolve().name,
             "deit_kd": deit_kd.__version__,
             "command": shlex.join(["python", *(_without_folders(word) for word in sys.argv)]),
             "commit": commit(),
             "versions": {"python": platform.python_version()}
             | {name: version(name) for name in ("torch", "torchvision", "timm", "accelerate", "safetensors", "pillow")},
             "hardware": hardware(accelerator.device),
+            "earlier_sessions": _earlier_sessions(output) if resumed else [],
             "precision": accelerator.mixed_precision,
             "processes": accelerator.num_processes,
             "accumulation_steps": task.accumulation_steps,
@@ -130,8 +128,18 @@ def _teacher(task: Classification, counted: plan.Plan) -> dict[str, Any]:
 
 
 def _without_folders(word: str) -> str:
-    """A card is public, and where its author keeps things is not its business."""
-    return f".../{Path(word).name}" if Path(word).is_absolute() else word
+    """A card is public, and where its author keeps things is not its business: /a/b/c and key=/a/b/c lose /a/b."""
+    return re.sub(r"(^|=)/.*/", r"\1.../", word)
+
+
+def _earlier_sessions(output: Path) -> list[dict[str, Any]]:
+    """What run.json says of the sessions before this one: a card must not speak of the last alone."""
+    file = output / "run.json"
+    before = json.loads(file.read_text()) if file.exists() else None
+    if before is None:
+        return []
+    told = ("command", "commit", "hardware", "processes", "micro_batch_size", "precision")
+    return [*before["earlier_sessions"], {key: before[key] for key in told}]
 
 
 def commit() -> str:

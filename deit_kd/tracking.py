@@ -81,6 +81,10 @@ class Tracker:
         if sys.stderr.isatty():
             self._bar = tqdm(total=self.total_steps, initial=step, unit="step", dynamic_ncols=True)
 
+    def has(self, kind: str, step: int) -> bool:
+        """Whether metrics.jsonl holds a line of `kind` at `step`."""
+        return any(line["kind"] == kind and line["step"] == step for line in read_metrics(self.file.parent))
+
     def add(self, terms: Mapping[str, Tensor]) -> None:
         """Adds a micro-step's 0-d tensors to the window."""
         for name, value in terms.items():

@@ -4,5 +4,8 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash launch/setup.sh
-.venv/bin/python train.py --recipe quickstart --output runs/quickstart --resume none "$@"
+# An interrupted run goes on; a finished one is moved aside and made anew.
+resume=auto
+if [ -e runs/quickstart/student ]; then resume=none; fi
+.venv/bin/python train.py --recipe quickstart --output runs/quickstart --resume "$resume" "$@"
 .venv/bin/python launch/quickstart.py runs/quickstart

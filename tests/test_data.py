@@ -225,6 +225,19 @@ def test_augmentation_survives_full_magnitude_posterise() -> None:
     assert black, "timm posterises without harm now: the guard can go"
 
 
+@pytest.mark.parametrize("mode", ["I;16", "RGBA", "P", "LA", "CMYK", "1"])
+def test_unusual_image_modes_are_read(mode: str, tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        (tmp_path / split / "a").mkdir(parents=True)
+    ramp = np.linspace(0, 65535, 64, dtype=np.uint16).reshape(8, 8)
+    image = Image.fromarray(ramp) if mode == "I;16" else Image.fromarray((ramp >> 8).astype(np.uint8)).convert(mode)
+    image.save(tmp_path / "train" / "a" / f"x.{'tif' if mode == 'CMYK' else 'png'}")
+    pixels = np.asarray(open_source("image_folder", tmp_path, "train")[0][0])
+    assert pixels.shape == (8, 8, 3)
+    if mode == "I;16":
+        np.testing.assert_array_equal(pixels[..., 0], ramp >> 8)
+
+
 def test_three_augment_and_unknown_augmentation() -> None:
     image = Image.new("RGB", (40, 40), (200, 100, 50))
     tensor = train_transform(recipes.load("quickstart", ["augmentation.auto_augment=3a", "augmentation.color_jitter=0.3"]))(image)

@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "engine": {"checkpoint", "tracking"},
     "classification": {"data", "models", "losses", "recipe", "tracking"},
     "plan": {"classification", "recipe"},
-    "release": {"release", "models", "recipe", "tracking"},
+    "release": {"release", "checkpoint", "models", "recipe", "tracking"},
     "analysis": {"tracking"},
     "run_folder": {"checkpoint", "plan", "recipe", "classification", "__init__"},
 }

@@ -78,11 +78,11 @@ def test_unknown_and_missing_keys_in_a_file(tmp_path: Path) -> None:
         (["teacher=null"], "teacher: null, but teacher, projector and distill go together"),
         (["distill.kd_weight=0", "distill.feature_weight=0"], "the teacher does nothing"),
         (["optim.warmup_epochs=99"], "leaves nothing of epochs"),
-        (["augmentation.auto_augment=rand-m9", "augmentation.color_jitter=0.4"], "has no effect beside RandAugment"),
+        (["augmentation.auto_augment=rand-m9", "augmentation.color_jitter=0.4"], "has no effect beside auto_augment=rand-m9"),
         (["student.model_args.img_size=28"], "state it as data.img_size"),
         (["augmentation.crop_scale=[0.5, 0.1]"], "needs 0 < low <= high <= 1"),
         (["global_batch_size=0"], "global_batch_size: must be at least 1, got 0"),
-        (["ema_decay=1.5"], "ema_decay: must lie in"),
+        (["ema_decay=1.5"], "ema_decay: must lie between"),
         (["teacher=null", "teacher.name=x"], "cannot be set, because teacher is null"),
     ],
 )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -109,8 +108,8 @@ class _EpochBatches(Sampler[list[tuple[int, int]]]):
         return len(self.batches)
 
 
-def _ignore_interrupt(_: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process decides when to stop
+def _leave_stopping_to_the_main_process(_: int) -> None:
+    os.setpgrp()  # a terminal's Ctrl-C and a scheduler's SIGTERM go to the whole group
 
 
 def _data_loader(dataset: _SeededDataset, batches: _EpochBatches, workers: int, device: torch.device) -> DataLoader[Any]:
@@ -121,7 +120,7 @@ def _data_loader(dataset: _SeededDataset, batches: _EpochBatches, workers: int, 
         collate_fn=_collate,
         pin_memory=device.type == "cuda",
         persistent_workers=workers > 0,
-        worker_init_fn=_ignore_interrupt,
+        worker_init_fn=_leave_stopping_to_the_main_process,
         generator=torch.Generator(),  # the loader draws its own base seed from it, not from the model's stream
     )
 

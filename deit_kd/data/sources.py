@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import os
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -72,7 +73,7 @@ class FolderSource:
         for name in tqdm(folders, desc=f"reading {root}", unit="class", delay=2, leave=False, disable=None):
             found = sorted(
                 os.path.join(folder, file)
-                for folder, _, files in os.walk(root / name)
+                for folder, _, files in os.walk(root / name, followlinks=True)
                 for file in files
                 if file.lower().endswith(extensions) and not file.startswith(".")
             )
@@ -91,7 +92,16 @@ class FolderSource:
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         with Image.open(self.paths[index]) as image:
-            return image.convert("RGB"), int(self.labels[index])
+            return _rgb(image), int(self.labels[index])
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB; Pillow alone would clip 16-bit grey at 255, and has no scale for 32-bit integers and floats."""
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise ValueError(f"32-bit pixels (mode {image.mode}) have no known range; convert it to 8 or 16 bits")
+    return image.convert("RGB")
 
 
 def _label_space(folders: Sequence[str]) -> Sequence[str]:
@@ -152,7 +162,7 @@ def _read_idx(path: Path) -> np.ndarray:
             raise ValueError("not an IDX file of bytes")
         shape = np.frombuffer(content, ">i4", count=content[3], offset=4)
         return np.frombuffer(content, np.uint8, offset=4 + 4 * content[3]).reshape(shape)
-    except (OSError, EOFError, ValueError, IndexError) as error:
+    except (OSError, EOFError, ValueError, IndexError, zlib.error) as error:
         raise UserError(f"{path}: cannot be read ({error}); fetch the file again") from None
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image, ImageOps
 from timm.data import create_transform
-from timm.data.auto_augment import AugmentOp, RandAugment
+from timm.data.auto_augment import AugmentOp, AutoAugment, RandAugment
 from torch import Tensor
 
 from deit_kd.errors import UserError
@@ -38,8 +38,10 @@ def train_transform(recipe: Recipe) -> Transform:
             f"augmentation.auto_augment={aug.auto_augment}: timm does not know it ({error}); use rand-m9-mstd0.5-inc1, 3a or null"
         ) from None
     for step in transform.transforms:
-        for operation in step.ops if isinstance(step, RandAugment) else ():
-            _keep_one_bit(operation)
+        operations = step.ops if isinstance(step, RandAugment) else sum(step.policy, []) if isinstance(step, AutoAugment) else ()
+        for operation in operations:
+            if isinstance(operation, AugmentOp) and operation.name.startswith("Posterize"):
+                _keep_one_bit(operation)
     return transform
 
 
@@ -60,9 +62,8 @@ def _keep_one_bit(operation: AugmentOp) -> None:
     At the largest magnitude timm asks for 0 bits, about once in 640 images of rand-m9-mstd0.5-inc1. Pillow 13 refuses that
     (Pillow 12 gave a black image), which would end a run.
     """
-    if operation.name.startswith("Posterize"):
 
-        def posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
-            return image if bits >= 8 else ImageOps.posterize(image, max(1, bits))
+    def posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+        return image if bits >= 8 else ImageOps.posterize(image, max(1, bits))
 
-        operation.aug_fn = posterize
+    operation.aug_fn = posterize

@@ -1,5 +1,7 @@
 """Students, teachers, projectors, and the distiller that holds everything trainable behind one forward."""
 
+import timm  # noqa: F401  # first: importing it registers our students, which need the modules below unspoilt
+
 from deit_kd.models.distiller import Distiller, StudentOutput
 from deit_kd.models.projectors import build_projector
 from deit_kd.models.students import build_student, load_student

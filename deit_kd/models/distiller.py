@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple, TypeAlias
 
 from einops import rearrange, reduce
+from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 
 TimmModel: TypeAlias = (
@@ -32,7 +33,7 @@ class Distiller(nn.Module):
     """A timm student and its projector.
 
     Args:
-        student: a timm model; one with `head_dist` gives two logits.
+        student: a timm model; a distilled DeiT gives two logits.
         projector: [B,D] -> [B,E], or None when no feature loss needs it.
     """
 
@@ -40,12 +41,13 @@ class Distiller(nn.Module):
         super().__init__()
         self.student: TimmModel = student
         self.projector = projector
+        self.has_two_heads = isinstance(student, VisionTransformerDistilled)
 
     def forward(self, images: Tensor) -> StudentOutput:
         """Images [B,3,H,W], normalised as the student wants them."""
         student = self.student
         tokens = student.forward_features(images)
-        if hasattr(student, "head_dist"):  # timm's forward_head would average the heads outside of its own training mode
+        if self.has_two_heads:  # timm's forward_head would average the heads outside of its own training mode
             logits = student.head(student.head_drop(tokens[:, 0]))
             dist_logits = student.head_dist(student.head_drop(tokens[:, 1]))
         else:

@@ -31,7 +31,7 @@ class TeacherOutput(NamedTuple):
 
     logits: Tensor  # [B,K]
     features: Tensor  # [B,E], pooled, what the classifier sees
-    feature_map: Tensor  # [B,C,H,W]; C is `num_features`, which is not E for every architecture
+    feature_map: Tensor | None  # [B,C,H,W]; C is `num_features`, which is not E for every architecture; None if not wanted
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,7 @@ class Teacher(nn.Module):
         self.register_buffer("scale", (given_std / std).view(-1, 1, 1), persistent=False)
         self.register_buffer("shift", ((given_mean - mean) / std).view(-1, 1, 1), persistent=False)
         self.model: TimmModel = model.requires_grad_(False).to(self.dtype)
+        self.gives_feature_map = True
         self.num_classes = info.num_classes
         self.width = feature_width(model)
         self.eval()
@@ -96,9 +97,12 @@ class Teacher(nn.Module):
             hidden = self.model.forward_features(images.to(self.dtype))
             logits = self.model.forward_head(hidden)
             features = self.model.forward_head(hidden, pre_logits=True)
-            outputs = (logits, features, feature_map(self.model, hidden))
-        # Tensors made in inference mode cannot enter the student's graph; copies can.
-        return TeacherOutput(*(output.to(torch.float32, copy=True) for output in outputs))
+            spatial = feature_map(self.model, hidden) if self.gives_feature_map else None
+
+        def copy(x: Tensor) -> Tensor:  # tensors made in inference mode cannot enter the student's graph; copies can
+            return x.to(torch.float32, copy=True)
+
+        return TeacherOutput(copy(logits), copy(features), None if spatial is None else copy(spatial))
 
 
 def load_teacher(

@@ -26,7 +26,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     for key in ("model", "state_dict"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
-    tensors = {key.removeprefix("module."): value for key, value in content.items() if isinstance(value, Tensor)}
+    entries = content.items() if isinstance(content, Mapping) else ()
+    tensors = {key.removeprefix("module."): value for key, value in entries if isinstance(value, Tensor)}
     if not tensors:
         raise UserError(f"{path}: holds no tensors")
     return tensors

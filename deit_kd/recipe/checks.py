@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 from deit_kd.recipe.schema import Recipe
@@ -55,13 +56,18 @@ def impossible(recipe: Recipe) -> list[str]:
         "augmentation.mixup_switch_prob": aug.mixup_switch_prob,
         "augmentation.label_smoothing": aug.label_smoothing,
         "student.drop_path": r.student.drop_path,
-        "ema_decay": r.ema_decay or 0.0,
     }.items():
         between(key, probability, 0, 1)
     at_least("data.num_classes", data.num_classes, 2)
     positive("evaluation.crop_pct", r.evaluation.crop_pct)
     positive("optim.lr", optim.lr)
     positive("optim.clip_grad", optim.clip_grad)
+    need(r.ema_decay is None or 0 < r.ema_decay < 1, f"ema_decay: must lie between 0 and 1, or be null, got {r.ema_decay}")
+    between("seed", r.seed, 0, 2**63 - 1)
+    for beta in optim.betas:
+        need(0 <= beta < 1, f"optim.betas: must lie in [0, 1), got {list(optim.betas)}")
+    positive("optim.eps", optim.eps)
+    need(all(map(math.isfinite, (*data.mean, *data.std))), "data.mean, data.std: must be finite")
     low, high = aug.crop_scale
     need(0 < low <= high <= 1, f"augmentation.crop_scale: needs 0 < low <= high <= 1, got [{low:g}, {high:g}]")
     need(min(data.std) > 0, f"data.std: must be above 0, got {list(data.std)}")
@@ -70,8 +76,8 @@ def impossible(recipe: Recipe) -> list[str]:
         f"optim.warmup_epochs: {optim.warmup_epochs:g} leaves nothing of epochs: {r.epochs}; lower it",
     )
     need(
-        not (aug.color_jitter and (aug.auto_augment or "").startswith("rand")),
-        "augmentation.color_jitter: has no effect beside RandAugment in timm; set it to 0",
+        not (aug.color_jitter and aug.auto_augment and "3a" not in aug.auto_augment),
+        f"augmentation.color_jitter: has no effect beside auto_augment={aug.auto_augment} in timm; set it to 0",
     )
     for key in ("num_classes", "drop_path_rate", "img_size"):
         elsewhere = {"num_classes": "data.num_classes", "drop_path_rate": "student.drop_path", "img_size": "data.img_size"}[key]

@@ -10,6 +10,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, StrictUndefined
 
 from deit_kd import recipe as recipes
+from deit_kd.release.export import licence
 from deit_kd.tracking import read_metrics
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
@@ -24,15 +25,16 @@ def write_card(run_folder: Path) -> Path:
     last = evaluations[-1]
     ema = "ema_top1" in last
     name = f"{recipe.student.name}, {run['name']}"
+    teacher_name = run["teacher"]["name"] if run["teacher"] else ""
     data = ModelCardData(
         model_name=name,
-        license=_licence(run["teacher"]["license"] if recipe.teacher else None),
+        license=licence(run["teacher"]["license"] if run["teacher"] else None),
         library_name="timm",
         pipeline_tag="image-classification",
         tags=["image-classification", "timm", "deit_kd", *(["knowledge-distillation"] if recipe.teacher else [])],
-        datasets=[recipe.data.source],
+        datasets=None if recipe.data.source == "image_folder" else [recipe.data.source],
         metrics=["accuracy"],
-        base_model=run["teacher"]["name"].removeprefix("hf-hub:") if recipe.teacher and "/" in run["teacher"]["name"] else None,
+        base_model=teacher_name.removeprefix("hf-hub:") if teacher_name.startswith("hf-hub:") else None,
         eval_results=[
             EvalResult(
                 task_type="image-classification",
@@ -61,10 +63,3 @@ def write_card(run_folder: Path) -> Path:
     path = run_folder / "student" / "README.md"
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n").save(path)
     return path
-
-
-def _licence(of_teacher: str | None) -> str:
-    """Apache-2.0, unless the teacher's weights came under terms that are not permissive, or not known."""
-    if of_teacher in (None, "none, random weights", "apache-2.0", "mit", "bsd-3-clause"):
-        return "apache-2.0"
-    return "other" if of_teacher.startswith("unknown") else of_teacher

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import timm
 import torch
-from safetensors.torch import save_file
 from timm.models._hub import save_config_for_hf
 
+from deit_kd.checkpoint import replace_folder, write_tensors
 from deit_kd.errors import UserError
 from deit_kd.models.distiller import TimmModel
 from deit_kd.recipe import Recipe
 
 
-def export_student(student: TimmModel, folder: Path, recipe: Recipe, class_names: Sequence[str]) -> None:
+def export_student(
+    student: TimmModel, folder: Path, recipe: Recipe, class_names: Sequence[str], teacher_licence: str | None
+) -> None:
     """Writes model.safetensors and config.json so that timm and transformers load the student; replaces `folder` whole.
 
     Args:
@@ -26,6 +27,7 @@ def export_student(student: TimmModel, folder: Path, recipe: Recipe, class_names
         folder: where to; `timm.create_model("local-dir:FOLDER", pretrained=True)` loads it.
         recipe: for the preprocessing and the arguments of the architecture.
         class_names: [K] names, stored as label_names.
+        teacher_licence: of the weights that it learnt from, if any.
 
     Raises:
         UserError: the reloaded model gives other logits.
@@ -33,26 +35,20 @@ def export_student(student: TimmModel, folder: Path, recipe: Recipe, class_names
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    # clone: neither views nor channels_last memory can be written by safetensors
-    tensors = {
-        name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in student.state_dict().items()
-    }
-    save_file(tensors, temporary / "model.safetensors", {"format": "pt"})
-    (temporary / "model.safetensors").chmod(0o644)  # safetensors makes files that only their owner can read
-    _write_config(student, temporary / "config.json", recipe, class_names)
+    write_tensors(student.state_dict(), temporary / "model.safetensors")
+    _write_config(student, temporary / "config.json", recipe, class_names, teacher_licence)
     _compare(student, temporary, recipe)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
+    replace_folder(temporary, folder)
 
 
-def _write_config(student: TimmModel, file: Path, recipe: Recipe, class_names: Sequence[str]) -> None:
+def _write_config(student: TimmModel, file: Path, recipe: Recipe, class_names: Sequence[str], teacher_licence: str | None) -> None:
     size = recipe.data.img_size
     arguments = dict(recipe.student.model_args)
     if student.pretrained_cfg.get("fixed_input_size"):
         arguments["img_size"] = size
     preprocessing = {
         "tag": "deit_kd",  # else timm writes the tag of its own weights of this architecture
-        "license": "apache-2.0",
+        "license": licence(teacher_licence),
         "input_size": [3, size, size],
         "mean": list(recipe.data.mean),
         "std": list(recipe.data.std),
@@ -76,6 +72,13 @@ def _write_config(student: TimmModel, file: Path, recipe: Recipe, class_names: S
     config.get("model_args", {}).pop("num_classes", None)
     config["pretrained_cfg"] = {key: value for key, value in config["pretrained_cfg"].items() if value is not None}
     file.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def licence(of_teacher: str | None) -> str:
+    """Apache-2.0, unless the teacher's weights came under terms that are not permissive, or not known."""
+    if of_teacher in (None, "none, random weights", "apache-2.0", "mit", "bsd-3-clause"):
+        return "apache-2.0"
+    return "other" if of_teacher.startswith("unknown") else of_teacher
 
 
 @torch.inference_mode()
