@@ -21,7 +21,7 @@ from accelerate.utils import broadcast
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from deit_kd.data import Batch, EvaluationLoader, Source, TrainLoader, open_source
+from deit_kd.data import Batch, EvaluationLoader, Placement, Source, TrainLoader, open_source
 from deit_kd.data.loader import SKIPPED
 from deit_kd.data.transforms import evaluation_transform, train_transform
 from deit_kd.errors import UserError
@@ -120,31 +120,30 @@ class Classification:
         if len(val) < accelerator.num_processes:
             raise UserError(f"{val.origin}: {len(val)} validation images are fewer than the {accelerator.num_processes} processes")
         self.accumulation_steps = accumulation(recipe.global_batch_size, accelerator.num_processes, device_batch_size)
-        workers = recipe.run.workers
-        if workers == "auto":
-            workers = min(16, (os.cpu_count() or 1) // accelerator.num_processes)
-        placement = {
-            "num_processes": accelerator.num_processes,
-            "process_index": accelerator.process_index,
-            "workers": workers,
-            "on_bad_image": recipe.data.on_bad_image,
-            "device": accelerator.device,
-            "warn": warn,
-        }
+        stated = recipe.run.workers
+        workers = min(16, (os.cpu_count() or 1) // accelerator.num_processes) if stated == "auto" else stated
+        placement = Placement(
+            device=accelerator.device,
+            num_processes=accelerator.num_processes,
+            process_index=accelerator.process_index,
+            workers=workers,
+            on_bad_image=recipe.data.on_bad_image,
+            warn=warn,
+        )
         self.train_loader = TrainLoader(
             train,
             train_transform(recipe),
             recipe.augmentation,
+            placement,
             num_classes=self.num_classes,
             seed=recipe.seed,
             global_batch_size=recipe.global_batch_size,
             accumulation_steps=self.accumulation_steps,
-            **placement,
         )
         micro = self.train_loader.micro_batch_size
         if recipe.distill and recipe.distill.feature_weight > 0 and micro < 2:
             raise UserError(f"global_batch_size={recipe.global_batch_size}: leaves {micro} image a micro-batch, LogSum needs 2")
-        self.val_loader = EvaluationLoader(val, evaluation_transform(recipe), batch_size=micro, **placement)
+        self.val_loader = EvaluationLoader(val, evaluation_transform(recipe), placement, batch_size=micro)
         self.steps_per_epoch = self.train_loader.steps_per_epoch
         distiller = build_distiller(recipe, self.num_classes, teacher)
         self.student = distiller.student

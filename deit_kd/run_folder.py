@@ -109,7 +109,7 @@ def describe(output: Path, recipe: Recipe, accelerator: Accelerator, task: Class
             "teacher": None if task.teacher is None else _teacher(task, counted),
         }
         (output / "run.json").write_text(json.dumps(run, indent=2) + "\n")
-    loading = f"{loader.num_processes} x {loader.accumulation_steps} x {loader.micro_batch_size}"
+    loading = f"{accelerator.num_processes} x {loader.accumulation_steps} x {loader.micro_batch_size}"
     accelerator.print(
         f"train   {len(loader.source):,} images of {loader.source.origin}; validation {len(val):,} images\n"
         f"student {recipe.student.name}, {counted.student_parameters:,} parameters; projector {counted.projector_parameters:,}\n"

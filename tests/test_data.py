@@ -16,7 +16,7 @@ from timm.data.mixup import Mixup
 
 from deit_kd import recipe as recipes
 from deit_kd.classification import open_data
-from deit_kd.data import EvaluationLoader, TrainLoader, open_source
+from deit_kd.data import EvaluationLoader, Placement, TrainLoader, open_source
 from deit_kd.data.mixing import mix, partner, smooth_one_hot
 from deit_kd.data.sources import EMBEDDED
 from deit_kd.data.transforms import evaluation_transform, train_transform
@@ -41,16 +41,11 @@ def train_loader(
         open_source("image_folder", folder, "train"),
         train_transform(recipe),
         recipe.augmentation,
+        Placement(CPU, processes, process, workers, bad, print),
         num_classes=10,
         seed=5,
         global_batch_size=24,
         accumulation_steps=accumulation,
-        num_processes=processes,
-        process_index=process,
-        workers=workers,
-        on_bad_image=bad,
-        device=CPU,
-        warn=print,
     )
 
 
@@ -91,15 +86,7 @@ def test_evaluation_counts_each_image_once_for_any_number_of_processes(fashion_f
             label
             for process in range(processes)
             for _, batch in EvaluationLoader(
-                source,
-                transform,
-                batch_size=9,
-                num_processes=processes,
-                process_index=process,
-                workers=0,
-                on_bad_image="refuse",
-                device=CPU,
-                warn=print,
+                source, transform, Placement(CPU, processes, process, 0, "refuse", print), batch_size=9
             )
             for label in batch.tolist()
         ]

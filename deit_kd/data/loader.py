@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -31,6 +31,18 @@ class Batch:
     images: Tensor
     targets: Tensor
     labels: Tensor
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where and how a loader works: this process among how many, with what, and whom it tells of images that it cannot read."""
+
+    device: torch.device
+    num_processes: int
+    process_index: int
+    workers: int
+    on_bad_image: str  # refuse or skip
+    warn: Callable[[str], None]
 
 
 class _Item(NamedTuple):
@@ -112,14 +124,14 @@ def _leave_stopping_to_the_main_process(_: int) -> None:
     os.setpgrp()  # a terminal's Ctrl-C and a scheduler's SIGTERM go to the whole group
 
 
-def _data_loader(dataset: _SeededDataset, batches: _EpochBatches, workers: int, device: torch.device) -> DataLoader[Any]:
+def _data_loader(dataset: _SeededDataset, batches: _EpochBatches, placement: Placement) -> DataLoader[Any]:
     return DataLoader(
         dataset,
         batch_sampler=batches,
-        num_workers=workers,
+        num_workers=placement.workers,
         collate_fn=_collate,
-        pin_memory=device.type == "cuda",
-        persistent_workers=workers > 0,
+        pin_memory=placement.device.type == "cuda",
+        persistent_workers=placement.workers > 0,
         worker_init_fn=_leave_stopping_to_the_main_process,
         generator=torch.Generator(),  # the loader draws its own base seed from it, not from the model's stream
     )
@@ -137,36 +149,30 @@ class TrainLoader:
         source: Source,
         transform: Transform,
         augmentation: Augmentation,
+        placement: Placement,
         *,
         num_classes: int,
         seed: int,
         global_batch_size: int,
         accumulation_steps: int,
-        num_processes: int,
-        process_index: int,
-        workers: int,
-        on_bad_image: str,
-        device: torch.device,
-        warn: Any,
     ):
-        self.source, self.augmentation, self.num_classes, self.seed, self.device = source, augmentation, num_classes, seed, device
-        self.on_bad_image, self.warn, self._warned = on_bad_image, warn, set[str]()
-        cuts = accumulation_steps * num_processes
+        self.source, self.augmentation, self.placement = source, augmentation, placement
+        self.num_classes, self.seed, self._warned = num_classes, seed, set[str]()
+        cuts = accumulation_steps * placement.num_processes
         if len(source) < cuts:
             raise UserError(f"{source.origin}: {len(source)} images cannot feed {cuts} micro-batches a step")
         self.global_batch_size = global_batch_size
         if len(source) < global_batch_size:
             self.global_batch_size = len(source) // cuts * cuts
-            warn(
+            placement.warn(
                 f"{source.origin} has {len(source)} images, fewer than global_batch_size {global_batch_size}: "
                 f"a step takes {self.global_batch_size}"
             )
         self.micro_batch_size = self.global_batch_size // cuts
-        self.accumulation_steps, self.num_processes, self.process_index = accumulation_steps, num_processes, process_index
+        self.accumulation_steps = accumulation_steps
         self.steps_per_epoch = len(source) // self.global_batch_size
         self._batches = _EpochBatches()
-        dataset = _SeededDataset(source, transform, seed, on_bad_image, training=True)
-        self._loader = _data_loader(dataset, self._batches, workers, device)
+        self._loader = _data_loader(_SeededDataset(source, transform, seed, placement.on_bad_image, True), self._batches, placement)
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """Micro-batches of an epoch from optimiser step `start_step` (within the epoch) on.
@@ -174,9 +180,10 @@ class TrainLoader:
         Raises:
             UserError: an unreadable image, when the recipe refuses them.
         """
+        place = self.placement
         order = np.random.default_rng(derive_seed(self.seed, "order", epoch)).permutation(len(self.source))
         starts = [
-            step * self.global_batch_size + (micro * self.num_processes + self.process_index) * self.micro_batch_size
+            step * self.global_batch_size + (micro * place.num_processes + place.process_index) * self.micro_batch_size
             for step in range(start_step, self.steps_per_epoch)
             for micro in range(self.accumulation_steps)
         ]
@@ -189,8 +196,8 @@ class TrainLoader:
                     raise UserError(f"{fault}; remove it, or set data.on_bad_image=skip")
                 if fault not in self._warned:
                     self._warned.add(fault)
-                    self.warn(f"{fault}; the next image takes its place")
-            images, labels = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+                    place.warn(f"{fault}; the next image takes its place")
+            images, labels = images.to(place.device, non_blocking=True), labels.to(place.device, non_blocking=True)
             targets = smooth_one_hot(labels, self.num_classes, self.augmentation.label_smoothing)
             rng = np.random.default_rng(derive_seed(self.seed, "mix", epoch, start // self.global_batch_size))
             images, targets = mix(images, targets, self.augmentation, rng)
@@ -200,25 +207,12 @@ class TrainLoader:
 class EvaluationLoader:
     """Every image once: process p of P takes images p, p+P, ... ; yields (images [B,3,H,W], labels [B]) on the device."""
 
-    def __init__(
-        self,
-        source: Source,
-        transform: Transform,
-        *,
-        batch_size: int,
-        num_processes: int,
-        process_index: int,
-        workers: int,
-        on_bad_image: str,
-        device: torch.device,
-        warn: Any,
-    ):
-        self.source, self.device, self.on_bad_image, self.warn = source, device, on_bad_image, warn
-        mine = [(0, index) for index in range(process_index, len(source), num_processes)]
+    def __init__(self, source: Source, transform: Transform, placement: Placement, batch_size: int):
+        self.source, self.placement, self._warned = source, placement, set[str]()
+        mine = [(0, index) for index in range(placement.process_index, len(source), placement.num_processes)]
         batches = _EpochBatches()
         batches.batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
-        self._loader = _data_loader(_SeededDataset(source, transform, 0, on_bad_image, False), batches, workers, device)
-        self._warned: set[str] = set()
+        self._loader = _data_loader(_SeededDataset(source, transform, 0, placement.on_bad_image, False), batches, placement)
 
     def __len__(self) -> int:
         return len(self._loader)
@@ -226,11 +220,11 @@ class EvaluationLoader:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for images, labels, faults, _ in self._loader:
             for fault in faults:
-                if self.on_bad_image == "refuse":
+                if self.placement.on_bad_image == "refuse":
                     raise UserError(f"{fault}; remove it, or set data.on_bad_image=skip")
                 if fault not in self._warned:
                     self._warned.add(fault)
-                    self.warn(f"{fault}; evaluation leaves it out")
+                    self.placement.warn(f"{fault}; evaluation leaves it out")
             if images is None:  # a whole batch of unreadable images
                 continue
-            yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+            yield images.to(self.placement.device, non_blocking=True), labels.to(self.placement.device, non_blocking=True)

@@ -10,7 +10,7 @@ import copy
 import dataclasses
 import difflib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,20 @@ from pydantic import TypeAdapter, ValidationError
 from deit_kd.errors import UserError
 from deit_kd.recipe import schema
 from deit_kd.recipe.checks import impossible
-from deit_kd.recipe.schema import Augmentation, Data, Distill, Evaluation, Optim, Projector, Recipe, Run, Section, Student, Teacher
+from deit_kd.recipe.schema import (
+    Augmentation,
+    Data,
+    Distill,
+    Evaluation,
+    Optim,
+    Projector,
+    Recipe,
+    Run,
+    Section,
+    Student,
+    Teacher,
+    flatten,
+)
 
 __all__ = [
     "Augmentation",
@@ -98,19 +111,6 @@ def differences(old: Recipe, new: Recipe) -> list[str]:
     a, b = dict(flatten(old)), dict(flatten(new))
     keys = [key for key in {**a, **b} if not key.startswith("run.")]
     return [f"{key}: {a.get(key)} -> {b.get(key)}" for key in keys if a.get(key) != b.get(key)]
-
-
-def flatten(recipe: Recipe) -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of every key."""
-
-    def walk(tree: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-        for key, value in tree.items():
-            if isinstance(value, dict) and value:
-                yield from walk(value, f"{prefix}{key}.")
-            else:
-                yield prefix + key, value
-
-    return walk(dataclasses.asdict(recipe), "")
 
 
 def _find(name_or_path: str | Path) -> Path:

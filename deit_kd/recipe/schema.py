@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from pydantic import ConfigDict
@@ -141,3 +142,16 @@ class Recipe(Section):
         """What the learning rates are multiplied by, from the declared global batch and the rule."""
         ratio = self.global_batch_size / self.optim.lr_base_batch_size
         return {"none": 1.0, "linear": ratio, "sqrt": ratio**0.5}[self.optim.lr_rule]
+
+
+def flatten(recipe: Recipe) -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every key."""
+
+    def walk(tree: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+        for key, value in tree.items():
+            if isinstance(value, dict) and value:
+                yield from walk(value, f"{prefix}{key}.")
+            else:
+                yield prefix + key, value
+
+    return walk(asdict(recipe), "")
