@@ -35,8 +35,10 @@ def _out_of_range(recipe: Recipe) -> list[str]:
     for key, value in flatten(recipe):
         if not isinstance(value, (int, float)):  # "auto", null, a name
             continue
-        if not math.isfinite(value) or value >= 2**63:
+        if not math.isfinite(value):
             faults.append(f"{key}: must be finite, got {value}")
+        elif key == "seed" and value >= 2**63:
+            faults.append(f"seed: must be below 2**63, got {value}")
         elif key in AT_LEAST and value < AT_LEAST[key]:
             faults.append(f"{key}: must be at least {AT_LEAST[key]}, got {value}")
         elif key in ABOVE_ZERO and value <= 0:
