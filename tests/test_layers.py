@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "errors": set(),
     "seed": set(),
     "recipe": {"recipe"},
-    "losses": set(),
+    "losses": {"losses"},
     "data": {"data", "recipe"},
     "models": {"models", "recipe"},
     "optim": {"recipe"},
@@ -86,7 +86,9 @@ def test_nothing_goes_past_the_wrapper() -> None:
 def test_the_path_to_backward_is_short() -> None:
     """Own lines that a reader of one step passes: whole files of entry, loop and task, and the parts of leaves that they call."""
     leaves = {
-        "losses": {"_full_precision", "_pair", "_batch_standardise", "_log", "logsum_correlation", "kl_distillation"},
+        "losses/features": {"_batch_standardise", "_log", "logsum_correlation"},
+        "losses/logits": {"kl_distillation"},
+        "losses/precision": {"full_precision", "pair"},
         "models/distiller": {"StudentOutput", "Distiller", "pooled_features"},
         "models/teacher": {"TeacherOutput", "Teacher"},
     }
