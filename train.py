@@ -75,11 +75,11 @@ def fail(message: str) -> NoReturn:
 
 
 def dry_run(recipe: recipes.Recipe, data: Path | None) -> None:
-    from deit_kd import classification, plan
+    from deit_kd import build, plan
 
     train = None
     if data or recipe.data.source == "fashion_mnist":
-        train, _ = classification.open_data(recipe, data)
+        train, _ = build.open_data(recipe, data)
     counted = plan.make_plan(recipe, len(train.class_names) if train else None)
     print(plan.describe(recipe, counted, len(train) if train else None))
 
@@ -87,18 +87,16 @@ def dry_run(recipe: recipes.Recipe, data: Path | None) -> None:
 def train(recipe: recipes.Recipe, options: argparse.Namespace, output: Path) -> None:
     from timm.utils import ModelEmaV3
 
-    from deit_kd import analysis, classification, engine, optim, release, run_folder, tracking
+    from deit_kd import analysis, build, classification, engine, optim, release, run_folder, tracking
 
     accelerator = make_accelerator(recipe, options.device, output)
     resume = run_folder.prepare(output, recipe, options.resume, accelerator)
     say = accelerator.print
 
     with accelerator.main_process_first():  # one process downloads, the others find it
-        sources = classification.open_data(recipe, options.data)
-    teacher = classification.build_teacher(recipe, len(sources[0].class_names))
-    if teacher:
-        teacher.to(accelerator.device)
-    task = classification.Classification(recipe, accelerator, sources, teacher, options.device_batch_size, say)
+        sources = build.open_data(recipe, options.data)
+    teachers = [teacher.to(accelerator.device) for teacher in build.build_teachers(recipe, sources[0].class_names)]
+    task = classification.Classification(recipe, accelerator, sources, teachers, output, options.device_batch_size, say)
     optimizer = optim.build_optimizer(recipe, task.module)
     task.module, optimizer = accelerator.prepare(task.module, optimizer)
     ema = ModelEmaV3(task.student, decay=recipe.ema_decay) if recipe.ema_decay else None
@@ -107,8 +105,8 @@ def train(recipe: recipes.Recipe, options: argparse.Namespace, output: Path) -> 
     stop_at = min(total_steps, options.max_steps or total_steps)
     run_folder.describe(output, recipe, accelerator, task, total_steps, resumed=resume is not None)
     tracker = tracking.Tracker(accelerator, output, stop_at)
-    if teacher and resume is None and task.teacher_knows_labels:
-        tracker.log("teacher", 0, task.evaluate_teacher())
+    if resume is None and any(task.knows_labels):
+        tracker.log("teacher", 0, task.evaluate_teachers())
     loop = engine.Loop(
         seed=recipe.seed,
         total_steps=stop_at,
@@ -124,9 +122,8 @@ def train(recipe: recipes.Recipe, options: argparse.Namespace, output: Path) -> 
     complete = engine.fit(task, accelerator, optimizer, schedule, loop, tracker, output, ema, resume)
     if complete and accelerator.is_main_process:
         student = accelerator.unwrap_model(task.module).student if ema is None else ema.module
-        release.export_student(
-            student, output / "student", recipe, sources[0].class_names, teacher.info.license if teacher else None
-        )
+        licences = [teacher.info.license for teacher in teachers]
+        release.export_student(student, output / "student", recipe, sources[0].class_names, licences)
         card = release.write_card(output)
         analysis.plot_run(output)
         say(f"student {output / 'student'}\ncard    {card}\nplots   {output / 'plots'}")

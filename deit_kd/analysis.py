@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,29 @@ def _lines(lines: Sequence[dict[str, Any]], names: Sequence[str], title: str, yl
     axes.legend()
     axes.grid(alpha=0.3)
     return figure
+
+
+def plot_grid(axes: Sequence[str], scores: Mapping[tuple[str, ...], Sequence[float]], file: Path) -> None:
+    """Mean top-1 and its standard error against the axis with most values; a line for each combination of the others."""
+    long = max(range(len(axes)), key=lambda axis: len({key[axis] for key in scores}))
+    values = list(dict.fromkeys(key[long] for key in scores))
+    figure, plot = plt.subplots(figsize=(7, 4.5))
+    for others in dict.fromkeys(key[:long] + key[long + 1 :] for key in scores):
+        rows = [(values.index(key[long]), row) for key, row in scores.items() if key[:long] + key[long + 1 :] == others and row]
+        names = [
+            f"{name.rpartition('.')[2]} {value}" for name, value in zip([*axes[:long], *axes[long + 1 :]], others, strict=True)
+        ]
+        errors = [float(np.std(row, ddof=1) / len(row) ** 0.5) if len(row) > 1 else 0.0 for _, row in rows]
+        plot.errorbar(
+            [at for at, _ in rows], [float(np.mean(row)) for _, row in rows], errors, marker="o", capsize=3, label=", ".join(names)
+        )
+    plot.set(title="top-1 of the last weights, mean and standard error over seeds", xlabel=axes[long], ylabel="%")
+    plot.set_xticks(range(len(values)), values)
+    if len(axes) > 1:
+        plot.legend(fontsize=8)
+    plot.grid(alpha=0.3)
+    figure.savefig(file, dpi=120, bbox_inches="tight")
+    plt.close(figure)
 
 
 def contact_sheet(

@@ -1,16 +1,16 @@
 """Image classification: the equation of a step, and what is measured.
 
-    loss = CE(class head, mixed labels)
-         + kd_weight      * T^2 KL(teacher || distillation head)
-         + feature_weight * LogSum(projector(mean patch token), pooled teacher features)
+    loss = label_weight * CE(class head, mixed labels)
+         + for each teacher
+             kd_weight      * kd_loss(head, teacher's logits)             T^2 KL(teacher || distillation head) in the paper
+             feature_weight * feature_loss(projector(tap), teacher's tap)   LogSum of the mean patch token there
 
-Every term has the same name here, in the recipe and in metrics.jsonl.
+Every term has the same name here, in the recipe and in metrics.jsonl; of several teachers with the teacher's number behind it.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,68 +21,18 @@ from accelerate.utils import broadcast
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from deit_kd.data import Batch, EvaluationLoader, Placement, Source, TrainLoader, open_source
+from deit_kd.build import accumulation, build_distiller
+from deit_kd.build import workers as loader_workers
+from deit_kd.class_means import load_or_compute
+from deit_kd.data import Batch, EvaluationLoader, Placement, Source, TrainLoader
 from deit_kd.data.loader import SKIPPED
 from deit_kd.data.transforms import evaluation_transform, train_transform
 from deit_kd.errors import UserError
-from deit_kd.losses import kl_distillation, logsum_correlation, logsum_difference
-from deit_kd.models import Distiller, StudentOutput, Teacher, TeacherOutput, build_projector, build_student, load_teacher
-from deit_kd.models.distiller import feature_width
-from deit_kd.recipe import Recipe
-from deit_kd.seed import derive_seed
+from deit_kd.models import Distiller, StudentOutput, Teacher, TeacherOutput
+from deit_kd.models.projectors import first_matrix
+from deit_kd.recipe import Lesson, Recipe
+from deit_kd.terms import Terms
 from deit_kd.tracking import Clock
-
-FEATURE_LOSSES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
-    "logsum_correlation": logsum_correlation,
-    "logsum_difference": logsum_difference,
-}
-
-
-def build_teacher(recipe: Recipe, num_classes: int) -> Teacher | None:
-    """The recipe's teacher, which gets the images that the student gets and knows its classes if logits are distilled."""
-    if recipe.teacher is None or recipe.distill is None:
-        return None
-    torch.manual_seed(derive_seed(recipe.seed, "teacher"))  # random weights are then the same in every process and after a resume
-    knows_classes = recipe.distill.kd_weight > 0 or recipe.teacher.weights == "random"
-    return load_teacher(
-        recipe.teacher.name,
-        num_classes if knows_classes else None,
-        weights=recipe.teacher.weights,
-        image_mean=recipe.data.mean,
-        image_std=recipe.data.std,
-        precision=recipe.teacher.precision,
-    )
-
-
-def build_distiller(recipe: Recipe, num_classes: int, teacher: Teacher | None) -> Distiller:
-    """Student and, when a feature loss needs it, projector; fresh weights that depend on the recipe's seed alone."""
-    torch.manual_seed(recipe.seed)
-    student = build_student(recipe.student, num_classes, recipe.data.img_size)
-    projector = None
-    if recipe.projector and recipe.distill and teacher and recipe.distill.feature_weight > 0:
-        projector = build_projector(recipe.projector, feature_width(student), teacher.width)
-    return Distiller(student, projector)
-
-
-def open_data(recipe: Recipe, data: Path | None) -> tuple[Source, Source]:
-    """(train, val) of the recipe.
-
-    Raises:
-        UserError: missing or empty data, or not what the recipe states of it.
-    """
-    train, val = (open_source(recipe.data.source, data, split) for split in ("train", "val"))
-    stated = recipe.data.num_classes
-    if stated not in ("auto", len(train.class_names)):
-        raise UserError(
-            f"{train.origin}: has {len(train.class_names)} classes, the recipe says data.num_classes={stated}; "
-            f"set data.num_classes={len(train.class_names)} or give other data"
-        )
-    if recipe.data.train_images not in ("auto", len(train)):
-        raise UserError(
-            f"{train.origin}: has {len(train)} training images, the recipe says data.train_images={recipe.data.train_images}; "
-            "pass --data DIR of the whole set, or set data.train_images=auto"
-        )
-    return train, val
 
 
 class Classification:
@@ -92,12 +42,13 @@ class Classification:
         recipe: what to train.
         accelerator: prepares nothing here but says where and among how many.
         sources: train and val.
-        teacher: on the device, or None.
+        teachers: one a lesson of the recipe, on the device.
+        output: the run folder, where class means are kept.
         device_batch_size: the largest micro-batch of one device; None for no accumulation.
         warn: tells people something.
 
     Raises:
-        UserError: a batch that does not divide, or labels of other names than the teacher's.
+        UserError: a batch that does not divide, or what `build_distiller` and `class_means.load_or_compute` refuse.
     """
 
     def __init__(
@@ -105,23 +56,20 @@ class Classification:
         recipe: Recipe,
         accelerator: Accelerator,
         sources: tuple[Source, Source],
-        teacher: Teacher | None,
+        teachers: Sequence[Teacher],
+        output: Path,
         device_batch_size: int | None,
         warn: Callable[[str], None],
     ):
-        self.recipe, self.accelerator, self.teacher = recipe, accelerator, teacher
+        self.recipe, self.accelerator, self.teachers = recipe, accelerator, tuple(teachers)
         train, val = sources
         self.num_classes = len(train.class_names)
-        self.teacher_knows_labels = bool(recipe.distill and recipe.distill.kd_weight > 0)
-        if teacher:
-            teacher.gives_feature_map = False  # nothing here reads it
-        if teacher and teacher.info.label_names and recipe.distill and recipe.distill.kd_weight > 0:
-            _same_labels(teacher.info.label_names, train.class_names)
+        lessons = recipe.lessons()
+        self.knows_labels = [bool(lesson.distill.kd_weight) for lesson in lessons]
         if len(val) < accelerator.num_processes:
             raise UserError(f"{val.origin}: {len(val)} validation images are fewer than the {accelerator.num_processes} processes")
         self.accumulation_steps = accumulation(recipe.global_batch_size, accelerator.num_processes, device_batch_size)
-        stated = recipe.run.workers
-        workers = min(16, (os.cpu_count() or 1) // accelerator.num_processes) if stated == "auto" else stated
+        workers = loader_workers(recipe, accelerator.num_processes)
         placement = Placement(
             device=accelerator.device,
             num_processes=accelerator.num_processes,
@@ -141,13 +89,27 @@ class Classification:
             accumulation_steps=self.accumulation_steps,
         )
         micro = self.train_loader.micro_batch_size
-        if recipe.distill and recipe.distill.feature_weight > 0 and micro < 2:
-            raise UserError(f"global_batch_size={recipe.global_batch_size}: leaves {micro} image a micro-batch, LogSum needs 2")
+        if micro < 2 and any(lesson.distill.feature_weight for lesson in lessons):
+            raise UserError(
+                f"global_batch_size={recipe.global_batch_size}: leaves {micro} image a micro-batch, feature losses need 2"
+            )
         self.val_loader = EvaluationLoader(val, evaluation_transform(recipe), placement, batch_size=micro)
         self.steps_per_epoch = self.train_loader.steps_per_epoch
-        distiller = build_distiller(recipe, self.num_classes, teacher)
-        self.student = distiller.student
+        distiller = build_distiller(recipe, self.num_classes, teachers, torch.from_numpy(train.labels))
+        self.student, self.projectors = distiller.student, distiller.projectors
         self.module: nn.Module = distiller
+
+        def means(lesson: Lesson, teacher: Teacher) -> Tensor | None:
+            stated = lesson.distill.class_means
+            if stated is None or not lesson.distill.feature_weight:
+                return None
+            file = output / f"class_means_{teacher.info.sha256[:8]}.safetensors" if stated == "auto" else Path(stated)
+            return load_or_compute(file, recipe, teacher, train, accelerator, workers, warn)
+
+        self.terms = [
+            Terms(lesson, number, teacher, recipe.epochs, means(lesson, teacher), accelerator.gather)
+            for number, (lesson, teacher) in enumerate(zip(lessons, teachers, strict=True))
+        ]
 
     def train_batches(self, epoch: int, start_step: int) -> Iterator[Batch]:
         """See `engine.Task`."""
@@ -155,29 +117,35 @@ class Classification:
 
     def compute_terms(self, batch: Batch, clock: Clock, detailed: bool) -> dict[str, Tensor]:
         """The equation. On detailed steps also `agreement` (share of equal decisions) and `cosine` of the features."""
-        distill = self.recipe.distill
-        teacher: TeacherOutput | None = None
-        if self.teacher:  # first, so that its activations are gone before the student's are kept
-            with clock.span("teacher"), self.accelerator.autocast():
-                teacher = self.teacher(batch.images)
+        asked = {number: terms for number, terms in enumerate(self.terms) if terms.active(batch.epoch)}
+        taught: dict[Teacher, TeacherOutput] = {}
+        for terms in asked.values():  # before the student, so that their activations are gone when its are kept
+            if terms.teacher not in taught:
+                with clock.span("teacher"), self.accelerator.autocast():
+                    taught[terms.teacher] = terms.teacher(batch.images)
         with clock.span("student"):
-            student: StudentOutput = self.module(batch.images)
-            heads = student.prediction(), student.prediction()
-            if distill and distill.kd_weight > 0 and student.dist_logits is not None:
-                heads = student.logits, student.dist_logits
-            class_head, distillation_head = heads
-            terms = {"ce": F.cross_entropy(class_head.float(), batch.targets)}
-            loss = terms["ce"]
-            if distill and teacher and distill.kd_weight > 0:
-                terms["kd"] = kl_distillation(distillation_head, teacher.logits, distill.temperature)
-                loss = loss + distill.kd_weight * terms["kd"]
-            if distill and teacher and student.projected is not None:
-                feature_loss = FEATURE_LOSSES[distill.feature_loss]
-                terms["feature"] = feature_loss(student.projected, teacher.features, distill.power)
-                loss = loss + distill.feature_weight * terms["feature"]
-        if detailed and teacher:
-            terms |= _detail(student, teacher, self.teacher_knows_labels)
-        return {"loss": loss, **terms}
+            taps = [taught[t.teacher].tapped[t.tap] if t in asked.values() and t.tap is not None else None for t in self.terms]
+            student: StudentOutput = self.module(batch.images, taps)
+            values: dict[str, Tensor] = {}
+            loss = batch.targets.new_zeros(())
+            if self.recipe.label_weight:
+                class_head = student.logits if any(t.teaches_tokens(batch.epoch) for t in self.terms) else student.prediction()
+                values["ce"] = F.cross_entropy(class_head.float(), batch.targets)
+                loss = self.recipe.label_weight * values["ce"]
+            for number, terms in asked.items():
+                output, suffix = taught[terms.teacher], f"_{number}" if len(self.terms) > 1 else ""
+                if terms.distill.kd_weight and terms.on("kd", batch.epoch):
+                    values[f"kd{suffix}"] = kd = terms.kd(student, output, batch)
+                    loss = loss + terms.weight("kd", batch.epoch) * kd
+                if terms.tap is not None and terms.on("feature", batch.epoch):
+                    values[f"feature{suffix}"] = feature = terms.feature(student, output, batch, self.projectors[number])
+                    loss = loss + terms.weight("feature", batch.epoch) * feature
+            for number, terms in enumerate(self.terms):  # else DDP waits for gradients that never come
+                if not (number in asked and terms.on("feature", batch.epoch)):
+                    loss = loss + sum(0.0 * p.sum() for p in self.projectors[number].parameters())
+        if detailed and 0 in asked:
+            values |= _detail(student, taught[self.terms[0].teacher], self.terms[0], self.knows_labels[0])
+        return {"loss": loss, **values}
 
     @torch.inference_mode()
     def evaluate(self, ema: nn.Module | None = None) -> dict[str, float]:
@@ -194,22 +162,27 @@ class Classification:
 
     def _measure(self, distiller: Distiller, prefix: str) -> dict[str, float]:
         distiller.eval()
+        names: tuple[str, ...] = ("",)
+        if distiller.has_tokens:
+            numbers = range(2, len(distiller.student.get_classifier()))
+            names = ("", "class_head_", "distillation_head_", *(f"distillation_head_{number}_" for number in numbers))
 
         def heads(images: Tensor) -> dict[str, Tensor]:
-            output = distiller(images)
-            if output.dist_logits is None:
-                return {"": output.logits.float()}
-            logits, dist_logits = output.logits.float(), output.dist_logits.float()
-            return {"": (logits + dist_logits) / 2, "class_head_": logits, "distillation_head_": dist_logits}
+            output: StudentOutput = distiller(images)
+            each = {name: logits.float() for name, logits in zip(names[1:], (output.logits, *output.dist_logits), strict=False)}
+            return {"": output.prediction().float(), **each}
 
-        return self._count(heads, prefix, ("", "class_head_", "distillation_head_") if distiller.has_two_heads else ("",))
+        return self._count(heads, prefix, names)
 
     @torch.inference_mode()
-    def evaluate_teacher(self) -> dict[str, float]:
-        """The teacher's top1 and top5 over the same images."""
-        teacher = self.teacher
-        assert teacher is not None
-        return self._count(lambda images: {"": teacher(images).logits}, "teacher_", ("",))
+    def evaluate_teachers(self) -> dict[str, float]:
+        """top1 and top5 over the same images of each teacher that knows their labels."""
+        metrics: dict[str, float] = {}
+        for number, (teacher, knows) in enumerate(zip(self.teachers, self.knows_labels, strict=True)):
+            if knows and teacher not in self.teachers[:number]:
+                prefix = f"teacher_{number}_" if number else "teacher_"
+                metrics |= self._count(lambda images, teacher=teacher: {"": teacher(images).logits}, prefix, ("",))  # type: ignore[misc]
+        return metrics
 
     def _count(self, predict: Callable[[Tensor], dict[str, Tensor]], prefix: str, heads: tuple[str, ...]) -> dict[str, float]:
         """Sums over this process's images, then over the processes: an exact count, whatever their number."""
@@ -240,52 +213,22 @@ class Classification:
 
     @torch.no_grad()
     def inspect(self) -> dict[str, Any]:
-        """The projector's singular values, and its effective rank exp(entropy of their shares): a collapse shows at once."""
-        projector = cast(Distiller, self.accelerator.unwrap_model(self.module)).projector
-        if projector is None:
+        """The first projector's singular values, and its effective rank exp(entropy of their shares): a collapse shows at once."""
+        weight = first_matrix(self.projectors[0]) if self.projectors else None
+        if weight is None or not weight.isfinite().all():
             return {}
-        weight = cast(Tensor, projector.weight).float()
-        if not weight.isfinite().all():
-            return {}
-        values = torch.linalg.svdvals(weight)
+        values = torch.linalg.svdvals(weight.float())
         share = values / values.sum()
         rank = torch.special.entr(share).sum().exp()
         return {"projector_norm": values.norm().item(), "effective_rank": rank.item(), "singular_values": values.tolist()}
 
 
-def accumulation(global_batch_size: int, num_processes: int, device_batch_size: int | None) -> int:
-    """Micro-steps an optimiser step, so that none is larger than `device_batch_size`.
-
-    Raises:
-        UserError: the global batch does not divide evenly.
-    """
-    if global_batch_size % num_processes:
-        raise UserError(f"global_batch_size={global_batch_size} does not divide over {num_processes} processes; change one of them")
-    share = global_batch_size // num_processes
-    if device_batch_size is None or device_batch_size >= share:
-        return 1
-    if device_batch_size < 1 or share % device_batch_size:
-        divisors = [n for n in range(1, share) if share % n == 0 and n <= max(device_batch_size, 1)]
-        raise UserError(
-            f"--device-batch-size {device_batch_size} does not divide the {share} images of a process "
-            f"(global_batch_size {global_batch_size} over {num_processes}); use {divisors[-1]}"
-        )
-    return share // device_batch_size
-
-
-def _detail(student: StudentOutput, teacher: TeacherOutput, same_labels: bool) -> dict[str, Tensor]:
+def _detail(student: StudentOutput, teacher: TeacherOutput, terms: Terms, same_labels: bool) -> dict[str, Tensor]:
     detail = {}
     if same_labels:
         detail["agreement"] = (student.prediction().argmax(1) == teacher.logits.argmax(1)).float().mean()
-    if student.projected is not None:
-        detail["cosine"] = F.cosine_similarity(student.projected.detach().float(), teacher.features, dim=1).mean()
+    projected = student.projected[0]
+    theirs = None if terms.tap is None else teacher.tapped[terms.tap]
+    if isinstance(projected, Tensor) and isinstance(theirs, Tensor) and projected.shape == theirs.shape:
+        detail["cosine"] = F.cosine_similarity(projected.detach().float(), theirs, dim=1).mean()
     return detail
-
-
-def _same_labels(teacher: tuple[str, ...], data: Any) -> None:
-    if tuple(teacher) != tuple(data):
-        first = next((a, b) for a, b in zip(teacher, data, strict=True) if a != b)
-        raise UserError(
-            f"teacher and data name their classes differently (the first: {first[0]!r} and {first[1]!r}); their logits cannot be "
-            "compared: rename the folders, or distil features only with distill.kd_weight=0"
-        )

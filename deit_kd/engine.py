@@ -245,7 +245,7 @@ class _State:
         try:
             self.bare.load_state_dict(parts["module"])
             stated: list[dict[str, Any]] = [
-                {key: group[key] for key in ("betas", "eps", "weight_decay") if key in group}
+                {key: group[key] for key in ("betas", "eps", "momentum", "weight_decay") if key in group}
                 for group in self.optimizer.param_groups
             ]
             checkpoint.unpack_optimizer(self.optimizer, parts["optimizer"], state["optimizer"])

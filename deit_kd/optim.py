@@ -14,7 +14,9 @@ from deit_kd.recipe import Recipe, nearest
 
 
 def build_optimizer(recipe: Recipe, module: nn.Module) -> torch.optim.Optimizer:
-    """Weight decay on matrices only: not on biases, norms, nor what `module.no_weight_decay()` lists (position embedding ...).
+    """The recipe's optimiser over all parameters.
+
+    With optim.decay=matrices no weight decay on biases, norms, nor what `module.no_weight_decay()` lists (position embedding ...).
 
     Raises:
         UserError: an optimiser that timm does not know, or that refuses betas or eps.
@@ -29,17 +31,17 @@ def build_optimizer(recipe: Recipe, module: nn.Module) -> torch.optim.Optimizer:
             opt=optim.name,
             lr=optim.lr * recipe.lr_factor(),
             weight_decay=optim.weight_decay,
-            betas=optim.betas,
-            eps=optim.eps,
+            filter_bias_and_bn=optim.decay == "matrices",
+            **{key: getattr(optim, key) for key in ("betas", "eps", "momentum") if getattr(optim, key) is not None},
             **fused,
         )
     except (TypeError, ValueError, AssertionError, IndexError) as error:
-        raise UserError(f"optim.name={optim.name}: cannot take the recipe's betas and eps ({error}); use adamw") from None
+        raise UserError(f"optim.name={optim.name}: cannot take the recipe's betas, eps or momentum ({error}); use adamw") from None
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Linear warm-up, then half a cosine over the whole run: lr(step) for the update number `step`, counted from 0.
+    """Linear warm-up, then half a cosine over the whole run, or steps down: lr(step) for update number `step`, counted from 0.
 
     As in the authors' code (timm's CosineLRScheduler with warmup_prefix off) the cosine counts from step 0, so that it is
     already a little below its peak when the warm-up ends.
@@ -47,14 +49,18 @@ class Schedule:
 
     peak_lr: float
     warmup_lr: float
-    min_lr: float
     warmup_steps: int
     total_steps: int
+    min_lr: float = 0.0
+    milestones: tuple[int, ...] | None = None  # steps from which the rate is multiplied by decay_rate once more; None: cosine
+    decay_rate: float = 1.0
 
     def __call__(self, step: int) -> float:
         """The learning rate of update number `step`."""
         if step < self.warmup_steps:
             return self.warmup_lr + step * (self.peak_lr - self.warmup_lr) / self.warmup_steps
+        if self.milestones is not None:
+            return self.peak_lr * self.decay_rate ** sum(step >= milestone for milestone in self.milestones)
         progress = min(1.0, step / self.total_steps)
         return self.min_lr + 0.5 * (self.peak_lr - self.min_lr) * (1 + math.cos(math.pi * progress))
 
@@ -62,10 +68,15 @@ class Schedule:
 def build_schedule(recipe: Recipe, steps_per_epoch: int) -> Schedule:
     """The recipe's schedule, every rate multiplied by what its batch rule says."""
     optim, factor = recipe.optim, recipe.lr_factor()
+    milestones = None
+    if optim.milestones is not None:
+        milestones = tuple(round(epoch * steps_per_epoch) for epoch in optim.milestones)
     return Schedule(
         peak_lr=optim.lr * factor,
         warmup_lr=optim.warmup_lr * factor,
-        min_lr=optim.min_lr * factor,
         warmup_steps=round(optim.warmup_epochs * steps_per_epoch),
         total_steps=recipe.epochs * steps_per_epoch,
+        min_lr=(optim.min_lr or 0.0) * factor,
+        milestones=milestones,
+        decay_rate=optim.decay_rate or 1.0,
     )

@@ -9,9 +9,11 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from deit_kd.classification import build_distiller, build_teacher
+from deit_kd.build import build_distiller, build_teachers
 from deit_kd.errors import UserError
-from deit_kd.recipe import Recipe
+from deit_kd.models.distiller import Distiller, shape_of
+from deit_kd.models.taps import Tapped, run, take
+from deit_kd.recipe import Lesson, Recipe
 
 
 @dataclass(frozen=True)
@@ -22,9 +24,19 @@ class Plan:
     student_parameters: int
     student_gmacs: float
     projector_parameters: int
-    teacher_parameters: int
-    teacher_gmacs: float
+    teachers: tuple[tuple[str, int, float], ...]  # (name, parameters, GMACs) of each network, as often as it is run
     shapes: tuple[tuple[str, str], ...]  # (what, shape)
+    taps: tuple[str, ...]  # for each lesson: student's tap -> projector -> teacher's tap, and the loss between them
+
+    @property
+    def teacher_parameters(self) -> int:
+        """Of all teachers."""
+        return sum(parameters for _, parameters, _ in self.teachers)
+
+    @property
+    def teacher_gmacs(self) -> float:
+        """Of all teachers, each at its own image size."""
+        return sum(gmacs for _, _, gmacs in self.teachers)
 
     @property
     def training_gflop_per_image(self) -> float:
@@ -43,46 +55,81 @@ def count(model: nn.Module) -> int:
 
 
 def make_plan(recipe: Recipe, num_classes: int | None) -> Plan:
-    """Builds teacher and student without memory for their weights and counts them.
+    """Builds teachers and student without memory for their weights and counts them.
 
     Args:
         recipe: what would be trained.
         num_classes: of the data; None for as many as the teacher's architecture has by default, when there are no data yet.
 
     Raises:
-        UserError: a name or an argument that timm refuses.
+        UserError: a name or an argument that timm refuses, or taps and widths that do not fit.
     """
-    teacher_recipe = recipe.teacher and replace(recipe.teacher, weights="random", precision="auto")
     image = torch.empty(2, 3, recipe.data.img_size, recipe.data.img_size, device="meta")
     with torch.device("meta"), torch.no_grad():
         classes = num_classes or (recipe.data.num_classes if isinstance(recipe.data.num_classes, int) else 1000)
-        teacher = build_teacher(replace(recipe, teacher=teacher_recipe), classes)
-        distiller = build_distiller(recipe, classes, teacher).eval()
-        teacher_gmacs, shapes = 0.0, [("images", image.shape)]
-        if teacher:
+        teachers = build_teachers(_random(recipe), classes)
+        distiller = build_distiller(recipe, classes, teachers).eval()
+        shapes: list[tuple[str, Any]] = [("images", image.shape)]
+        counted, outputs = [], {}
+        for lesson, teacher in zip(recipe.lessons(), teachers, strict=True):
+            if teacher in outputs:
+                continue
+            teacher.gives_feature_map = True
             with FlopCounterMode(display=False) as counter:
-                output = _forward(teacher, image, f"teacher {recipe.teacher.name if recipe.teacher else ''}")
-            teacher_gmacs = counter.get_total_flops() / 2 / len(image) / 1e9
-            shapes += [(f"teacher {name}", value.shape) for name, value in output._asdict().items() if value is not None]
+                outputs[teacher] = output = _forward(teacher, f"teacher {lesson.teacher.name}", image)
+            counted.append((lesson.teacher.name, count(teacher), counter.get_total_flops() / 2 / len(image) / 1e9))
+            number = f" {len(outputs) - 1}" if len(set(teachers)) > 1 else ""
+            shapes += [(f"teacher{number} {name}", getattr(output, name).shape) for name in ("logits", "features", "feature_map")]
+        lessons = [(lesson, outputs[teacher]) for lesson, teacher in zip(recipe.lessons(), teachers, strict=True)]
+        tapped = [
+            output.tapped[lesson.distill.teacher_tap] if lesson.distill.teacher_tap and lesson.distill.feature_weight else None
+            for lesson, output in lessons
+        ]
         with FlopCounterMode(display=False) as counter:
-            student = _forward(distiller, image, f"student {recipe.student.name}")
-        total_gmacs = counter.get_total_flops() / 2 / len(image) / 1e9
-        shapes += [(f"student {name}", value.shape) for name, value in student._asdict().items() if value is not None]
-    projector_parameters = count(distiller.projector) if distiller.projector else 0
+            _forward(distiller, f"student {recipe.student.name}", image)
+        student_gmacs = counter.get_total_flops() / 2 / len(image) / 1e9
+        student = _forward(distiller, f"student {recipe.student.name}", image, tapped)
+        shapes += [("student logits", student.logits.shape), *(("student dist_logits", each.shape) for each in student.dist_logits)]
+        taps = [
+            _tap_line(lesson, distiller, image, ours, theirs)
+            for lesson, ours, theirs in zip(recipe.lessons(), student.projected, tapped, strict=True)
+            if ours is not None and theirs is not None
+        ]
     return Plan(
         num_classes=classes,
         student_parameters=count(distiller.student),
-        student_gmacs=total_gmacs - projector_parameters / 1e9,
-        projector_parameters=projector_parameters,
-        teacher_parameters=count(teacher) if teacher else 0,
-        teacher_gmacs=teacher_gmacs,
+        student_gmacs=student_gmacs,
+        projector_parameters=count(distiller.projectors),
+        teachers=tuple(counted),
         shapes=tuple((name, str(["B", *shape[1:]]).replace("'", "")) for name, shape in shapes),
+        taps=tuple(taps),
     )
 
 
-def _forward(module: nn.Module, image: torch.Tensor, who: str) -> Any:
+def _tap_line(lesson: Lesson, distiller: Distiller, image: torch.Tensor, projected: Tapped, theirs: Tapped) -> str:
+    """What one lesson compares, with all shapes on the way."""
+    distill, student = lesson.distill, distiller.student
+    assert distill.student_tap is not None
+    ours = take(student, run(student, image, distiller.stages), distill.student_tap)
+    way = "" if lesson.projector.kind == "none" else f" -> {lesson.projector.kind} -> {shape_of(projected)}"
+    return (
+        f"student {distill.student_tap} {shape_of(ours)}{way} | {distill.feature_loss} | "
+        f"{lesson.teacher.name} {distill.teacher_tap} {shape_of(theirs)}"
+    )
+
+
+def _random(recipe: Recipe) -> Recipe:
+    """The recipe with teachers that need no weights."""
+
+    def light(teacher: Any) -> Any:
+        return teacher and replace(teacher, weights="random", precision="auto")
+
+    return replace(recipe, teacher=light(recipe.teacher), teachers=tuple(map(light, recipe.teachers)))
+
+
+def _forward(module: nn.Module, who: str, image: torch.Tensor, *more: Any) -> Any:
     try:
-        return module(image)
+        return module(image, *more)
     except (RuntimeError, AssertionError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
@@ -92,13 +139,14 @@ def _forward(module: nn.Module, image: torch.Tensor, who: str) -> Any:
 
 def describe(recipe: Recipe, plan: Plan, train_images: int | None) -> str:
     """The dry run's text: a table of networks, one of shapes, and what the whole run would take."""
-    teacher = f"teacher    {recipe.teacher.name} (weights: {recipe.teacher.weights})" if recipe.teacher else "teacher    none"
     lines = [
         f"student    {recipe.student.name}  {plan.student_parameters:,} parameters  {plan.student_gmacs:.3f} GMACs",
-        f"{teacher}  {plan.teacher_parameters:,} parameters  {plan.teacher_gmacs:.3f} GMACs",
+        *(f"teacher    {name}  {parameters:,} parameters  {gmacs:.3f} GMACs" for name, parameters, gmacs in plan.teachers or ()),
+        *([] if plan.teachers else ["teacher    none"]),
         f"projector  {plan.projector_parameters:,} parameters",
         "",
         *(f"{name:<22}{shape}" for name, shape in plan.shapes),
+        *(f"tap                   {tap}" for tap in plan.taps),
         "",
         f"global batch {recipe.global_batch_size}, learning rate {recipe.optim.lr * recipe.lr_factor():.3g} at its peak "
         f"({recipe.optim.lr:g}, rule {recipe.optim.lr_rule})",

@@ -106,25 +106,23 @@ def describe(output: Path, recipe: Recipe, accelerator: Accelerator, task: Class
             },
             "student": {"parameters": counted.student_parameters, "gmacs": counted.student_gmacs},
             "projector_parameters": counted.projector_parameters,
-            "teacher": None if task.teacher is None else _teacher(task, counted),
+            "teachers": [
+                {**asdict(teacher.info), "gmacs": gmacs}
+                for teacher, (_, _, gmacs) in zip(dict.fromkeys(task.teachers), counted.teachers, strict=True)
+            ],
         }
         (output / "run.json").write_text(json.dumps(run, indent=2) + "\n")
     loading = f"{accelerator.num_processes} x {loader.accumulation_steps} x {loader.micro_batch_size}"
     accelerator.print(
         f"train   {len(loader.source):,} images of {loader.source.origin}; validation {len(val):,} images\n"
         f"student {recipe.student.name}, {counted.student_parameters:,} parameters; projector {counted.projector_parameters:,}\n"
-        + (f"teacher {task.teacher.info.name}, {counted.teacher_parameters:,} parameters\n" if task.teacher else "teacher none\n")
+        + "".join(f"teacher {name}, {parameters:,} parameters\n" for name, parameters, _ in counted.teachers)
+        + "".join(f"tap     {tap}\n" for tap in counted.taps)
         + f"steps   {total_steps:,} of {loader.global_batch_size} = {loading} images "
         f"(processes x accumulation x device), on {hardware(accelerator.device)}, precision {accelerator.mixed_precision}"
     )
     if recipe.run.trackers:
         accelerator.init_trackers("deit_kd", config={key: str(value) for key, value in recipes.flatten(recipe)})
-
-
-def _teacher(task: Classification, counted: plan.Plan) -> dict[str, Any]:
-    assert task.teacher is not None
-    info = asdict(task.teacher.info)
-    return {**info, "gmacs": counted.teacher_gmacs}
 
 
 def _without_folders(word: str) -> str:

@@ -26,11 +26,14 @@ SKIPPED = -1  # the label of an image that evaluation leaves out
 
 @dataclass
 class Batch:
-    """images [B,3,H,W] normalised, targets [B,K] soft (mixed and smoothed), labels [B] int, all on the device."""
+    """images [B,3,H,W] normalised, targets [B,K] soft (mixed and smoothed), labels [B] int, all on the device; and which they are."""
 
     images: Tensor
     targets: Tensor
     labels: Tensor
+    indices: Tensor  # [B] int, in the training set
+    epoch: int
+    seed: int  # for what else is drawn for this batch
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,9 @@ class Placement:
     warn: Callable[[str], None]
 
 
+_Key = tuple[int, int, int]  # epoch, index of the image, and which view of it in this epoch
+
+
 class _Item(NamedTuple):
     image: Tensor | None  # None: cannot be read
     label: int
@@ -52,7 +58,7 @@ class _Item(NamedTuple):
 
 
 class _SeededDataset(Dataset[_Item]):
-    """Item (epoch, index): the transform's randomness depends on nothing else, so any worker gives the same tensor."""
+    """Item (epoch, index, view): the transform's randomness depends on nothing else, so any worker gives the same tensor."""
 
     def __init__(self, source: Source, transform: Transform, seed: int, on_bad_image: str, training: bool):
         self.source, self.transform, self.seed = source, transform, seed
@@ -61,8 +67,8 @@ class _SeededDataset(Dataset[_Item]):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, key: tuple[int, int]) -> _Item:
-        epoch, index = key
+    def __getitem__(self, key: _Key) -> _Item:
+        epoch, index, view = key
         fault = None
         for candidate in range(index, index + 100):
             candidate %= len(self.source)
@@ -74,7 +80,7 @@ class _SeededDataset(Dataset[_Item]):
                 if self.on_bad_image == "refuse" or not self.training:
                     return _Item(None, SKIPPED, fault)
                 continue
-            with _seeded(derive_seed(self.seed, "sample", epoch, index)):
+            with _seeded(derive_seed(self.seed, "sample", epoch, index, *([view] if view else []))):
                 return _Item(self.transform(image), label, fault)
         return _Item(None, SKIPPED, fault)
 
@@ -107,13 +113,13 @@ def _collate(items: list[_Item]) -> tuple[Tensor | None, Tensor, list[str], bool
     return stacked, torch.tensor([item.label for item in items]), faults, any(image is None for image in images)
 
 
-class _EpochBatches(Sampler[list[tuple[int, int]]]):
-    """This process's micro-batches of (epoch, index), in order."""
+class _EpochBatches(Sampler[list[_Key]]):
+    """This process's micro-batches, in order."""
 
     def __init__(self) -> None:
-        self.batches: list[list[tuple[int, int]]] = []
+        self.batches: list[list[_Key]] = []
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[list[_Key]]:
         return iter(self.batches)
 
     def __len__(self) -> int:
@@ -181,14 +187,14 @@ class TrainLoader:
             UserError: an unreadable image, when the recipe refuses them.
         """
         place = self.placement
-        order = np.random.default_rng(derive_seed(self.seed, "order", epoch)).permutation(len(self.source))
+        order = self._order(epoch)
         starts = [
             step * self.global_batch_size + (micro * place.num_processes + place.process_index) * self.micro_batch_size
             for step in range(start_step, self.steps_per_epoch)
             for micro in range(self.accumulation_steps)
         ]
         self._batches.batches = [
-            [(epoch, int(index)) for index in order[start : start + self.micro_batch_size]] for start in starts
+            [(epoch, int(index), int(view)) for index, view in order[start : start + self.micro_batch_size]] for start in starts
         ]
         for start, (images, labels, faults, refused) in zip(starts, self._loader, strict=True):
             for fault in faults:
@@ -201,18 +207,37 @@ class TrainLoader:
             targets = smooth_one_hot(labels, self.num_classes, self.augmentation.label_smoothing)
             rng = np.random.default_rng(derive_seed(self.seed, "mix", epoch, start // self.global_batch_size))
             images, targets = mix(images, targets, self.augmentation, rng)
-            yield Batch(images, targets, labels)
+            indices = torch.from_numpy(order[start : start + self.micro_batch_size, 0].copy()).to(place.device, non_blocking=True)
+            yield Batch(images, targets, labels, indices, epoch, derive_seed(self.seed, "batch", epoch, start))
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """[steps x global batch, 2]: (index, view) in the order of the epoch.
+
+        With repeats R a global batch is R views of its images, each a whole share of the batch apart, so that mixing never pairs an
+        image with itself; the epoch then takes 1/R of the images.
+        """
+        order = np.random.default_rng(derive_seed(self.seed, "order", epoch)).permutation(len(self.source))
+        repeats, batch = self.augmentation.repeats, self.global_batch_size
+        if repeats == 1:
+            return np.stack([order, np.zeros_like(order)], axis=1)
+        share = -(-batch // repeats)
+        position = np.arange(self.steps_per_epoch * batch)
+        step, within = np.divmod(position, batch)
+        return np.stack([order[step * share + within % share], within // share], axis=1)
 
 
 class EvaluationLoader:
-    """Every image once: process p of P takes images p, p+P, ... ; yields (images [B,3,H,W], labels [B]) on the device."""
+    """Every image once: process p of P takes images p, p+P, ... ; yields (images [B,3,H,W], labels [B]) on the device.
 
-    def __init__(self, source: Source, transform: Transform, placement: Placement, batch_size: int):
+    A transform with randomness gives the same tensors each time, by `seed`.
+    """
+
+    def __init__(self, source: Source, transform: Transform, placement: Placement, batch_size: int, seed: int = 0):
         self.source, self.placement, self._warned = source, placement, set[str]()
-        mine = [(0, index) for index in range(placement.process_index, len(source), placement.num_processes)]
+        mine: list[_Key] = [(0, index, 0) for index in range(placement.process_index, len(source), placement.num_processes)]
         batches = _EpochBatches()
         batches.batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
-        self._loader = _data_loader(_SeededDataset(source, transform, 0, placement.on_bad_image, False), batches, placement)
+        self._loader = _data_loader(_SeededDataset(source, transform, seed, placement.on_bad_image, False), batches, placement)
 
     def __len__(self) -> int:
         return len(self._loader)

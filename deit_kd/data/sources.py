@@ -27,6 +27,7 @@ class Source(Protocol):
     """Images and labels of one split."""
 
     class_names: tuple[str, ...]
+    labels: np.ndarray  # [N] int
     name: str  # what this is, as a card may say it
     origin: str  # where it lies, for messages
 

@@ -9,6 +9,7 @@ from PIL import Image, ImageOps
 from timm.data import create_transform
 from timm.data.auto_augment import AugmentOp, AutoAugment, RandAugment
 from torch import Tensor
+from torchvision.transforms import CenterCrop, RandomCrop, Resize
 
 from deit_kd.errors import UserError
 from deit_kd.recipe import Recipe
@@ -17,13 +18,13 @@ Transform = Callable[[Image.Image], Tensor]
 
 
 def train_transform(recipe: Recipe) -> Transform:
-    """Random resized crop, flip, the automatic augmentation and erasing of the recipe; gives [3,H,W] float32, normalised."""
+    """Random crop (resized, or of the padded image), flip, automatic augmentation and erasing; gives [3,H,W] float32, normalised."""
     aug, data = recipe.augmentation, recipe.data
     try:
         transform = create_transform(
             input_size=data.img_size,
             is_training=True,
-            scale=aug.crop_scale,
+            scale=aug.crop_scale or (1.0, 1.0),
             hflip=aug.horizontal_flip,
             color_jitter=aug.color_jitter or None,
             auto_augment=aug.auto_augment,
@@ -37,6 +38,9 @@ def train_transform(recipe: Recipe) -> Transform:
         raise UserError(
             f"augmentation.auto_augment={aug.auto_augment}: timm does not know it ({error}); use rand-m9-mstd0.5-inc1, 3a or null"
         ) from None
+    if aug.crop_padding is not None:  # in place of timm's random resized crop
+        crop = [RandomCrop(data.img_size, padding=aug.crop_padding)]
+        transform.transforms[:1] = [Resize(data.img_size), CenterCrop(data.img_size), *crop]  # the first two leave CIFAR as it is
     for step in transform.transforms:
         operations = step.ops if isinstance(step, RandAugment) else sum(step.policy, []) if isinstance(step, AutoAugment) else ()
         for operation in operations:

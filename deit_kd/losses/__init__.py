@@ -2,30 +2,44 @@
 
 from deit_kd.losses.features import (
     attention_transfer,
+    correlation_congruence,
+    hierarchical_context,
     layer_norm_smooth_l1,
     logsum,
     logsum_correlation,
     logsum_difference,
+    mean_direction,
+    mean_squared,
+    noise_contrastive,
     norm_direction,
 )
 from deit_kd.losses.logits import (
     decoupled_distillation,
+    dense_hard_distillation,
     dist,
     hard_distillation,
     kl_distillation,
     normalised_distillation,
+    soft_distillation,
 )
 
 __all__ = [
     "attention_transfer",
+    "correlation_congruence",
     "decoupled_distillation",
+    "dense_hard_distillation",
     "dist",
     "hard_distillation",
+    "hierarchical_context",
     "kl_distillation",
     "layer_norm_smooth_l1",
     "logsum",
     "logsum_correlation",
     "logsum_difference",
+    "mean_direction",
+    "mean_squared",
+    "noise_contrastive",
     "norm_direction",
     "normalised_distillation",
+    "soft_distillation",
 ]

@@ -6,6 +6,8 @@ student alone when the caller detaches the teacher, as `deit_kd.models.teacher.T
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -124,3 +126,84 @@ def attention_transfer(student_map: Tensor, teacher_map: Tensor, p: int = 2) -> 
         return F.normalize(F.adaptive_avg_pool2d(x, size).abs().pow(p).mean(1).flatten(1), dim=1)
 
     return (attention(student) - attention(teacher)).square().mean()
+
+
+def mean_squared(student: Tensor, teacher: Tensor) -> Tensor:
+    """FitNet's hint (Romero et al., ICLR 2015): mean over all elements of the squared difference, any one shape."""
+    student, teacher = pair(student, teacher)
+    return F.mse_loss(student, teacher)
+
+
+def mean_direction(student: Tensor, class_means: Tensor) -> Tensor:
+    """Direction alone, which the ND paper looks at first: mean_b of 1 - cos(s_b, m_b).
+
+    student is [B,D], class_means [B,D] as in `norm_direction`.
+    """
+    student, class_means = pair(student, class_means)
+    return (1 - F.cosine_similarity(student, class_means, dim=1)).mean()
+
+
+def correlation_congruence(student: Tensor, teacher: Tensor, gamma: float = 0.4, order: int = 2) -> Tensor:
+    """CC (Peng et al., ICCV 2019): mean squared difference of the two B x B matrices of correlations between samples.
+
+    A correlation is the Gaussian kernel exp(-gamma |f_i - f_j|^2) of features of length 1, by its Taylor series in <f_i, f_j> up to
+    `order`. The code behind CC's numbers in CRD's tables (its author's, by mail) has products of neighbouring differences instead.
+
+    Args:
+        student: [B,D] features; widths may differ.
+        teacher: [B,E] features.
+        gamma: of the kernel.
+        order: highest power of the series.
+    """
+    student, teacher = full_precision(student, teacher)
+
+    def kernel(features: Tensor) -> Tensor:
+        features = F.normalize(features, dim=1)
+        gram = features @ features.t()
+        terms = [(2 * gamma) ** p / math.factorial(p) * gram**p for p in range(order + 1)]
+        return math.exp(-2 * gamma) * torch.stack(terms).sum(dim=0)
+
+    return (kernel(student) - kernel(teacher)).square().mean()
+
+
+def hierarchical_context(students: Sequence[Tensor], teachers: Sequence[Tensor]) -> Tensor:
+    """ReviewKD's loss (Chen et al., CVPR 2021) between fused student maps and teacher maps [B,C,H,W], summed over the levels.
+
+    A level is the mean squared difference at full size and of averages over 4 x 4, 2 x 2 and 1 x 1 parts (those that are smaller
+    than the map), with weights 1, 1/2, 1/4, 1/8 that are divided by their sum.
+
+    Raises:
+        ValueError: the shapes of a level differ.
+    """
+
+    def level(student: Tensor, teacher: Tensor) -> Tensor:
+        student, teacher = pair(student, teacher)
+        total, weight, weights = F.mse_loss(student, teacher), 1.0, 1.0
+        for size in (4, 2, 1):
+            if size < student.shape[2]:
+                weight /= 2
+                weights += weight
+                total = total + weight * F.mse_loss(F.adaptive_avg_pool2d(student, size), F.adaptive_avg_pool2d(teacher, size))
+        return total / weights
+
+    return torch.stack([level(student, teacher) for student, teacher in zip(students, teachers, strict=True)]).sum()
+
+
+def noise_contrastive(scores: Tensor, population: int, eps: float = 1e-7) -> Tensor:
+    """CRD's objective (Tian et al., ICLR 2020), its released form: is a score that of the image itself, or of noise?
+
+    Args:
+        scores: [B,1+N], normalised probabilities of a candidate, the image itself first, then N negatives.
+        population: the number of images that negatives are drawn from.
+        eps: added in the denominators.
+
+    Returns:
+        -log p/(p + N/population) of the positive, -log (N/population)/(p + N/population) summed over negatives; mean over the batch.
+    """
+    (scores,) = full_precision(scores)
+    noise = (scores.shape[1] - 1) / population
+    positive, negatives = scores[:, 0], scores[:, 1:]
+    # log(p) - log(p + ...) would be -inf for a score that underflows; eps keeps both finite.
+    log_positive = torch.log(positive.clamp_min(torch.finfo(scores.dtype).tiny)) - torch.log(positive + noise + eps)
+    log_negatives = math.log(noise) - torch.log(negatives + noise + eps)
+    return -(log_positive + log_negatives.sum(dim=1)).mean()

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deit_kd.losses.precision import pair
+from deit_kd.losses.precision import full_precision, pair
 
 
 def kl_distillation(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
@@ -14,6 +14,14 @@ def kl_distillation(student_logits: Tensor, teacher_logits: Tensor, temperature:
     student, teacher = pair(student_logits, teacher_logits)
     log_student, log_teacher = F.log_softmax(student / temperature, 1), F.log_softmax(teacher / temperature, 1)
     return temperature**2 * F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
+
+
+def soft_distillation(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 3.0) -> Tensor:
+    """DeiT's soft form (Touvron et al., 2021): T^2 KL(teacher || student) summed, then divided by all B x K elements.
+
+    So it is K times smaller than `kl_distillation`, which divides by B; logits are [B,K].
+    """
+    return kl_distillation(student_logits, teacher_logits, temperature) / student_logits.shape[1]
 
 
 def hard_distillation(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
@@ -76,8 +84,13 @@ def dist(
     """DIST (Huang et al., NeurIPS 2022): T^2 (1 - Pearson correlation) of the probabilities [B,K].
 
     The inter term correlates each sample over the classes, the intra term each class over the batch.
+
+    Raises:
+        ValueError: shapes differ, or B < 2, where the intra term is not defined.
     """
     student, teacher = pair(student_logits, teacher_logits)
+    if len(student) < 2:
+        raise ValueError("dist correlates over the batch: it needs at least 2 samples, got 1")
     student, teacher = F.softmax(student / temperature, 1), F.softmax(teacher / temperature, 1)
 
     def distance(a: Tensor, b: Tensor) -> Tensor:
@@ -101,3 +114,18 @@ def normalised_distillation(
     log_others = F.log_softmax(_without_label(student, labels) / temperature, 1)
     others = F.softmax(_without_label(teacher, labels) / temperature, 1)
     return -(label * log_label).mean() - gamma * temperature**2 * (others * log_others).sum(1).mean()
+
+
+def dense_hard_distillation(student_logits: Tensor, teacher_logits: Tensor, global_share: float) -> Tensor:
+    """CSKD's spatial term (Zhao et al., ICCV 2023): cross-entropy with the teacher's decision at each place.
+
+    Args:
+        student_logits: [B,K,h,w], the classifier on each patch.
+        teacher_logits: [B,K,H,W], the classifier at each place; the larger of the two maps is average-pooled to the smaller.
+        global_share: of the teacher's mean over places in what decides, epoch / epochs in the paper; the rest is the place's own.
+    """
+    student, teacher = full_precision(student_logits, teacher_logits)
+    size = min(student.shape[2], teacher.shape[2]), min(student.shape[3], teacher.shape[3])
+    student, teacher = F.adaptive_avg_pool2d(student, size), F.adaptive_avg_pool2d(teacher, size)
+    decision = torch.lerp(teacher, teacher.mean(dim=(2, 3), keepdim=True), global_share).argmax(dim=1)
+    return F.cross_entropy(student, decision)

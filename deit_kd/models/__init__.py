@@ -2,6 +2,7 @@
 
 import timm  # noqa: F401  # first: importing it registers our students, which need the modules below unspoilt
 
+from deit_kd.models import cifar  # noqa: F401  # registers its networks with timm
 from deit_kd.models.distiller import Distiller, StudentOutput
 from deit_kd.models.projectors import build_projector
 from deit_kd.models.students import build_student, load_student

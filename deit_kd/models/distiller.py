@@ -1,82 +1,157 @@
-"""The one prepared module: student and projector behind one forward, so that DDP and FSDP see every gradient.
+"""The one prepared module: student and projectors behind one forward, so that DDP and FSDP see every gradient.
 
 Calling a part past the wrapper (as published codes of this family do) silently leaves its gradients unsynchronised.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Sequence
+from typing import NamedTuple
 
-from einops import rearrange, reduce
+import torch
 from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 
-TimmModel: TypeAlias = (
-    Any  # an nn.Module with timm's forward_features, forward_head, pretrained_cfg ...; nn.Module's type knows none
-)
+from deit_kd.errors import UserError
+from deit_kd.models.contrast import ContrastiveMemory
+from deit_kd.models.projectors import Orthonormal, build_projector, project
+from deit_kd.models.review import ReviewFusion
+from deit_kd.models.taps import Tap, Tapped, TimmModel, run, stages_of, take
+from deit_kd.models.teacher import Teacher
+from deit_kd.recipe import Lesson, Projector
+
+ANY_WIDTH = ("attention_transfer", "correlation_congruence")  # losses for which the two widths may differ
 
 
 class StudentOutput(NamedTuple):
-    """B batch, K classes, D student width, E teacher width."""
+    """B batch, K classes, E teacher width."""
 
     logits: Tensor  # [B,K], class-token head; of a CNN, its only head
-    dist_logits: Tensor | None  # [B,K], distillation-token head
-    features: Tensor  # [B,D], mean of the patch tokens; of a CNN, its pooled features
-    projected: Tensor | None  # [B,E]
+    dist_logits: tuple[Tensor, ...]  # [B,K] of the head of each distillation token
+    projected: tuple[Tapped | None, ...]  # of each lesson, the student's features in the teacher's width; None: it compares none
 
     def prediction(self) -> Tensor:
         """[B,K]: what the exported student returns, the mean of its heads."""
-        return self.logits if self.dist_logits is None else (self.logits + self.dist_logits) / 2
+        heads = (self.logits, *self.dist_logits)
+        return self.logits if len(heads) == 1 else torch.stack(heads).mean(dim=0)
 
 
 class Distiller(nn.Module):
-    """A timm student and its projector.
+    """A timm student and a projector for each lesson.
 
     Args:
-        student: a timm model; a distilled DeiT gives two logits.
-        projector: [B,D] -> [B,E], or None when no feature loss needs it.
+        student: a timm model; a distilled DeiT gives logits from each of its prefix tokens.
+        projectors: one a lesson.
+        taps: of the student, one a lesson; None for a lesson that compares logits only.
     """
 
-    def __init__(self, student: TimmModel, projector: nn.Module | None = None):
+    def __init__(self, student: TimmModel, projectors: Sequence[nn.Module] = (), taps: Sequence[Tap | None] = ()):
         super().__init__()
         self.student: TimmModel = student
-        self.projector = projector
-        self.has_two_heads = isinstance(student, VisionTransformerDistilled)
+        self.projectors = nn.ModuleList(projectors)
+        self.taps = tuple(taps)
+        self.stages = stages_of(student, [tap for tap in taps if tap is not None])
+        self.has_tokens = isinstance(student, VisionTransformerDistilled)
 
-    def forward(self, images: Tensor) -> StudentOutput:
-        """Images [B,3,H,W], normalised as the student wants them."""
+    def forward(self, images: Tensor, teachers: Sequence[Tapped | None] = ()) -> StudentOutput:
+        """The student, and with `teachers` its projections.
+
+        Args:
+            images: [B,3,H,W], normalised as the student wants them.
+            teachers: what each lesson's teacher gave at its tap; None leaves that lesson out. Nothing at all: logits only.
+        """
         student = self.student
-        tokens = student.forward_features(images)
-        if self.has_two_heads:  # timm's forward_head would average the heads outside of its own training mode
-            logits = student.head(student.head_drop(tokens[:, 0]))
-            dist_logits = student.head_dist(student.head_drop(tokens[:, 1]))
+        hidden = run(student, images, self.stages if teachers else [])
+        if self.has_tokens:  # timm's forward_head would average the heads outside of its own training mode
+            tokens = enumerate(student.get_classifier())
+            logits, *dist_logits = [head(student.head_drop(hidden.final[:, token])) for token, head in tokens]
         else:
-            logits, dist_logits = student.forward_head(tokens), None
-        features = pooled_features(student, tokens)
-        projected = None if self.projector is None else self.projector(features)
-        return StudentOutput(logits, dist_logits, features, projected)
+            logits, dist_logits = student.forward_head(hidden.final), []
+        projected: list[Tapped | None] = [None] * len(teachers)
+        for number, (projector, tap, teacher) in enumerate(zip(self.projectors, self.taps, teachers, strict=bool(teachers))):
+            if tap is not None and teacher is not None:
+                projected[number] = _project(projector, take(student, hidden, tap), teacher)
+        return StudentOutput(logits, tuple(dist_logits), tuple(projected))
 
     def no_weight_decay(self) -> set[str]:
-        """Timm's list of the student, under its names here; without it position embedding and class token would decay."""
+        """Timm's list of the student, under its names here (else position embedding and tokens would decay), and constrained weights."""
         listed: set[str] = getattr(self.student, "no_weight_decay", set)()
-        return {f"student.{name}" for name in listed}
+        constrained = {f"projectors.{n}.weight" for n, each in enumerate(self.projectors) if isinstance(each, Orthonormal)}
+        return {f"student.{name}" for name in listed} | constrained
 
 
-def pooled_features(model: TimmModel, features: Tensor) -> Tensor:
-    """The pooled features of timm's `forward_features`: [B,T,D] tokens -> mean of the patch tokens; else timm's own pooling."""
-    if features.ndim == 3 and hasattr(model, "num_prefix_tokens"):
-        return reduce(features[:, model.num_prefix_tokens :], "b n d -> b d", "mean")
-    return model.forward_head(features, pre_logits=True)
+def _project(projector: nn.Module, features: Tapped, teacher: Tapped) -> Tapped:
+    if isinstance(projector, ReviewFusion):
+        return projector(features, [(level.shape[2], level.shape[3]) for level in teacher])
+    if isinstance(projector, ContrastiveMemory):
+        return list(projector(features, teacher))  # the teacher's embedding is trained as well
+    if isinstance(features, list):
+        return features
+    return project(projector, features)
 
 
-def feature_map(model: TimmModel, features: Tensor) -> Tensor:
-    """Timm's `forward_features` as [B,C,H,W], whatever its layout: tokens, NHWC (Swin) or NCHW."""
-    if features.ndim == 3:
-        patches = features[:, getattr(model, "num_prefix_tokens", 0) :]
-        return rearrange(patches, "b (h w) c -> b c h w", h=int(patches.shape[1] ** 0.5))
-    return features if features.shape[1] == model.num_features else rearrange(features, "b h w c -> b c h w")
+@torch.no_grad()
+def build_lesson_projector(
+    lesson: Lesson, student: TimmModel, teacher: Teacher, image: Tensor, labels: Tensor | None, seed: int
+) -> nn.Module:
+    """The projector between two taps, whose shapes one forward of each model tells.
+
+    Args:
+        lesson: names taps and projector.
+        student: any timm model.
+        teacher: with this lesson's tap among its taps.
+        image: [1,3,H,W] of the student's size, on the models' device.
+        labels: [N] int of the training images, for a contrastive memory.
+        seed: of that memory.
+
+    Raises:
+        UserError: the taps cannot be compared, or a memory has nothing to remember.
+    """
+    distill, config = lesson.distill, lesson.projector
+    if distill.student_tap is None or distill.teacher_tap is None or not distill.feature_weight:
+        return nn.Identity()
+    was_training = student.training
+    stages = stages_of(student, [distill.student_tap])
+    ours = take(student, run(student.eval(), image, stages), distill.student_tap)
+    student.train(was_training)
+    theirs = teacher(image.to(teacher.scale.device)).tapped[distill.teacher_tap]
+    names = f"{distill.student_tap} of the student is {shape_of(ours)}, {distill.teacher_tap} of {lesson.teacher.name} is {shape_of(theirs)}"
+    several = [len(each) if isinstance(each, list) else 1 for each in (ours, theirs)]
+    if several[0] != several[1]:
+        raise UserError(f"{names}: {several[0]} and {several[1]} stages cannot be paired; tap one stage of each by its number")
+    if isinstance(ours, list) and isinstance(theirs, list):
+        if config.kind == "review_fusion":
+            return ReviewFusion([each.shape[1] for each in ours], [each.shape[1] for each in theirs])
+        return nn.Identity()
+    assert not isinstance(ours, list)
+    assert not isinstance(theirs, list)
+    widths = ours.shape[1], theirs.shape[1]
+    if config.kind == "contrastive":
+        return _memory(config, widths, labels, seed)
+    if config.kind == "none" and widths[0] != widths[1] and distill.feature_loss not in ANY_WIDTH:
+        raise UserError(f"{names}: with projector.kind=none the widths must be equal; use projector.kind=linear")
+    return build_projector(config, *widths)
 
 
-def feature_width(model: TimmModel) -> int:
-    """The width of `pooled_features`; where a head has a hidden layer of its own, `num_features` is not it."""
-    return getattr(model, "head_hidden_size", model.num_features)
+def _memory(config: Projector, widths: tuple[int, int], labels: Tensor | None, seed: int) -> nn.Module:
+    assert isinstance(config.width, int), "checked with the recipe"
+    assert config.negatives is not None
+    assert config.temperature is not None
+    assert config.momentum is not None
+    if labels is None:  # a dry run without data
+        labels = torch.arange(2)
+    return ContrastiveMemory(
+        *widths,
+        labels,
+        width=config.width,
+        negatives=config.negatives,
+        temperature=config.temperature,
+        momentum=config.momentum,
+        seed=seed,
+    )
+
+
+def shape_of(tapped: Tapped) -> str:
+    """Shapes for people: [B, 192], or [B, 64, 56, 56] + [B, 128, 28, 28] of several maps."""
+    levels = tapped if isinstance(tapped, list) else [tapped]
+    return " + ".join(str(["B", *level.shape[1:]]).replace("'", "") for level in levels)

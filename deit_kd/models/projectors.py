@@ -2,12 +2,74 @@
 
 from __future__ import annotations
 
-from torch import nn
+from einops import rearrange
+from torch import Tensor, linalg, nn
+from torch.nn import functional as F
 
 from deit_kd.recipe import Projector
 
 
+class Orthonormal(nn.Module):
+    """x [B,D] -> x Q^T [B,E] with orthonormal columns of Q [E,D] (rows, where E < D), as VkD has it (Miles et al., CVPR 2024).
+
+    Q = A L^-T, with A the free weight and L the Cholesky factor of A^T A: for D = 192, E = 3024 this is small beside the student's
+    step, where torch's own parametrisation holds an E x E buffer. Q does not depend on the scale of A. The Gram matrix squares
+    A's condition number, so that float64 keeps Q orthonormal to float32's precision however far A has moved.
+    """
+
+    def __init__(self, student_width: int, teacher_width: int):
+        super().__init__()
+        self.weight = nn.Parameter(nn.init.orthogonal_(nn.Linear(student_width, teacher_width, bias=False).weight.detach()))
+
+    def matrix(self) -> Tensor:
+        """Q [E,D], in the weight's precision."""
+        wide = self.weight.shape[0] < self.weight.shape[1]
+        tall = (self.weight.t() if wide else self.weight).double()
+        factor = linalg.cholesky(tall.t() @ tall)
+        q = linalg.solve_triangular(factor, tall.t(), upper=False)
+        return (q if wide else q.t()).to(self.weight.dtype)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Features [B,D] -> [B,E], of the same length."""
+        return F.linear(features, self.matrix())
+
+
 def build_projector(config: Projector, student_width: int, teacher_width: int) -> nn.Module:
-    """The projector of the recipe: features [B,D] -> [B,E]."""
-    kinds = {"linear": lambda: nn.Linear(student_width, teacher_width, bias=config.bias)}
-    return kinds[config.kind]()
+    """A projector of vectors, features [B,D] -> [B,E]."""
+    if config.kind == "orthonormal":
+        return Orthonormal(student_width, teacher_width)
+    if config.kind == "bn_dropout_linear":  # ND's adapter, with its initialisation
+        assert config.dropout is not None
+        linear = nn.Linear(student_width, teacher_width)
+        nn.init.normal_(linear.weight, std=0.01)
+        nn.init.normal_(linear.bias, std=0.01)
+        return nn.Sequential(nn.BatchNorm1d(student_width), nn.Dropout(config.dropout), linear)
+    if config.kind == "linear":
+        assert config.depth is not None
+        assert config.width is not None
+        between = teacher_width if config.width == "teacher" else config.width
+        widths = [student_width, *[between] * (config.depth - 1), teacher_width]
+        layers: list[nn.Module] = []
+        for inputs, outputs in zip(widths, widths[1:], strict=False):
+            if layers:
+                layers += [nn.BatchNorm1d(inputs), nn.ReLU(inplace=True)]
+            layers.append(nn.Linear(inputs, outputs, bias=bool(config.bias)))
+        return layers[0] if len(layers) == 1 else nn.Sequential(*layers)
+    assert config.kind == "none", config.kind
+    return nn.Identity()
+
+
+def project(projector: nn.Module, features: Tensor) -> Tensor:
+    """A projector of vectors on [B,D], or on the channels at each place of a map [B,D,H,W]."""
+    if features.ndim == 2:
+        return projector(features)
+    batch, _, height, _ = features.shape
+    rows = projector(rearrange(features, "b d h w -> (b h w) d"))
+    return rearrange(rows, "(b h w) e -> b e h w", b=batch, h=height)
+
+
+def first_matrix(projector: nn.Module) -> Tensor | None:
+    """What the student's features meet first, [width, D]: its spectrum tells whether the projector collapses."""
+    if isinstance(projector, Orthonormal):
+        return projector.matrix()
+    return next((layer.weight for layer in projector.modules() if isinstance(layer, nn.Linear)), None)

@@ -16,7 +16,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from deit_kd.errors import UserError
-from deit_kd.models.distiller import TimmModel
+from deit_kd.models.taps import TimmModel
 from deit_kd.recipe import Student, nearest
 
 
@@ -63,6 +63,50 @@ class ConvStemDeiT(VisionTransformerDistilled):
         return self.pos_drop(x + self.pos_embed)
 
 
+class TwoTeacherDeiT(VisionTransformerDistilled):
+    """DeiT with two learnt distillation tokens and a head for each: a token a teacher, all heads averaged in use.
+
+    The heads of CivT (Co-advise, Ren et al., CVPR 2022), without its two stems.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.num_prefix_tokens = 3
+        self.dist_token_2 = nn.Parameter(torch.zeros(1, 1, self.embed_dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, self.patch_embed.num_patches + self.num_prefix_tokens, self.embed_dim))
+        self.head_dist_2 = nn.Linear(self.embed_dim, self.num_classes) if self.num_classes else nn.Identity()
+        self.init_weights(needs_reset=False)
+
+    def init_weights(self, *args: Any, **kwargs: Any) -> None:
+        """timm's, and the same for the second token."""
+        if hasattr(self, "dist_token_2"):  # timm's constructor calls this before it is there
+            nn.init.trunc_normal_(self.dist_token_2, std=0.02)
+            super().init_weights(*args, **kwargs)
+
+    def _pos_embed(self, x: Tensor) -> Tensor:
+        learnt = [token.expand(len(x), -1, -1) for token in (self.cls_token, self.dist_token, self.dist_token_2)]
+        return self.pos_drop(torch.cat([*learnt, x], dim=1) + self.pos_embed)
+
+    def no_weight_decay(self) -> set[str]:
+        """Timm's list, and the second token."""
+        return {*super().no_weight_decay(), "dist_token_2"}
+
+    def get_classifier(self) -> tuple[nn.Module, ...]:  # type: ignore[override]
+        """The class head, then a head for each distillation token."""
+        return self.head, self.head_dist, self.head_dist_2
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """New heads for another number of classes."""
+        super().reset_classifier(num_classes, global_pool)
+        self.head_dist_2 = nn.Linear(self.embed_dim, num_classes) if num_classes else nn.Identity()
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """[B,T,D] tokens -> mean of the three heads' logits, or of the three tokens."""
+        if pre_logits:
+            return x[:, : self.num_prefix_tokens].mean(dim=1)
+        return torch.stack([head(self.head_drop(x[:, token])) for token, head in enumerate(self.get_classifier())]).mean(dim=0)
+
+
 def authors_to_timm(state_dict: Mapping[str, Tensor], _: nn.Module | None = None) -> dict[str, Tensor]:
     """The keys of the authors' release -> ours; theirs of the loss module are dropped, ours pass unchanged."""
     renamed = {}
@@ -86,9 +130,15 @@ def _convstem(variant: str, pretrained: bool, **kwargs: Any) -> TimmModel:
     )
 
 
+def _two_teachers(variant: str, pretrained: bool, **kwargs: Any) -> TimmModel:
+    return build_model_with_cfg(
+        TwoTeacherDeiT, variant, pretrained, feature_cfg={"out_indices": 3, "feature_cls": "getter"}, **kwargs
+    )
+
+
 default_cfgs = generate_default_cfgs(
     {
-        f"deit_{size}_convstem_distilled_patch16_224": {
+        f"deit_{size}_{kind}_patch16_224": {
             "url": "",
             "num_classes": 1000,
             "input_size": (3, 224, 224),
@@ -97,11 +147,16 @@ default_cfgs = generate_default_cfgs(
             "interpolation": "bicubic",
             "mean": (0.485, 0.456, 0.406),
             "std": (0.229, 0.224, 0.225),
-            "first_conv": "patch_embed.proj.stem.0",
-            "classifier": ("head", "head_dist"),
+            "first_conv": first_conv,
+            "classifier": heads,
             "license": "apache-2.0",
         }
+        for kind, first_conv, heads in (
+            ("convstem_distilled", "patch_embed.proj.stem.0", ("head", "head_dist")),
+            ("two_teachers", "patch_embed.proj", ("head", "head_dist", "head_dist_2")),
+        )
         for size in ("tiny", "small", "base")
+        if kind == "convstem_distilled" or size != "base"
     }
 )
 
@@ -125,6 +180,20 @@ def deit_base_convstem_distilled_patch16_224(pretrained: bool = False, **kwargs:
     """DeiT-B with the conv stem: 89.98 M parameters."""
     args = {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12}
     return _convstem("deit_base_convstem_distilled_patch16_224", pretrained, **{**args, **kwargs})
+
+
+@register_model
+def deit_tiny_two_teachers_patch16_224(pretrained: bool = False, **kwargs: Any) -> TimmModel:
+    """DeiT-Ti with two distillation tokens: 6.10 M parameters."""
+    args = {"patch_size": 16, "embed_dim": 192, "depth": 12, "num_heads": 3}
+    return _two_teachers("deit_tiny_two_teachers_patch16_224", pretrained, **{**args, **kwargs})
+
+
+@register_model
+def deit_small_two_teachers_patch16_224(pretrained: bool = False, **kwargs: Any) -> TimmModel:
+    """DeiT-S with two distillation tokens: 22.82 M parameters."""
+    args = {"patch_size": 16, "embed_dim": 384, "depth": 12, "num_heads": 6}
+    return _two_teachers("deit_small_two_teachers_patch16_224", pretrained, **{**args, **kwargs})
 
 
 def build_student(config: Student, num_classes: int, img_size: int) -> TimmModel:

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import timm
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from deit_kd.errors import UserError
-from deit_kd.models.distiller import TimmModel, feature_map, feature_width
+from deit_kd.models.taps import Tap, Tapped, TimmModel, feature_map, run, stages_of, take
 from deit_kd.models.weights import fingerprint, read_weights
 from deit_kd.recipe import nearest
 
@@ -32,6 +33,7 @@ class TeacherOutput(NamedTuple):
     logits: Tensor  # [B,K]
     features: Tensor  # [B,E], pooled, what the classifier sees
     feature_map: Tensor | None  # [B,C,H,W]; C is `num_features`, which is not E for every architecture; None if not wanted
+    tapped: dict[Tap, Tapped]  # what `Teacher.taps` asks for
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,8 @@ class Teacher(nn.Module):
         image_mean: of the images that `forward` gets; with the default, pixels in [0, 1].
         image_std: likewise.
         precision: "auto" follows the caller's autocast; "float32" and "bfloat16" are those of weights and activations.
+        img_size: pixels a side to which it resizes images; None takes them as they come.
+        taps: which features its output holds beside the pooled ones.
     """
 
     scale: Tensor
@@ -68,6 +72,8 @@ class Teacher(nn.Module):
         image_mean: Sequence[float] = (0.0, 0.0, 0.0),
         image_std: Sequence[float] = (1.0, 1.0, 1.0),
         precision: str = "auto",
+        img_size: int | None = None,
+        taps: Sequence[Tap] = (),
     ):
         super().__init__()
         self.info, self.follows_autocast = info, precision == "auto"
@@ -80,8 +86,9 @@ class Teacher(nn.Module):
         self.register_buffer("shift", ((given_mean - mean) / std).view(-1, 1, 1), persistent=False)
         self.model: TimmModel = model.requires_grad_(False).to(self.dtype)
         self.gives_feature_map = True
-        self.num_classes = info.num_classes
-        self.width = feature_width(model)
+        self.num_classes, self.img_size, self.taps = info.num_classes, img_size, tuple(taps)
+        self.stages = stages_of(model, taps)
+        self.width: int = getattr(model, "head_hidden_size", model.num_features)  # where a head has a hidden layer, they differ
         self.eval()
 
     def train(self, mode: bool = True) -> Teacher:
@@ -94,15 +101,23 @@ class Teacher(nn.Module):
         with torch.inference_mode(), precision:
             if not self.same_normalisation:
                 images = torch.addcmul(self.shift, images, self.scale)
-            hidden = self.model.forward_features(images.to(self.dtype))
-            logits = self.model.forward_head(hidden)
-            features = self.model.forward_head(hidden, pre_logits=True)
-            spatial = feature_map(self.model, hidden) if self.gives_feature_map else None
+            if self.img_size and images.shape[-1] != self.img_size:
+                images = F.interpolate(images, (self.img_size, self.img_size), mode="bicubic", antialias=True)
+            hidden = run(self.model, images.to(self.dtype), self.stages)
+            logits = self.model.forward_head(hidden.final)
+            features = self.model.forward_head(hidden.final, pre_logits=True)
+            spatial = feature_map(self.model, hidden.final) if self.gives_feature_map else None
+            tapped = {tap: features if tap == "pooled" else take(self.model, hidden, tap) for tap in self.taps}
 
         def copy(x: Tensor) -> Tensor:  # tensors made in inference mode cannot enter the student's graph; copies can
             return x.to(torch.float32, copy=True)
 
-        return TeacherOutput(copy(logits), copy(features), None if spatial is None else copy(spatial))
+        return TeacherOutput(
+            copy(logits),
+            copy(features),
+            None if spatial is None else copy(spatial),
+            {tap: [copy(level) for level in value] if isinstance(value, list) else copy(value) for tap, value in tapped.items()},
+        )
 
 
 def load_teacher(
@@ -113,6 +128,8 @@ def load_teacher(
     image_mean: Sequence[float] = (0.0, 0.0, 0.0),
     image_std: Sequence[float] = (1.0, 1.0, 1.0),
     precision: str = "auto",
+    img_size: int | None = None,
+    taps: Sequence[Tap] = (),
 ) -> Teacher:
     """Loads a teacher and refuses a doubtful one.
 
@@ -123,7 +140,9 @@ def load_teacher(
         weights: "pretrained"; "random", for dry runs and tests; or the path of a checkpoint file for a timm architecture.
         image_mean: how the images that the teacher will get are normalised; with the default, pixels in [0, 1].
         image_std: likewise.
-        precision: see `Teacher`.
+        precision: see `Teacher`, as `img_size` and `taps`.
+        img_size: pixels a side.
+        taps: names or stages.
 
     Raises:
         UserError: unknown or ambiguous name, unreachable or foreign weights, another label space.
@@ -156,7 +175,7 @@ def load_teacher(
         num_classes=model.num_classes,
         label_names=tuple(labels) if isinstance(labels, (list, tuple)) else None,
     )
-    return Teacher(model, info, image_mean, image_std, precision)
+    return Teacher(model, info, image_mean, image_std, precision, img_size, taps)
 
 
 def _create(name: str, **kwargs: Any) -> TimmModel:

@@ -19,12 +19,14 @@ from pydantic import TypeAdapter, ValidationError
 
 from deit_kd.errors import UserError
 from deit_kd.recipe import schema
-from deit_kd.recipe.checks import impossible
+from deit_kd.recipe.checks import READS, impossible
 from deit_kd.recipe.schema import (
     Augmentation,
     Data,
     Distill,
     Evaluation,
+    Lesson,
+    OneOfTeachers,
     Optim,
     Projector,
     Recipe,
@@ -36,10 +38,13 @@ from deit_kd.recipe.schema import (
 )
 
 __all__ = [
+    "READS",
     "Augmentation",
     "Data",
     "Distill",
     "Evaluation",
+    "Lesson",
+    "OneOfTeachers",
     "Optim",
     "Projector",
     "Recipe",
@@ -134,8 +139,12 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def _known_keys(cls: type = Recipe, prefix: str = "") -> list[str]:
+    """Every dotted key; those of `teachers` with a star for the entry's number."""
     keys = []
     for f in dataclasses.fields(cls):
+        if f.name == "teachers":
+            keys += ["teachers", *_known_keys(OneOfTeachers, "teachers.*.")]
+            continue
         section = getattr(schema, re.sub(r" \| None$", "", str(f.type)), None)
         is_section = isinstance(section, type) and issubclass(section, Section)
         keys += [prefix + f.name] + (_known_keys(section, f"{prefix}{f.name}.") if is_section else [])  # type: ignore[arg-type]
@@ -147,14 +156,18 @@ def _apply(document: dict[str, Any], override: str) -> str | None:
     key, equals, text = override.partition("=")
     if not equals:
         return f"{override!r} is not an override; write key=value, for example optim.lr=1e-3"
-    if key not in _known_keys() and not key.startswith("student.model_args."):
+    starred = re.sub(r"^teachers\.\d+\.", "teachers.*.", key)
+    free = re.search(r"(^student\.model_args|distill\.ramp_epochs|distill\.active_epochs)\.\w+$", key)  # their keys are values
+    if starred not in _known_keys() and not free:
         return f"{key}: unknown key in an override{nearest(key, _known_keys())}"
     *parents, last = key.split(".")
     section: Any = document
     for parent in parents:
-        # Only `run` may be missing from a file.
-        section = section.setdefault(parent, {}) if parent == "run" else section.get(parent)
-        if not isinstance(section, dict):
+        if isinstance(section, list):
+            section = section[int(parent)] if int(parent) < len(section) else None
+        else:  # only these may be missing from a file
+            section = section.setdefault(parent, {}) if parent in ("run", "ramp_epochs", "active_epochs") else section.get(parent)
+        if not isinstance(section, (dict, list)):
             return f"{key}: cannot be set, because {parent} is null in this recipe"
     try:
         section[last] = yaml.safe_load(text)

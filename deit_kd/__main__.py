@@ -1,0 +1,5 @@
+"""`python -m deit_kd` is `deit-kd`."""
+
+from deit_kd.cli import main
+
+main()

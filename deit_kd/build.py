@@ -1,0 +1,145 @@
+"""What a recipe names, built: teachers, student with projectors, data."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deit_kd.data import Source, open_source
+from deit_kd.errors import UserError
+from deit_kd.models import Distiller, Teacher, build_student, load_teacher
+from deit_kd.models.distiller import build_lesson_projector
+from deit_kd.recipe import Recipe
+from deit_kd.seed import derive_seed
+
+
+def build_teachers(recipe: Recipe, class_names: Sequence[str] | int) -> list[Teacher]:
+    """The teacher of each lesson of the recipe, the same object where two lessons name the same.
+
+    A teacher gets the images that the student gets, and must know the data's classes if its logits are distilled.
+
+    Args:
+        recipe: names them.
+        class_names: of the data; a number where there are no data yet.
+
+    Raises:
+        UserError: see `load_teacher`; or labels of other names.
+    """
+    teachers: list[Teacher] = []
+    lessons = recipe.lessons()
+    for lesson in lessons:
+        config, same = lesson.teacher, [other for other in lessons if other.teacher == lesson.teacher]
+        first = lessons.index(same[0])
+        if first < len(teachers):
+            teachers.append(teachers[first])
+            continue
+        compares_logits = any(each.distill.kd_weight or each.distill.teacher_tap == "dense_logits" for each in same)
+        torch.manual_seed(derive_seed(recipe.seed, "teacher", *([first] if first else [])))  # random weights: as in every process
+        number = class_names if isinstance(class_names, int) else len(class_names)
+        teacher = load_teacher(
+            config.name,
+            number if compares_logits or config.weights == "random" else None,
+            weights=config.weights,
+            image_mean=recipe.data.mean,
+            image_std=recipe.data.std,
+            precision=config.precision,
+            img_size=config.img_size,
+            taps=[tap for each in same if (tap := each.distill.teacher_tap) is not None and each.distill.feature_weight],
+        )
+        teacher.gives_feature_map = False  # nothing but its taps is read in training
+        if compares_logits and teacher.info.label_names and not isinstance(class_names, int):
+            _same_labels(teacher.info.label_names, class_names)
+        teachers.append(teacher)
+    return teachers
+
+
+def build_distiller(recipe: Recipe, num_classes: int, teachers: Sequence[Teacher], labels: Tensor | None = None) -> Distiller:
+    """Student and a projector for each lesson; fresh weights that depend on the recipe's seed alone.
+
+    Args:
+        recipe: names them.
+        num_classes: of the data.
+        teachers: one a lesson, on the CPU or the meta device like the result.
+        labels: [N] int of the training images, for a contrastive memory.
+
+    Raises:
+        UserError: a head, tap or width that does not fit.
+    """
+    torch.manual_seed(recipe.seed)
+    student = build_student(recipe.student, num_classes, recipe.data.img_size)
+    lessons = recipe.lessons()
+    device = next(student.parameters()).device
+    image = torch.zeros(1, 3, recipe.data.img_size, recipe.data.img_size, device=device)
+    projectors = [
+        build_lesson_projector(lesson, student, teacher, image, labels, derive_seed(recipe.seed, "memory"))
+        for lesson, teacher in zip(lessons, teachers, strict=True)
+    ]
+    distiller = Distiller(student, projectors, [lesson.distill.student_tap for lesson in lessons])
+    for lesson in lessons:
+        if lesson.distill.kd_weight and lesson.distill.kd_head != "class" and not distiller.has_tokens:
+            raise UserError(
+                f"distill.kd_head={lesson.distill.kd_head}: {recipe.student.name} has no distillation token; use kd_head=class, or a "
+                "student such as deit_tiny_distilled_patch16_224"
+            )
+    return distiller
+
+
+def open_data(recipe: Recipe, data: Path | None) -> tuple[Source, Source]:
+    """(train, val) of the recipe.
+
+    Raises:
+        UserError: missing or empty data, or not what the recipe states of it.
+    """
+    train, val = (open_source(recipe.data.source, data, split) for split in ("train", "val"))
+    stated = recipe.data.num_classes
+    if stated not in ("auto", len(train.class_names)):
+        raise UserError(
+            f"{train.origin}: has {len(train.class_names)} classes, the recipe says data.num_classes={stated}; "
+            f"set data.num_classes={len(train.class_names)} or give other data"
+        )
+    if recipe.data.train_images not in ("auto", len(train)):
+        raise UserError(
+            f"{train.origin}: has {len(train)} training images, the recipe says data.train_images={recipe.data.train_images}; "
+            "pass --data DIR of the whole set, or set data.train_images=auto"
+        )
+    return train, val
+
+
+def workers(recipe: Recipe, num_processes: int) -> int:
+    """Loader processes beside each training process."""
+    stated = recipe.run.workers
+    return min(16, (os.cpu_count() or 1) // num_processes) if stated == "auto" else stated
+
+
+def accumulation(global_batch_size: int, num_processes: int, device_batch_size: int | None) -> int:
+    """Micro-steps an optimiser step, so that none is larger than `device_batch_size`.
+
+    Raises:
+        UserError: the global batch does not divide evenly.
+    """
+    if global_batch_size % num_processes:
+        raise UserError(f"global_batch_size={global_batch_size} does not divide over {num_processes} processes; change one of them")
+    share = global_batch_size // num_processes
+    if device_batch_size is None or device_batch_size >= share:
+        return 1
+    if device_batch_size < 1 or share % device_batch_size:
+        divisors = [n for n in range(1, share) if share % n == 0 and n <= max(device_batch_size, 1)]
+        raise UserError(
+            f"--device-batch-size {device_batch_size} does not divide the {share} images of a process "
+            f"(global_batch_size {global_batch_size} over {num_processes}); use {divisors[-1]}"
+        )
+    return share // device_batch_size
+
+
+def _same_labels(teacher: Sequence[str], data: Sequence[Any]) -> None:
+    if tuple(teacher) != tuple(data):
+        first = next((a, b) for a, b in zip(teacher, data, strict=True) if a != b)
+        raise UserError(
+            f"teacher and data name their classes differently (the first: {first[0]!r} and {first[1]!r}); their logits cannot be "
+            "compared: rename the folders, or distil features only with distill.kd_weight=0"
+        )

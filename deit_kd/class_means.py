@@ -1,0 +1,125 @@
+"""A teacher's class means: the mean of its pooled features over the training images of each class, which ND points students to.
+
+Wang et al. (2023) take them with the teacher in evaluation mode from randomly cropped and flipped training images, and so does this:
+crop and flip are the recipe's, without colours, erasing and mixing. Sums are in float64 and the crops the same each time, so that two
+passes give one file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from tqdm import tqdm
+
+from deit_kd.checkpoint import write_tensors
+from deit_kd.data import EvaluationLoader, Placement, Source
+from deit_kd.data.loader import SKIPPED
+from deit_kd.data.transforms import train_transform
+from deit_kd.errors import UserError
+from deit_kd.models import Teacher
+from deit_kd.recipe import Recipe, dump
+from deit_kd.seed import derive_seed
+
+
+def load_or_compute(
+    file: Path,
+    recipe: Recipe,
+    teacher: Teacher,
+    source: Source,
+    accelerator: Accelerator,
+    workers: int,
+    warn: Callable[[str], None],
+) -> Tensor:
+    """[K,E] float32 from `file` when it is there, else computed and written to it.
+
+    Raises:
+        UserError: the file is of another teacher, label set, data or crop; or a class has no readable image.
+    """
+    if not file.exists():
+        accelerator.print(f"computing the class means of {teacher.info.name} over {len(source):,} images, into {file}")
+        placement = Placement(
+            device=accelerator.device,
+            num_processes=accelerator.num_processes,
+            process_index=accelerator.process_index,
+            workers=workers,
+            on_bad_image=recipe.data.on_bad_image,
+            warn=warn,
+        )
+        means = _compute(recipe, teacher, source, accelerator, placement)
+        if accelerator.is_main_process:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            part = file.with_name(f".{file.name}.tmp")
+            write_tensors({"class_means": means}, part, {**_identity(recipe, teacher, source), "recipe": dump(recipe)})
+            part.replace(file)
+        accelerator.wait_for_everyone()
+    return _read(file, _identity(recipe, teacher, source)).to(accelerator.device)
+
+
+@torch.inference_mode()
+def _compute(recipe: Recipe, teacher: Teacher, source: Source, accelerator: Accelerator, placement: Placement) -> Tensor:
+    quiet = replace(recipe.augmentation, auto_augment=None, color_jitter=0.0, random_erasing=0.0)
+    transform = train_transform(replace(recipe, augmentation=quiet))
+    batch_size = max(1, min(256, recipe.global_batch_size // accelerator.num_processes))
+    loader = EvaluationLoader(source, transform, placement, batch_size, seed=derive_seed("class means"))
+    classes = len(source.class_names)
+    sums = torch.zeros(classes, teacher.width, dtype=torch.float64, device=accelerator.device)
+    counts = torch.zeros(classes, dtype=torch.float64, device=accelerator.device)
+    for images, labels in tqdm(loader, "class means", delay=2, disable=None if accelerator.is_main_process else True):
+        features = teacher(images).features.double()
+        known = labels != SKIPPED
+        sums.index_add_(0, labels[known], features[known])
+        counts += labels[known].bincount(minlength=classes)
+    sums, counts = accelerator.reduce(sums), accelerator.reduce(counts)
+    # A class without an image (of ImageNet's, in a part of ImageNet) keeps a zero mean: no target ever asks for it.
+    return (sums / counts.clamp_min(1)[:, None]).float()
+
+
+def _identity(recipe: Recipe, teacher: Teacher, source: Source) -> dict[str, str]:
+    """What a file must agree on, as safetensors' metadata: strings."""
+    aug = recipe.augmentation
+    return {
+        "teacher": teacher.info.name,
+        "teacher_sha256": teacher.info.sha256,
+        "classes": json.dumps(list(source.class_names)),
+        "images": _fingerprint(source),
+        "view": json.dumps([recipe.data.img_size, aug.crop_scale, aug.crop_padding, aug.horizontal_flip]),
+    }
+
+
+def _fingerprint(source: Source) -> str:
+    """The number of images, and a hash over 64 of them with their labels: enough to tell data apart, at once."""
+    digest = hashlib.sha256()
+    for index in range(0, len(source), max(1, len(source) // 64)):
+        try:
+            image, label = source[index]
+        except Exception:  # an unreadable image, which the loader will name or skip
+            continue
+        digest.update(f"{label} {image.size} ".encode() + image.tobytes())
+    return f"{len(source)} {digest.hexdigest()}"
+
+
+def _read(file: Path, expected: dict[str, str]) -> Tensor:
+    try:
+        with safe_open(file, "pt") as content:
+            found, means = content.metadata(), content.get_tensor("class_means")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file}: not a file of class means ({error}); delete it, and they are computed again") from None
+    told = {
+        "teacher": "another teacher",
+        "teacher_sha256": "other weights of this teacher",
+        "classes": "other classes",
+        "images": "other training images",
+        "view": "another crop or image size",
+    }
+    for key, value in expected.items():
+        if (found or {}).get(key) != value:
+            raise UserError(f"{file}: holds class means of {told[key]}; give the file of this recipe, or class_means=auto")
+    return means

@@ -1,0 +1,76 @@
+"""The verbs of `deit-kd`; training itself is train.py."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from deit_kd import recipe as recipes
+from deit_kd.errors import UserError
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs a verb; user errors end in one line and exit code 2."""
+    parser = argparse.ArgumentParser(prog="deit-kd", description="What surrounds training: class means, grids of runs.")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    verb = verbs.add_parser("class-means", help="the teacher's class means over the training images, for norm_direction")
+    _recipe_options(verb)
+    verb.add_argument("--output", type=Path, required=True, help="the file to write, .safetensors")
+    verb.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    verb.set_defaults(run=class_means)
+
+    verb = verbs.add_parser(
+        "grid",
+        help="every combination of overrides as a run; a table and a plot",
+        epilog="example: deit-kd grid quickstart distill.power=1,2,4,5 seed=0,1,2 --output runs/power",
+    )
+    _recipe_options(verb)
+    verb.add_argument("--output", type=Path, help="the folder of the runs (default: runs/grid_RECIPE)")
+    verb.add_argument("--jobs", type=int, default=1, help="runs at a time, each in a process of its own")
+    verb.set_defaults(run=grid)
+
+    options = parser.parse_intermixed_args(arguments) if sys.version_info >= (3, 12) else parser.parse_args(arguments)
+    try:
+        options.run(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on", file=sys.stderr)
+        sys.exit(130)
+
+
+def _recipe_options(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("recipe", help="a name in recipes/, or the path of a YAML file")
+    verb.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe; of a grid key=value,value,...")
+    verb.add_argument("--data", type=Path, help="the folder of the data")
+
+
+def class_means(options: argparse.Namespace) -> None:
+    """Computes a file of class means, or checks the one that is there."""
+    recipe = recipes.load(options.recipe, options.overrides)
+    lessons = [lesson for lesson in recipe.lessons() if lesson.distill.class_means is not None]
+    if len({lesson.teacher for lesson in lessons}) != 1:
+        raise UserError(f"recipe {options.recipe}: {'no' if not lessons else 'more than one'} teacher's class means are read in it")
+    import torch
+    from accelerate import Accelerator
+
+    from deit_kd import build
+    from deit_kd.class_means import load_or_compute
+
+    accelerator = Accelerator(cpu=options.device == "cpu" or not torch.cuda.is_available())
+    source, _ = build.open_data(recipe, options.data)
+    teachers = build.build_teachers(recipe, source.class_names)
+    teacher = teachers[recipe.lessons().index(lessons[0])].to(accelerator.device)
+    means = load_or_compute(options.output, recipe, teacher, source, accelerator, build.workers(recipe, 1), accelerator.print)
+    accelerator.print(f"{options.output}: {means.shape[0]} classes x {means.shape[1]}; pass distill.class_means={options.output}")
+
+
+def grid(options: argparse.Namespace) -> None:
+    """Runs a grid, or the rest of it."""
+    from deit_kd.grid import run_grid
+
+    output = options.output or Path("runs") / f"grid_{Path(options.recipe).stem}"
+    run_grid(options.recipe, options.overrides, output, options.data, options.jobs)

@@ -1,0 +1,185 @@
+"""A grid of runs: the product of overrides, each a run of train.py in a folder of its own; a table and a plot of what they reached.
+
+Runs that are complete are not run again and interrupted ones go on, so that a grid can be stopped, extended by values, and worked on by
+several processes at once: a run that another process holds is left to it.
+"""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import itertools
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from tqdm import tqdm
+
+from deit_kd import recipe as recipes
+from deit_kd.errors import UserError
+from deit_kd.tracking import read_metrics
+
+TRAIN = Path(__file__).resolve().parent.parent / "train.py"
+Cell = dict[str, str]  # key -> value, as they are written on the command line
+
+
+def run_grid(recipe: str, overrides: Sequence[str], output: Path, data: Path | None, jobs: int) -> Path:
+    """Runs what is not complete, then writes grid.csv, grid.md and grid.png; returns the table.
+
+    Args:
+        recipe: a name or path.
+        overrides: `key=value` for all runs, `key=value,value` for an axis; the key `seed` is what means are taken over.
+        output: a folder a run is made in it.
+        data: the folder of the data.
+        jobs: runs at a time.
+
+    Raises:
+        UserError: a combination that the recipe refuses, or a run that failed.
+    """
+    cells = _cells(overrides)
+    faults = []
+    for cell in cells:
+        try:
+            recipes.load(recipe, [f"{key}={value}" for key, value in cell.items()])
+        except recipes.RecipeError as error:
+            faults.append(f"{_name(cell, cells)}: {error}")
+    if faults:
+        raise UserError("\n".join(faults))
+    output.mkdir(parents=True, exist_ok=True)
+    todo = [cell for cell in cells if not _complete(output / _name(cell, cells))]
+    print(f"{len(cells)} runs in {output}, {len(cells) - len(todo)} of them complete", flush=True)
+    threads = {} if jobs == 1 else {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
+
+    def work(cell: Cell) -> str | None:
+        folder = output / _name(cell, cells)
+        with _held(folder.with_name(f"{folder.name}.lock")) as mine:
+            return _train(recipe, cell, folder, data, threads) if mine and not _complete(folder) else None
+
+    failures = []
+    with ThreadPoolExecutor(max(1, jobs)) as pool:
+        try:
+            for failure in tqdm(pool.map(work, todo), "runs", len(todo), disable=None):
+                if failure:
+                    tqdm.write(failure, file=sys.stderr)
+                    failures.append(failure)
+        except KeyboardInterrupt:  # the runs got the signal too, save and end
+            pool.shutdown(cancel_futures=True)
+            raise
+    table = _write(recipe, overrides, cells, output)
+    if failures:
+        raise UserError(f"{len(failures)} of {len(todo)} runs failed, the first: {failures[0]}")
+    return table
+
+
+def _cells(overrides: Sequence[str]) -> list[Cell]:
+    axes: dict[str, list[str]] = {}
+    for override in overrides:
+        key, equals, values = override.partition("=")
+        if not equals:
+            raise UserError(f"{override!r} is no axis of a grid; write key=value,value, for example distill.power=1,2,4")
+        axes[key] = [value.strip() for value in re.split(r",(?![^\[{]*[\]}])", values)]  # not at the commas of a list
+    return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+
+
+def _name(cell: Cell, cells: Sequence[Cell]) -> str:
+    """The folder of a run: the axes, or everything that is stated when there is none."""
+    varied = [key for key in cell if len({other[key] for other in cells}) > 1] or list(cell)
+    return re.sub(r"[^\w=.,+-]", "_", ",".join(f"{key.rpartition('.')[2]}={cell[key]}" for key in varied)) or "run"
+
+
+def _complete(folder: Path) -> bool:
+    return (folder / "student" / "README.md").exists()
+
+
+@contextmanager
+def _held(file: Path) -> Iterator[bool]:
+    """Whether this process got the lock; the system frees it when its holder dies."""
+    with file.open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+            return
+        yield True
+
+
+def _train(recipe: str, cell: Cell, folder: Path, data: Path | None, threads: dict[str, str]) -> str | None:
+    """One run; returns what went wrong, if anything."""
+    command = [sys.executable, str(TRAIN), "--recipe", recipe, "--output", str(folder), *(f"{k}={v}" for k, v in cell.items())]
+    command += ["--data", str(data)] if data else []
+    log = folder.with_name(f"{folder.name}.log")
+    with log.open("a") as stream:
+        started = time.time()
+        done = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, env={**os.environ, **threads}, check=False)
+        stream.write(f"exit code {done.returncode} after {time.time() - started:.0f} s\n")
+    if done.returncode == 0:
+        return None
+    lines = log.read_text().splitlines()
+    said = next(
+        (line for line in reversed(lines) if line.startswith("error:")), lines[-2] if len(lines) > 1 else "nothing was said"
+    )
+    return f"{folder.name}: {said} (all of it in {log})"
+
+
+def _write(recipe: str, overrides: Sequence[str], cells: Sequence[Cell], output: Path) -> Path:
+    """Mean, standard error and number of runs of each combination, over seeds; only complete runs count."""
+    axes = [key for key in cells[0] if key != "seed" and len({cell[key] for cell in cells}) > 1]
+    scores: dict[tuple[str, ...], list[float]] = {}
+    for cell in cells:
+        folder = output / _name(cell, cells)
+        row = scores.setdefault(tuple(cell[key] for key in axes), [])
+        if _complete(folder):
+            row.append([line for line in read_metrics(folder) if line["kind"] == "eval"][-1]["top1"])
+    header: list[Any] = [*axes, "top1", "standard_error", "n"]
+    rows = [
+        [*key, f"{mean(row):.2f}" if row else "", f"{_error(row):.2f}" if len(row) > 1 else "", len(row)]
+        for key, row in scores.items()
+    ]
+    with (output / "grid.csv").open("w", newline="") as stream:
+        csv.writer(stream).writerows([header, *rows])
+    lines = [" | ".join(map(str, row)) for row in [header, ["---"] * len(header), *rows]]
+    command = f"deit-kd grid {recipe} {' '.join(overrides)}"
+    table = output / "grid.md"
+    facts = _facts(output, cells)
+    text = "\n".join(f"| {line} |" for line in lines)
+    table.write_text(
+        f"`{command}`\n\nTop-1 in percent of the last weights, mean and standard error over seeds. {facts}\n\n{text}\n"
+    )
+    print(f"\n{text}\n\n{table}")
+    if axes and any(scores.values()):
+        from deit_kd.analysis import plot_grid
+
+        plot_grid(axes, scores, output / "grid.png")
+        print(output / "grid.png")
+    return table
+
+
+def _facts(output: Path, cells: Sequence[Cell]) -> str:
+    """What the complete runs have in common: data, hardware, commit."""
+    runs: list[dict[str, Any]] = [
+        json.loads((output / _name(cell, cells) / "run.json").read_text())
+        for cell in cells
+        if _complete(output / _name(cell, cells))
+    ]
+    if not runs:
+        return "No run is complete."
+    told = {
+        f"{run['data']['train_images']:,} training images of {run['data']['name']}, {run['hardware']}, commit {run['commit'][:12]}"
+        for run in runs
+    }
+    return "; ".join(sorted(told)) + "."
+
+
+def _error(values: Sequence[float]) -> float:
+    """The standard error of the mean."""
+    return stdev(values) / math.sqrt(len(values))

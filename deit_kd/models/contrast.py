@@ -1,0 +1,106 @@
+"""CRD's trainable side, and its memory of every training image's embedding."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class ContrastiveMemory(nn.Module):
+    """Embeds both sides, and scores each against what it remembers of the other (Tian et al., ICLR 2020).
+
+    Args:
+        student_width: D.
+        teacher_width: E.
+        labels: [N] int of the training images, of two classes at least.
+        width: of the embeddings, M.
+        negatives: images of other classes that each image is compared with. They are drawn with replacement, all at once on the
+            device, where the authors draw them without, image by image in the loader.
+        temperature: of the scores.
+        momentum: share of an embedding that is kept when it is remembered anew.
+        seed: of the first, random memories.
+    """
+
+    memory_student: Tensor
+    memory_teacher: Tensor
+    normalisers: Tensor
+    by_class: Tensor
+    labels: Tensor
+    first: Tensor
+    counts: Tensor
+
+    def __init__(
+        self,
+        student_width: int,
+        teacher_width: int,
+        labels: Tensor,
+        *,
+        width: int = 128,
+        negatives: int = 16384,
+        temperature: float = 0.07,
+        momentum: float = 0.5,
+        seed: int = 0,
+    ):
+        super().__init__()
+        self.embed_student, self.embed_teacher = nn.Linear(student_width, width), nn.Linear(teacher_width, width)
+        self.negatives, self.temperature, self.momentum = negatives, temperature, momentum
+        self.population = len(labels)
+        labels = labels.cpu()
+        counts = torch.bincount(labels)
+        if (counts > 0).sum() < 2:
+            raise ValueError("a contrastive memory needs images of two classes at least; there are no negatives in one")
+        generator = torch.Generator(device="cpu").manual_seed(seed)
+        bound = (3 / width) ** 0.5
+        for name in ("memory_student", "memory_teacher"):
+            memory = torch.rand(self.population, width, generator=generator, device="cpu")
+            self.register_buffer(name, memory.mul_(2 * bound).sub_(bound))
+        self.register_buffer("normalisers", -torch.ones(2, device="cpu"))  # negative: not set by a first batch yet
+        self.register_buffer("by_class", labels.argsort(stable=True), persistent=False)
+        self.register_buffer("labels", labels, persistent=False)
+        self.register_buffer("first", counts.cumsum(0) - counts, persistent=False)
+        self.register_buffer("counts", counts, persistent=False)
+
+    def forward(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        """Features [B,D] and [B,E] -> embeddings [B,M] of length 1."""
+        with torch.autocast(student.device.type, enabled=False):
+            embedded = self.embed_student(student.float()), self.embed_teacher(teacher.float())
+        return F.normalize(embedded[0], dim=1), F.normalize(embedded[1], dim=1)
+
+    def scores(self, student: Tensor, teacher: Tensor, indices: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+        """exp(similarity / temperature) / normaliser, [B,1+negatives] each, the image itself first.
+
+        Args:
+            student: [B,M], scored against the teacher's memory.
+            teacher: [B,M], scored against the student's memory.
+            indices: [B] int, which training images these are.
+            seed: of the negatives.
+        """
+        drawn = torch.cat([indices[:, None], self._draw(indices, seed)], dim=1)
+
+        def score(anchors: Tensor, memory: Tensor) -> Tensor:
+            similarity = torch.bmm(memory[drawn], anchors[:, :, None])[:, :, 0]
+            return torch.exp(similarity / self.temperature)
+
+        with torch.autocast(student.device.type, enabled=False):
+            scores = torch.stack([score(student, self.memory_teacher), score(teacher, self.memory_student)])
+        with torch.no_grad():  # as published: the mean of the first batch stands for the sum over all images
+            first = scores.mean(dim=(1, 2)) * self.population
+            self.normalisers.copy_(torch.where(self.normalisers < 0, first, self.normalisers))
+        scores = scores / self.normalisers[:, None, None]
+        return scores[0], scores[1]
+
+    def _draw(self, indices: Tensor, seed: int) -> Tensor:
+        """[B,negatives] indices of images of other classes: places in a list sorted by class, with a jump over the own class."""
+        generator = torch.Generator(device=indices.device).manual_seed(seed)
+        own = self.labels[indices][:, None]
+        others = self.population - self.counts[own]
+        uniform = torch.rand(len(indices), self.negatives, generator=generator, device=indices.device, dtype=torch.float64)
+        place = (uniform * others).long()
+        return self.by_class[place + (place >= self.first[own]) * self.counts[own]]
+
+    @torch.no_grad()
+    def update(self, student: Tensor, teacher: Tensor, indices: Tensor) -> None:
+        """Remembers embeddings [B,M] of images `indices`, those of all processes, so that their memories stay one."""
+        for memory, new in ((self.memory_student, student), (self.memory_teacher, teacher)):
+            memory[indices] = F.normalize(torch.lerp(new.float(), memory[indices], self.momentum), dim=1)

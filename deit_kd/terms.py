@@ -1,0 +1,130 @@
+"""The terms that one teacher adds to the loss: which functions of `deit_kd.losses` compare what, how strongly, and when."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from deit_kd import losses
+from deit_kd.data import Batch
+from deit_kd.models import StudentOutput, Teacher, TeacherOutput
+from deit_kd.models.contrast import ContrastiveMemory
+from deit_kd.recipe import READS, Lesson
+
+TENSORS = ("kd_head", "student_tap", "teacher_tap", "class_means")  # keys that choose tensors; all others are a loss's parameters
+
+
+class Terms:
+    """What one lesson of the recipe adds.
+
+    Args:
+        lesson: of the recipe.
+        number: among the recipe's lessons.
+        teacher: as it says.
+        epochs: of the whole run.
+        class_means: [K,E], for the losses that read them.
+        gather: joins tensors over processes, for a contrastive memory.
+    """
+
+    def __init__(
+        self,
+        lesson: Lesson,
+        number: int,
+        teacher: Teacher,
+        epochs: int,
+        class_means: Tensor | None,
+        gather: Callable[[Tensor], Tensor],
+    ):
+        self.distill, self.number, self.teacher, self.epochs = lesson.distill, number, teacher, epochs
+        self.class_means, self.gather = class_means, gather
+        self.tap = lesson.distill.teacher_tap if lesson.distill.feature_weight else None
+
+    def on(self, term: str, epoch: int) -> bool:
+        """Whether an epoch is among the active ones of kd or feature; at the foot of a ramp a term is on with weight 0."""
+        first, last = self.distill.active_epochs.get(term, (0, self.epochs))  # type: ignore[call-overload]
+        return first <= epoch < last
+
+    def weight(self, term: str, epoch: int) -> float:
+        """The weight of kd or feature while it is on."""
+        full = self.distill.kd_weight if term == "kd" else self.distill.feature_weight
+        ramp = self.distill.ramp_epochs.get(term)  # type: ignore[call-overload]
+        return full if ramp is None else full * min(1.0, epoch / ramp)
+
+    def active(self, epoch: int) -> bool:
+        """Whether the teacher is asked at all."""
+        return bool((self.distill.kd_weight and self.on("kd", epoch)) or (self.tap is not None and self.on("feature", epoch)))
+
+    def teaches_tokens(self, epoch: int) -> bool:
+        """Whether a distillation head learns from this teacher alone, so that labels are for the class head."""
+        return self.distill.kd_weight > 0 and self.on("kd", epoch) and self.distill.kd_head == "distillation"
+
+    def kd(self, student: StudentOutput, teacher: TeacherOutput, batch: Batch) -> Tensor:
+        """The logit term, on the head or heads that it teaches."""
+        name, head = self.distill.kd_loss, self.distill.kd_head
+        assert name is not None
+        dist_logits = student.dist_logits
+        own = (
+            dist_logits[min(self.number, len(dist_logits) - 1)] if dist_logits else student.logits
+        )  # a token a teacher, if it has them
+        heads = {"class": [student.logits], "distillation": [own], "both": [student.logits, own]}[head or "class"]
+        arguments = self._parameters("kd", name)
+        if name in ("decoupled_distillation", "normalised_distillation"):
+            arguments["labels"] = batch.targets.argmax(dim=1)  # under mixing the class with the larger share
+        values = [getattr(losses, name)(logits, teacher.logits, **arguments) for logits in heads]
+        return sum(values[1:], values[0]) / len(values)
+
+    def feature(self, student: StudentOutput, teacher: TeacherOutput, batch: Batch, projector: nn.Module) -> Tensor:
+        """The feature term."""
+        name, tap = self.distill.feature_loss, self.distill.teacher_tap
+        assert name is not None
+        assert tap is not None
+        ours, theirs = student.projected[self.number], teacher.tapped[tap]
+        assert ours is not None
+        if name == "noise_contrastive":
+            assert isinstance(projector, ContrastiveMemory)
+            assert isinstance(ours, list)
+            return self._contrastive(projector, ours[0], ours[1], batch)
+        if isinstance(ours, list) and name == "hierarchical_context":
+            return losses.hierarchical_context(ours, list(theirs))
+        if isinstance(ours, list):
+            return sum((self._compare(name, a, b, batch) for a, b in zip(ours, theirs, strict=True)), batch.targets.new_zeros(()))
+        assert not isinstance(theirs, list)
+        return self._compare(name, ours, theirs, batch)
+
+    def _compare(self, name: str, student: Tensor, teacher: Tensor, batch: Batch) -> Tensor:
+        if name == "dense_hard_distillation":
+            return losses.dense_hard_distillation(student, teacher, batch.epoch / self.epochs)
+        if name == "attention_transfer":
+            return losses.attention_transfer(student, teacher)
+        if name in ("norm_direction", "mean_direction"):
+            assert self.class_means is not None
+            # Mixed like the labels. Their smoothing lets the other classes' means in as well, as in the authors' DeiT code, where
+            # they are those of the batch.
+            means = batch.targets @ self.class_means
+            return (
+                losses.mean_direction(student, means)
+                if name == "mean_direction"
+                else losses.norm_direction(student, teacher, means)
+            )
+        if student.ndim == 4:
+            student, teacher = (rearrange(each, "b c h w -> (b h w) c") for each in _one_size(student, teacher))
+        return getattr(losses, name)(student, teacher, **self._parameters("feature", name))
+
+    def _parameters(self, term: str, name: str) -> dict[str, Any]:
+        """What the recipe states of a loss beside its tensors, as its arguments."""
+        return {key: getattr(self.distill, key) for key in READS[f"distill.{term}_loss"][name] if key not in TENSORS}
+
+    def _contrastive(self, memory: ContrastiveMemory, student: Tensor, teacher: Tensor, batch: Batch) -> Tensor:
+        scores = memory.scores(student, teacher, batch.indices, batch.seed)
+        memory.update(self.gather(student.detach()), self.gather(teacher.detach()), self.gather(batch.indices))
+        return losses.noise_contrastive(scores[0], memory.population) + losses.noise_contrastive(scores[1], memory.population)
+
+
+def _one_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Maps [B,C,H,W] with the larger average-pooled to the smaller."""
+    size = min(student.shape[2], teacher.shape[2]), min(student.shape[3], teacher.shape[3])
+    return F.adaptive_avg_pool2d(student, size), F.adaptive_avg_pool2d(teacher, size)
