@@ -11,6 +11,7 @@ Every term has the same name here, in the recipe and in metrics.jsonl; of severa
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,15 +20,14 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from deit_kd.build import accumulation, build_distiller
 from deit_kd.build import workers as loader_workers
 from deit_kd.class_means import load_or_compute
 from deit_kd.data import Batch, EvaluationLoader, Placement, Source, TrainLoader
-from deit_kd.data.loader import SKIPPED
 from deit_kd.data.transforms import evaluation_transform, train_transform
 from deit_kd.errors import UserError
+from deit_kd.evaluation import measure, measure_student
 from deit_kd.models import Distiller, StudentOutput, Teacher, TeacherOutput
 from deit_kd.models.projectors import first_matrix
 from deit_kd.recipe import Lesson, Recipe
@@ -155,60 +155,19 @@ class Classification:
             for model in (distiller, ema) if ema is not None else (distiller,):
                 for buffer in model.buffers():
                     buffer.copy_(broadcast(buffer))
-        metrics = self._measure(distiller, "")
+        metrics = measure_student(distiller, self.val_loader, self.accelerator)
         if ema is not None:
-            metrics |= self._measure(Distiller(ema), "ema_")
+            metrics |= measure_student(Distiller(ema), self.val_loader, self.accelerator, "ema_")
         return metrics
-
-    def _measure(self, distiller: Distiller, prefix: str) -> dict[str, float]:
-        distiller.eval()
-        names: tuple[str, ...] = ("",)
-        if distiller.has_tokens:
-            numbers = range(2, len(distiller.student.get_classifier()))
-            names = ("", "class_head_", "distillation_head_", *(f"distillation_head_{number}_" for number in numbers))
-
-        def heads(images: Tensor) -> dict[str, Tensor]:
-            output: StudentOutput = distiller(images)
-            each = {name: logits.float() for name, logits in zip(names[1:], (output.logits, *output.dist_logits), strict=False)}
-            return {"": output.prediction().float(), **each}
-
-        return self._count(heads, prefix, names)
 
     @torch.inference_mode()
     def evaluate_teachers(self) -> dict[str, float]:
         """top1 and top5 over the same images of each teacher that knows their labels."""
         metrics: dict[str, float] = {}
-        for number, (teacher, knows) in enumerate(zip(self.teachers, self.knows_labels, strict=True)):
-            if knows and teacher not in self.teachers[:number]:
+        for number, teacher in enumerate(dict.fromkeys(self.teachers)):
+            if self.knows_labels[self.teachers.index(teacher)]:
                 prefix = f"teacher_{number}_" if number else "teacher_"
-                metrics |= self._count(lambda images, teacher=teacher: {"": teacher(images).logits}, prefix, ("",))  # type: ignore[misc]
-        return metrics
-
-    def _count(self, predict: Callable[[Tensor], dict[str, Tensor]], prefix: str, heads: tuple[str, ...]) -> dict[str, float]:
-        """Sums over this process's images, then over the processes: an exact count, whatever their number."""
-        names = ["images", *(f"{head}top1" for head in heads), "top5", "nll"]
-        sums = {name: torch.zeros((), dtype=torch.float64, device=self.accelerator.device) for name in names}
-        quiet = None if self.accelerator.is_main_process else True  # None: a bar on terminals only
-        progress = tqdm(self.val_loader, "evaluating", delay=2, leave=False, disable=quiet)
-        for images, labels in progress:
-            with self.accelerator.autocast():
-                outputs = predict(images)
-            known = labels != SKIPPED
-            new = {"images": known.sum()}
-            for head, logits in outputs.items():
-                top = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-                new[f"{head}top1"] = top[:, 0].sum()
-                if not head:
-                    new["top5"] = top.sum()
-                    new["nll"] = F.cross_entropy(logits.double(), labels, ignore_index=SKIPPED, reduction="sum")
-            for name, value in new.items():
-                sums[name] += value
-        totals = self.accelerator.reduce(torch.stack(list(sums.values())), reduction="sum").tolist()
-        count = totals[0]
-        if not count:
-            raise UserError(f"{self.val_loader.source.origin}: no validation image can be read; mend them, or give other data")
-        metrics = {prefix + name: total / count * (100 if "top" in name else 1) for name, total in zip(sums, totals, strict=True)}
-        metrics[f"{prefix}images"] = int(count)
+                metrics |= measure(partial(_teacher_logits, teacher), self.val_loader, self.accelerator, prefix)
         return metrics
 
     @torch.no_grad()
@@ -232,3 +191,7 @@ def _detail(student: StudentOutput, teacher: TeacherOutput, terms: Terms, same_l
     if isinstance(projected, Tensor) and isinstance(theirs, Tensor) and projected.shape == theirs.shape:
         detail["cosine"] = F.cosine_similarity(projected.detach().float(), theirs, dim=1).mean()
     return detail
+
+
+def _teacher_logits(teacher: Teacher, images: Tensor) -> dict[str, Tensor]:
+    return {"": teacher(images).logits}

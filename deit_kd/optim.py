@@ -68,15 +68,13 @@ class Schedule:
 def build_schedule(recipe: Recipe, steps_per_epoch: int) -> Schedule:
     """The recipe's schedule, every rate multiplied by what its batch rule says."""
     optim, factor = recipe.optim, recipe.lr_factor()
-    milestones = None
-    if optim.milestones is not None:
-        milestones = tuple(round(epoch * steps_per_epoch) for epoch in optim.milestones)
+    steps_down = optim.milestones or () if optim.schedule == "multistep" else None
     return Schedule(
         peak_lr=optim.lr * factor,
         warmup_lr=optim.warmup_lr * factor,
         warmup_steps=round(optim.warmup_epochs * steps_per_epoch),
         total_steps=recipe.epochs * steps_per_epoch,
         min_lr=(optim.min_lr or 0.0) * factor,
-        milestones=milestones,
+        milestones=None if steps_down is None else tuple(round(epoch * steps_per_epoch) for epoch in steps_down),
         decay_rate=optim.decay_rate or 1.0,
     )

@@ -31,11 +31,11 @@ def main(run: Path) -> None:
     contact_sheet(images, [labels[i] for i in truth], [labels[i] for i in guesses.tolist()], confidences.tolist(), sheet)
 
     facts, metrics = json.loads((run / "run.json").read_text()), read_metrics(run)
-    taught = read_metrics(RELEASED / facts["teacher"]["name"])
+    taught = read_metrics(RELEASED / facts["teachers"][0]["name"])
     teacher = next(line for line in metrics if line["kind"] == "teacher")
     last = [line for line in metrics if line["kind"] == "eval"][-1]
     print(f"\n{'':<10}{'parameters':>12}{'top-1 %':>10}{'seconds':>10}")
-    print(f"{'teacher':<10}{facts['teacher']['parameters']:>12,}{teacher['teacher_top1']:>10.2f}{taught[-1]['seconds']:>10.0f}")
+    print(f"{'teacher':<10}{facts['teachers'][0]['parameters']:>12,}{teacher['teacher_top1']:>10.2f}{taught[-1]['seconds']:>10.0f}")
     print(f"{'student':<10}{facts['student']['parameters']:>12,}{last['top1']:>10.2f}{last['seconds']:>10.0f}")
     print(f"\nstudent        {run / 'student'}\ncard           {run / 'student' / 'README.md'}")
     print(f"plots          {run / 'plots'}\ncontact sheet  {sheet}")

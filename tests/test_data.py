@@ -15,7 +15,7 @@ from timm.data.auto_augment import rand_augment_transform
 from timm.data.mixup import Mixup
 
 from deit_kd import recipe as recipes
-from deit_kd.classification import open_data
+from deit_kd.build import open_data
 from deit_kd.data import EvaluationLoader, Placement, TrainLoader, open_source
 from deit_kd.data.mixing import mix, partner, smooth_one_hot
 from deit_kd.data.sources import EMBEDDED

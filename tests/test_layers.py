@@ -23,15 +23,22 @@ MAY_IMPORT = {
     "checkpoint": set(),
     "tracking": set(),
     "engine": {"checkpoint", "tracking"},
-    "classification": {"data", "models", "losses", "recipe", "tracking"},
-    "plan": {"classification", "recipe"},
+    "build": {"data", "models", "recipe"},
+    "terms": {"data", "losses", "models", "recipe"},
+    "class_means": {"checkpoint", "data", "models", "recipe"},
+    "classification": {"build", "class_means", "data", "evaluation", "models", "recipe", "terms", "tracking"},
+    "plan": {"build", "models", "recipe"},
+    "evaluation": {"data", "models"},
+    "grid": {"analysis", "recipe", "tracking"},
+    "cli": {"build", "class_means", "grid", "recipe"},
+    "__main__": {"cli"},
     "release": {"release", "checkpoint", "models", "recipe", "tracking"},
     "analysis": {"tracking"},
     "run_folder": {"checkpoint", "plan", "recipe", "classification", "__init__"},
 }
 # third-party packages that only these may import
 ONLY = {
-    "accelerate": {"engine", "tracking", "classification", "run_folder"},
+    "accelerate": {"engine", "evaluation", "tracking", "classification", "class_means", "run_folder", "cli"},
     "timm": {"data", "models", "optim", "engine", "release"},
     "torchvision": {"data"},
     "matplotlib": {"analysis"},
@@ -89,17 +96,20 @@ def test_the_path_to_backward_is_short() -> None:
         "losses/features": {"_batch_standardise", "_log", "logsum_correlation"},
         "losses/logits": {"kl_distillation"},
         "losses/precision": {"full_precision", "pair"},
-        "models/distiller": {"StudentOutput", "Distiller", "pooled_features"},
+        "models/distiller": {"StudentOutput", "Distiller", "_project"},
+        "models/projectors": {"project"},
+        "models/taps": {"Hidden", "run", "take", "pooled_features"},
         "models/teacher": {"TeacherOutput", "Teacher"},
     }
     lines = sum(
-        len(file.read_text().splitlines()) for file in (ROOT / "train.py", PACKAGE / "engine.py", PACKAGE / "classification.py")
+        len(file.read_text().splitlines())
+        for file in (ROOT / "train.py", *(PACKAGE / f"{name}.py" for name in ("engine", "classification", "terms")))
     )
     for leaf, names in leaves.items():
         nodes = [node for node in ast.parse((PACKAGE / f"{leaf}.py").read_text()).body if getattr(node, "name", None) in names]
         assert len(nodes) == len(names)
         lines += sum((node.end_lineno or 0) - node.lineno + 1 for node in nodes)
-    assert lines <= 900, lines
+    assert lines <= 1000, lines
 
 
 def test_the_project_names_no_machine() -> None:

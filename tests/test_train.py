@@ -95,7 +95,7 @@ def test_card_says_what_the_run_stored(finished: Path) -> None:
         f"| Last | 3 | {last['top1']:.2f} | {last['top5']:.2f} |",
         f"| EMA, last | 3 | {last['ema_top1']:.2f} |",
         "stopped at step 3 of",
-        run["teacher"]["sha256"],
+        run["teachers"][0]["sha256"],
         "quickstart_teacher",
         run["command"],
         run["commit"],
@@ -264,7 +264,7 @@ def test_errors_of_data_batch_and_size(train_cli: Cli, fashion_folder: Path, tmp
     assert "has 10 classes, the recipe says data.num_classes=12" in small("data.num_classes=12")
     assert "--device-batch-size 7 does not divide the 24 images of a process" in small("--device-batch-size", 7)
     assert "data.img_size: 30 is not divisible by the patch size 7" in small("data.img_size=30")
-    assert "LogSum needs 2" in small("--device-batch-size", 1)
+    assert "feature losses need 2" in small("--device-batch-size", 1)
     assert "teacher and data name their classes differently" in small(
         "teacher.name=quickstart_teacher", "teacher.weights=pretrained"
     )

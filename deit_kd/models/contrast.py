@@ -63,9 +63,8 @@ class ContrastiveMemory(nn.Module):
 
     def forward(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         """Features [B,D] and [B,E] -> embeddings [B,M] of length 1."""
-        with torch.autocast(student.device.type, enabled=False):
-            embedded = self.embed_student(student.float()), self.embed_teacher(teacher.float())
-        return F.normalize(embedded[0], dim=1), F.normalize(embedded[1], dim=1)
+        ours, theirs = self.embed_student(student), self.embed_teacher(teacher)
+        return F.normalize(ours.float(), dim=1), F.normalize(theirs.float(), dim=1)
 
     def scores(self, student: Tensor, teacher: Tensor, indices: Tensor, seed: int) -> tuple[Tensor, Tensor]:
         """exp(similarity / temperature) / normaliser, [B,1+negatives] each, the image itself first.

@@ -139,7 +139,7 @@ def _memory(config: Projector, widths: tuple[int, int], labels: Tensor | None, s
     assert config.temperature is not None
     assert config.momentum is not None
     if labels is None:  # a dry run without data
-        labels = torch.arange(2)
+        labels = torch.arange(2, device="cpu")
     return ContrastiveMemory(
         *widths,
         labels,

@@ -1,0 +1,74 @@
+"""How good a network is: an exact count over every image of a loader once, whatever the number of processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm import tqdm
+
+from deit_kd.data import EvaluationLoader
+from deit_kd.data.loader import SKIPPED
+from deit_kd.errors import UserError
+from deit_kd.models import Distiller, StudentOutput
+
+
+@torch.inference_mode()
+def measure_student(distiller: Distiller, loader: EvaluationLoader, accelerator: Accelerator, prefix: str = "") -> dict[str, float]:
+    """`measure` of the mean of the heads, and top1 of each head where there are several; leaves the student in evaluation mode."""
+    distiller.eval()
+    heads = ["class_head_", "distillation_head_"] if distiller.has_tokens else []
+    heads += [f"distillation_head_{number}_" for number in range(2, len(distiller.student.get_classifier()))] if heads else []
+
+    def predict(images: Tensor) -> dict[str, Tensor]:
+        output: StudentOutput = distiller(images)
+        each = zip(heads, (output.logits, *output.dist_logits), strict=False)
+        return {"": output.prediction(), **dict(each)}
+
+    return measure(predict, loader, accelerator, prefix, heads)
+
+
+@torch.inference_mode()
+def measure(
+    predict: Callable[[Tensor], dict[str, Tensor]],
+    loader: EvaluationLoader,
+    accelerator: Accelerator,
+    prefix: str = "",
+    heads: list[str] | None = None,
+) -> dict[str, float]:
+    """top1 and top5 in percent and nll, and the number of images.
+
+    Args:
+        predict: images [B,3,H,W] -> logits [B,K] of the prediction under the name "", and of each of `heads`.
+        loader: this process's share of the images.
+        accelerator: sums over the processes.
+        prefix: of the metrics' names.
+        heads: of which top1 is counted as well.
+
+    Raises:
+        UserError: not one image could be read.
+    """
+    names = ["images", "top1", *(f"{head}top1" for head in heads or ()), "top5", "nll"]
+    sums = {name: torch.zeros((), dtype=torch.float64, device=accelerator.device) for name in names}
+    quiet = None if accelerator.is_main_process else True  # None: a bar on terminals only
+    for images, labels in tqdm(loader, "evaluating", delay=2, leave=False, disable=quiet):
+        with accelerator.autocast():
+            outputs = predict(images)
+        known = labels != SKIPPED
+        sums["images"] += known.sum()
+        for head, logits in outputs.items():
+            top = logits.float().topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+            sums[f"{head}top1"] += top[:, 0].sum()
+            if not head:
+                sums["top5"] += top.sum()
+                sums["nll"] += F.cross_entropy(logits.double(), labels, ignore_index=SKIPPED, reduction="sum")
+    totals = accelerator.reduce(torch.stack(list(sums.values())), reduction="sum").tolist()
+    count = totals[0]
+    if not count:
+        raise UserError(f"{loader.source.origin}: no validation image can be read; mend them, or give other data")
+    metrics = {prefix + name: total / count * (100 if "top" in name else 1) for name, total in zip(sums, totals, strict=True)}
+    metrics[f"{prefix}images"] = int(count)
+    return metrics
