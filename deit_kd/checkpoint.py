@@ -55,11 +55,11 @@ def save(folder: Path, step: int, parts: Mapping[str, Tensors], state: Mapping[s
     return final
 
 
-def write_tensors(tensors: Tensors, file: Path, metadata: Mapping[str, str] | None = None) -> None:
+def write_tensors(tensors: Tensors, file: Path, metadata: dict[str, str] | None = None) -> None:
     """Writes contiguous copies, which neither views nor channels_last memory are; a failure of the disk is an OSError as elsewhere."""
     copies = {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
     try:
-        save_file(copies, file, {"format": "pt", **(metadata or {})})
+        save_file(copies, file, metadata or {"format": "pt"})
     except SafetensorError as error:
         number = re.search(r"os error (\d+)", str(error))
         if number is None:

@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -57,7 +58,8 @@ def load_or_compute(
         if accelerator.is_main_process:
             file.parent.mkdir(parents=True, exist_ok=True)
             part = file.with_name(f".{file.name}.tmp")
-            write_tensors({"class_means": means}, part, {**_identity(recipe, teacher, source), "recipe": dump(recipe)})
+            told = {**_identity(recipe, teacher, source), "recipe": dump(recipe)}
+            write_tensors({"class_means": means}, part, {"deit_kd": json.dumps(told)})  # one entry: several come in any order
             part.replace(file)
         accelerator.wait_for_everyone()
     return _read(file, _identity(recipe, teacher, source)).to(accelerator.device)
@@ -82,15 +84,15 @@ def _compute(recipe: Recipe, teacher: Teacher, source: Source, accelerator: Acce
     return (sums / counts.clamp_min(1)[:, None]).float()
 
 
-def _identity(recipe: Recipe, teacher: Teacher, source: Source) -> dict[str, str]:
-    """What a file must agree on, as safetensors' metadata: strings."""
+def _identity(recipe: Recipe, teacher: Teacher, source: Source) -> dict[str, Any]:
+    """What a file must agree on."""
     aug = recipe.augmentation
     return {
         "teacher": teacher.info.name,
         "teacher_sha256": teacher.info.sha256,
-        "classes": json.dumps(list(source.class_names)),
+        "classes": list(source.class_names),
         "images": _fingerprint(source),
-        "view": json.dumps([recipe.data.img_size, aug.crop_scale, aug.crop_padding, aug.horizontal_flip]),
+        "view": json.loads(json.dumps([recipe.data.img_size, aug.crop_scale, aug.crop_padding, aug.horizontal_flip])),
     }
 
 
@@ -106,11 +108,11 @@ def _fingerprint(source: Source) -> str:
     return f"{len(source)} {digest.hexdigest()}"
 
 
-def _read(file: Path, expected: dict[str, str]) -> Tensor:
+def _read(file: Path, expected: dict[str, Any]) -> Tensor:
     try:
         with safe_open(file, "pt") as content:
-            found, means = content.metadata(), content.get_tensor("class_means")
-    except (SafetensorError, OSError) as error:
+            found, means = json.loads(content.metadata()["deit_kd"]), content.get_tensor("class_means")
+    except (SafetensorError, OSError, TypeError, KeyError, ValueError) as error:
         raise UserError(f"{file}: not a file of class means ({error}); delete it, and they are computed again") from None
     told = {
         "teacher": "another teacher",
@@ -120,6 +122,6 @@ def _read(file: Path, expected: dict[str, str]) -> Tensor:
         "view": "another crop or image size",
     }
     for key, value in expected.items():
-        if (found or {}).get(key) != value:
+        if found.get(key) != value:
             raise UserError(f"{file}: holds class means of {told[key]}; give the file of this recipe, or class_means=auto")
     return means

@@ -31,7 +31,10 @@ def main(arguments: list[str] | None = None) -> None:
     verb.add_argument("--jobs", type=int, default=1, help="runs at a time, each in a process of its own")
     verb.set_defaults(run=grid)
 
-    options = parser.parse_intermixed_args(arguments) if sys.version_info >= (3, 12) else parser.parse_args(arguments)
+    options, more = parser.parse_known_args(arguments)  # overrides that stand behind an option are left over
+    if wrong := [word for word in more if word.startswith("-") or "=" not in word]:
+        parser.error(f"unrecognized arguments: {' '.join(wrong)}")
+    options.overrides += more
     try:
         options.run(options)
     except UserError as error:

@@ -23,4 +23,5 @@ fi
 echo "setting up .venv from $lock: about 6 GB, minutes"
 [ -x .venv/bin/python ] || "$python" -m venv .venv
 .venv/bin/python -m pip install --disable-pip-version-check -r "$lock"
+.venv/bin/python -m pip install --disable-pip-version-check --no-deps --editable .  # the command deit-kd
 cp "$lock" requirements.lock .venv/ # the stamps; dev holds the other whole

@@ -182,22 +182,36 @@ def test_every_loss_has_values_to_be_compared_with() -> None:
 
 LABELS = torch.arange(6) % 4
 MEANS = torch.randn(6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(8)) + 1
+
+
+def as_map(features: Tensor) -> Tensor:
+    """[B,D] -> [B,D,5,5] that differs from place to place."""
+    return features[:, :, None, None] * torch.linspace(-1, 1, 25, dtype=features.dtype).view(5, 5)
+
+
 VECTOR_LOSSES: dict[str, Loss] = {
     **{name: getattr(losses, name) for name in ("logsum_correlation", "logsum_difference", "logsum", "layer_norm_smooth_l1")},
     **{f"logsum {kind}": partial(losses.logsum, normalisation=kind) for kind in ("none", "l2", "layer")},
     **{name: getattr(losses, name) for name in ("mean_squared", "correlation_congruence")},
     "norm_direction": lambda s, t: losses.norm_direction(s, t, MEANS.to(s.dtype)[: len(s)]),
     "mean_direction": lambda s, _: losses.mean_direction(s, MEANS.to(s.dtype)[: len(s)]),
-    "attention_transfer": lambda s, t: losses.attention_transfer(s[:, None, None].abs() + 0.1, t[:, None, None]),
-    "hierarchical_context": lambda s, t: losses.hierarchical_context([s[:, :, None, None]], [t[:, :, None, None]]),
+    "attention_transfer": lambda s, t: losses.attention_transfer(s[:, None, None], t[:, None, None]),
+    "hierarchical_context": lambda s, t: losses.hierarchical_context(
+        [as_map(s), s[:, :, None, None]], [as_map(t), t[:, :, None, None]]
+    ),
 }
 LOGIT_LOSSES: dict[str, Loss] = {
     **{name: getattr(losses, name) for name in ("kl_distillation", "soft_distillation", "hard_distillation", "dist")},
     "decoupled_distillation": lambda s, t: losses.decoupled_distillation(s, t, LABELS[: len(s)]),
     "normalised_distillation": lambda s, t: losses.normalised_distillation(s, t, LABELS[: len(s)]),
     "dense_hard_distillation": lambda s, t: losses.dense_hard_distillation(s[:, :, None, None], t[:, :, None, None], 0.3),
+    "noise_contrastive": lambda s, _: losses.noise_contrastive(s.softmax(1), 50),
 }
 ALL_LOSSES = {**VECTOR_LOSSES, **LOGIT_LOSSES}
+
+
+def test_every_loss_meets_its_limits() -> None:
+    assert {name.split()[0] for name in ALL_LOSSES} == set(losses.__all__)
 
 
 @pytest.mark.parametrize("name", ALL_LOSSES)
@@ -230,7 +244,7 @@ def test_limits_are_finite(name: str, case: str) -> None:
     assert student.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("name", [name for name in VECTOR_LOSSES if name != "attention_transfer"])
+@pytest.mark.parametrize("name", VECTOR_LOSSES)
 def test_no_feature_at_all_is_finite(name: str) -> None:
     student = torch.zeros(6, 4, requires_grad=True)
     value = VECTOR_LOSSES[name](student, torch.zeros(6, 4))
@@ -271,6 +285,39 @@ def test_mismatched_widths_and_unknown_names_are_refused() -> None:
         losses.logsum(torch.randn(4, 3), torch.randn(4, 3), normalisation="instance")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="at least 3 classes"):
         losses.decoupled_distillation(torch.randn(4, 2), torch.randn(4, 2), torch.zeros(4, dtype=torch.long))
+
+
+@pytest.mark.parametrize(
+    ("loss", "student", "teacher", "message"),
+    [
+        (losses.mean_squared, (4, 3), (4, 5), "project the student first"),
+        (losses.mean_direction, (4, 3), (1, 3), "project the student first"),
+        (losses.soft_distillation, (4, 3), (1, 3), "project the student first"),
+        (losses.correlation_congruence, (4, 3), (1, 3), "student has 4 samples and teacher 1"),
+        (lambda s, t: losses.hierarchical_context([s], [t]), (4, 3, 5, 5), (4, 3, 4, 4), "project the student first"),
+        (lambda s, t: losses.hierarchical_context([s], [t, t]), (4, 3, 5, 5), (4, 3, 5, 5), "zip"),
+        (lambda s, t: losses.dense_hard_distillation(s, t, 0.5), (4, 5, 2, 2), (4, 3, 2, 2), "the same samples and classes"),
+        (lambda s, t: losses.dense_hard_distillation(s, t, 0.5), (4, 5, 2, 2), (1, 5, 2, 2), "the same samples and classes"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(loss: Loss, student: tuple[int, ...], teacher: tuple[int, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        loss(torch.randn(student), torch.randn(teacher))
+
+
+def test_what_decides_moves_from_the_place_to_the_whole() -> None:
+    generator = torch.Generator().manual_seed(7)
+    student, teacher = torch.randn(3, 5, 2, 2, generator=generator), torch.randn(3, 5, 6, 6, generator=generator)
+    pooled = F.avg_pool2d(teacher, 3)  # the teacher's map is the larger
+    everywhere = teacher.mean((2, 3)).argmax(1)[:, None, None].expand(3, 2, 2)
+    torch.testing.assert_close(losses.dense_hard_distillation(student, teacher, 0.0), F.cross_entropy(student, pooled.argmax(1)))
+    torch.testing.assert_close(losses.dense_hard_distillation(student, teacher, 1.0), F.cross_entropy(student, everywhere))
+
+
+@pytest.mark.parametrize("name", ["mean_squared", "correlation_congruence", "hierarchical_context", "attention_transfer"])
+def test_distances_vanish_between_the_same(name: str) -> None:
+    features = torch.randn(6, 4, generator=torch.Generator().manual_seed(5))
+    assert VECTOR_LOSSES[name](features, features.clone()).item() == pytest.approx(0.0, abs=1e-12)
 
 
 def test_logit_losses_stand_huge_logits() -> None:

@@ -196,7 +196,7 @@ def _download(name: str, data: Path, files: str, **kwargs: Any) -> Any:
         return getattr(torchvision.datasets, name)(str(data), download=True, **kwargs)
     except (OSError, RuntimeError) as error:  # no network, an interrupted download, a wrong checksum
         raise UserError(
-            f"--data {data}: does not hold {name}, and downloading it failed ({error}); put {files} there by hand"
+            f"--data {data}: does not hold {name}, and downloading it failed ({' '.join(str(error).split())}); put {files} there by hand"
         ) from None
 
 

@@ -147,14 +147,19 @@ def correlation_congruence(student: Tensor, teacher: Tensor, gamma: float = 0.4,
     """CC (Peng et al., ICCV 2019): mean squared difference of the two B x B matrices of correlations between samples.
 
     A correlation is the Gaussian kernel exp(-gamma |f_i - f_j|^2) of features of length 1, by its Taylor series in <f_i, f_j> up to
-    `order`. The code behind CC's numbers in CRD's tables (its author's, by mail) has products of neighbouring differences instead.
+    `order`. RepDistiller's `Correlation`, behind CC's numbers in CRD's tables, is another formula: products of neighbouring differences.
 
     Args:
         student: [B,D] features; widths may differ.
         teacher: [B,E] features.
         gamma: of the kernel.
         order: highest power of the series.
+
+    Raises:
+        ValueError: the numbers of samples differ.
     """
+    if len(student) != len(teacher):  # matrices of 1 x 1 would broadcast
+        raise ValueError(f"student has {len(student)} samples and teacher {len(teacher)}; they must be the same images")
     student, teacher = full_precision(student, teacher)
 
     def kernel(features: Tensor) -> Tensor:

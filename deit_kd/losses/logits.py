@@ -123,7 +123,14 @@ def dense_hard_distillation(student_logits: Tensor, teacher_logits: Tensor, glob
         student_logits: [B,K,h,w], the classifier on each patch.
         teacher_logits: [B,K,H,W], the classifier at each place; the larger of the two maps is average-pooled to the smaller.
         global_share: of the teacher's mean over places in what decides, epoch / epochs in the paper; the rest is the place's own.
+
+    Raises:
+        ValueError: numbers of samples or classes differ.
     """
+    if student_logits.shape[:2] != teacher_logits.shape[:2]:  # a teacher of fewer classes would pass as labels
+        raise ValueError(
+            f"student {tuple(student_logits.shape)} and teacher {tuple(teacher_logits.shape)} must have the same samples and classes"
+        )
     student, teacher = full_precision(student_logits, teacher_logits)
     size = min(student.shape[2], teacher.shape[2]), min(student.shape[3], teacher.shape[3])
     student, teacher = F.adaptive_avg_pool2d(student, size), F.adaptive_avg_pool2d(teacher, size)

