@@ -68,10 +68,9 @@ def run_grid(recipe: str, overrides: Sequence[str], output: Path, data: Path | N
     failures = []
     with ThreadPoolExecutor(max(1, jobs)) as pool:
         try:
-            for failure in tqdm(pool.map(work, todo), "runs", len(todo), disable=None):
-                if failure:
-                    tqdm.write(failure, file=sys.stderr)
-                    failures.append(failure)
+            for number, failure in enumerate(tqdm(pool.map(work, todo), "runs", len(todo), disable=None), 1):
+                tqdm.write(failure or f"{_name(todo[number - 1], cells)} is complete ({number} of {len(todo)})", file=sys.stderr)
+                failures += [failure] if failure else []
         except KeyboardInterrupt:  # the runs got the signal too, save and end
             pool.shutdown(cancel_futures=True)
             raise

@@ -320,24 +320,6 @@ def test_distances_vanish_between_the_same(name: str) -> None:
     assert VECTOR_LOSSES[name](features, features.clone()).item() == pytest.approx(0.0, abs=1e-12)
 
 
-def test_logit_losses_stand_huge_logits() -> None:
-    generator = torch.Generator().manual_seed(3)
-    student, teacher = torch.randn(2, 6, 4, generator=generator) * 1e4
-    labels = torch.arange(6) % 4
-    student.requires_grad_()
-    total = (
-        losses.kl_distillation(student, teacher)
-        + losses.hard_distillation(student, teacher)
-        + losses.decoupled_distillation(student, teacher, labels)
-        + losses.dist(student, teacher)
-        + losses.normalised_distillation(student, teacher, labels)
-    )
-    total.backward()
-    assert total.isfinite()
-    assert student.grad is not None
-    assert student.grad.isfinite().all()
-
-
 def test_norm_direction_by_hand() -> None:
     # Along the mean and shorter than the teacher: 1 - 3/5. Longer than the teacher, at 60 degrees: 1 - cos 60.
     student = torch.tensor([[3.0, 0.0], [4.0, 4.0 * math.sqrt(3)]])

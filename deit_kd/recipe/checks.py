@@ -212,8 +212,10 @@ def _contradictions(recipe: Recipe) -> list[str]:
         faults.append(
             "teachers: stated beside teacher; move everything into teachers and set teacher, projector and distill to null"
         )
-    if not r.label_weight and (not r.lessons() or all(lesson.distill.active_epochs for lesson in r.lessons())):
-        faults.append("label_weight: 0, and no teacher teaches from the first to the last epoch; nothing would be learnt")
+    if not r.label_weight and not any(
+        lesson.distill.kd_weight and "kd" not in lesson.distill.active_epochs for lesson in r.lessons()
+    ):
+        faults.append("label_weight: 0, and no teacher's logits are distilled in every epoch; nothing would teach the heads")
     if (aug.crop_scale is None) == (aug.crop_padding is None):
         faults.append("augmentation.crop_scale, crop_padding: state one of them, and set the other to null")
     if (optim.momentum is not None and optim.momentum >= 1) or any(m <= 0 or m >= r.epochs for m in optim.milestones or ()):
