@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from PIL import Image
 
-from deit_kd.tracking import read_metrics
+from deit_kd.tracking import TERMS, read_metrics
 
 
 def plot_run(folder: Path) -> list[Path]:
@@ -23,7 +23,8 @@ def plot_run(folder: Path) -> list[Path]:
     train = [line for line in metrics if line["kind"] == "train"]
     evaluations = [line for line in metrics if line["kind"] == "eval"]
     spectra = [line for line in metrics if line["kind"] == "projector" and "singular_values" in line]
-    teacher = next((line["teacher_top1"] for line in metrics if line["kind"] == "teacher"), None)
+    scores = next((line for line in metrics if line["kind"] == "teacher"), {})
+    teachers = {name.removesuffix("_top1"): value for name, value in scores.items() if name.endswith("_top1")}
     plots = folder / "plots"
     plots.mkdir(exist_ok=True)
     written = []
@@ -34,7 +35,8 @@ def plot_run(folder: Path) -> list[Path]:
         written.append(plots / f"{name}.png")
 
     if train:
-        save("loss", _lines(train, ("loss", "ce", "kd", "feature"), "training loss and its terms, mean of a log window"))
+        terms = [name for name in {name: None for line in train for name in line} if name.split("_")[0] in TERMS]
+        save("loss", _lines(train, terms, "training loss and its terms, mean of a log window"))
         save("learning_rate", _lines(train, ("lr",), "learning rate"))
         times = ("seconds_data", "seconds_teacher", "seconds_student")
         save("time", _lines(train, times, "where a step's seconds go", "seconds a step"))
@@ -42,9 +44,9 @@ def plot_run(folder: Path) -> list[Path]:
             save("agreement", _lines(train, ("agreement", "cosine"), "teacher and student: equal decisions, feature cosine"))
     if evaluations:
         figure = _lines(evaluations, ("top1", "ema_top1", "class_head_top1", "distillation_head_top1"), "validation top-1", "%")
-        if teacher is not None:
-            figure.axes[0].axhline(teacher, color="black", linestyle=":", label="teacher")
-            figure.axes[0].legend()
+        for name, top1 in teachers.items():
+            figure.axes[0].axhline(top1, color="black", linestyle=":", label=name)
+        figure.axes[0].legend()
         save("top1", figure)
     if spectra:
         figure, axes = plt.subplots(figsize=(7, 4))

@@ -81,6 +81,10 @@ def build_distiller(recipe: Recipe, num_classes: int, teachers: Sequence[Teacher
     ]
     distiller = Distiller(student, projectors, [lesson.distill.student_tap for lesson in lessons])
     for lesson in lessons:
+        if lesson.distill.kd_weight and lesson.distill.kd_loss == "decoupled_distillation" and num_classes < 3:
+            raise UserError(
+                f"distill.kd_loss=decoupled_distillation: needs 3 classes, the data has {num_classes}; use kl_distillation"
+            )
         if lesson.distill.kd_weight and lesson.distill.kd_head != "class" and not distiller.has_tokens:
             raise UserError(
                 f"distill.kd_head={lesson.distill.kd_head}: {recipe.student.name} has no distillation token; use kd_head=class, or a "

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
-BAR = ("lr", "loss", "ce", "kd", "feature")  # a bar has room for these; the rest is in metrics.jsonl
+TERMS = ("loss", "ce", "kd", "feature")  # of several teachers kd_0, kd_1 ...
 TIMES = ("seconds", "images_per_second", "seconds_data", "seconds_teacher", "seconds_student")  # differ between equal runs
 
 
@@ -128,7 +128,8 @@ class Tracker:
         self.accelerator.log({f"{kind}/{name}": value for name, value in numbers.items()}, step=step)
         shown = "  ".join(f"{name} {_short(value)}" for name, value in numbers.items() if not name.startswith("seconds"))
         if kind == "train" and self._bar is not None:
-            terms = {name: value for name, value in numbers.items() if name in BAR}
+            # A bar has room for these; the rest is in metrics.jsonl.
+            terms = {name: value for name, value in numbers.items() if name == "lr" or name.split("_")[0] in TERMS}
             self._bar.set_postfix_str("  ".join(f"{name} {_short(value)}" for name, value in terms.items()), refresh=False)
         elif kind != "projector":
             self.say(f"{kind:<7} step {step}/{self.total_steps}  {shown}")

@@ -186,6 +186,9 @@ def test_a_mismatch_names_both_sides() -> None:
     recipe = recipes.load("quickstart", ["student={name: resnet10t, drop_path: 0, model_args: {}}"])
     with pytest.raises(UserError, match="resnet10t has no distillation token; use kd_head=class"):
         build_distiller(recipe, 10, build_teachers(recipe, 10))
+    recipe = recipes.load("cifar100_resnet32x4_resnet8x4_dkd", ["teacher.weights=random"])
+    with pytest.raises(UserError, match="needs 3 classes, the data has 2; use kl_distillation"):
+        build_distiller(recipe, 2, build_teachers(recipe, 2))
 
 
 def test_review_fusion_gives_the_teachers_shapes_and_learns() -> None:

@@ -79,7 +79,18 @@ def test_other_commands_name_recipes_and_keys_that_exist() -> None:
         recipes.load(options.recipe, options.overrides)
 
 
+def test_verbs_name_recipes_and_keys_that_exist() -> None:
+    from deit_kd.grid import _cells
+
+    documents = [README, *(path.read_text() for path in (ROOT / "results").glob("*.md"))]
+    commands = [shlex.split(line) for text in documents for line in re.findall(r"^`?(deit-kd [^`#\n]+)", text, re.MULTILINE)]
+    assert {command[1] for command in commands} == {"grid", "class-means"}
+    for _, _, recipe, *words in commands:
+        for cell in _cells([word for word in words if "=" in word]):
+            recipes.load(ROOT / recipe if recipe.endswith(".yaml") else recipe, [f"{key}={value}" for key, value in cell.items()])
+
+
 def test_files_and_links_exist() -> None:
-    for document in (ROOT / "README.md", *ROOT.glob("*/README.md"), ROOT / "CONTRIBUTING.md"):
+    for document in (*ROOT.glob("*.md"), *ROOT.glob("*/README.md"), *ROOT.glob("deit_kd/*/README.md")):
         for link in re.findall(r"\]\((?!https?://)([^)#]+)\)", document.read_text()):
             assert (document.parent / link).exists(), f"{document}: {link}"

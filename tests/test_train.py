@@ -103,7 +103,8 @@ def test_card_says_what_the_run_stored(finished: Path) -> None:
         f"{run['student']['parameters']:,}",
         "miles2024understanding",
         "wang2023improving",
-        "logsum_correlation",
+        "1.0 x `logsum` (power 4.0) between",
+        "through a linear projector and the pooled features of quickstart_teacher",
     ):
         assert part in card.text, part
     assert "{{" not in card.text

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, StrictUndefined
+from timm.models import model_entrypoint
 
 from deit_kd import recipe as recipes
 from deit_kd.release.export import licence
@@ -59,6 +60,7 @@ def write_card(run_folder: Path) -> Path:
         best=max(evaluations, key=lambda line: line["top1"]),
         scores=next((line for line in metrics if line["kind"] == "teacher"), {}),
         lessons=recipe.lessons(),
+        ours=model_entrypoint(recipe.student.name).__module__.startswith("deit_kd."),
     )
     for file in ("recipe.yaml", "metrics.jsonl"):
         shutil.copyfile(run_folder / file, run_folder / "student" / file)
