@@ -47,14 +47,14 @@ def run_grid(recipe: str, overrides: Sequence[str], output: Path, data: Path | N
         UserError: a combination that the recipe refuses, or a run that failed.
     """
     cells = _cells(overrides)
-    faults = []
+    faults: dict[str, str] = {}  # the first combination that has it
     for cell in cells:
         try:
             recipes.load(recipe, [f"{key}={value}" for key, value in cell.items()])
         except recipes.RecipeError as error:
-            faults.append(f"{_name(cell, cells)}: {error}")
+            faults.setdefault(str(error), _name(cell, cells))
     if faults:
-        raise UserError("\n".join(faults))
+        raise UserError("\n".join(f"{name}: {fault}" for fault, name in faults.items()))
     output.mkdir(parents=True, exist_ok=True)
     todo = [cell for cell in cells if not _complete(output / _name(cell, cells))]
     print(f"{len(cells)} runs in {output}, {len(cells) - len(todo)} of them complete", flush=True)
@@ -131,17 +131,21 @@ def _train(recipe: str, cell: Cell, folder: Path, data: Path | None, threads: di
 
 
 def _write(recipe: str, overrides: Sequence[str], cells: Sequence[Cell], output: Path) -> Path:
-    """Mean, standard error and number of runs of each combination, over seeds; only complete runs count."""
+    """Mean, standard error and number of runs of each combination over seeds, of complete runs; and the first projector's rank."""
     axes = [key for key in cells[0] if key != "seed" and len({cell[key] for cell in cells}) > 1]
     scores: dict[tuple[str, ...], list[float]] = {}
+    ranks: dict[tuple[str, ...], list[float]] = {}
     for cell in cells:
-        folder = output / _name(cell, cells)
-        row = scores.setdefault(tuple(cell[key] for key in axes), [])
+        folder, key = output / _name(cell, cells), tuple(cell[axis] for axis in axes)
+        row, rank = scores.setdefault(key, []), ranks.setdefault(key, [])
         if _complete(folder):
-            row.append([line for line in read_metrics(folder) if line["kind"] == "eval"][-1]["top1"])
-    header: list[Any] = [*axes, "top1", "standard_error", "n"]
-    rows = [
+            metrics = read_metrics(folder)
+            row.append([line for line in metrics if line["kind"] == "eval"][-1]["top1"])
+            rank += [line["effective_rank"] for line in metrics if "effective_rank" in line][-1:]
+    header: list[Any] = [*axes, "top1", "standard_error", "n", "projector_effective_rank"]
+    rows: list[list[Any]] = [
         [*key, f"{mean(row):.2f}" if row else "", f"{_error(row):.2f}" if len(row) > 1 else "", len(row)]
+        + [f"{mean(ranks[key]):.1f}" if ranks[key] else ""]
         for key, row in scores.items()
     ]
     with (output / "grid.csv").open("w", newline="") as stream:

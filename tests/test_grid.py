@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, SMALL
 
+from deit_kd import recipe as recipes
 from deit_kd.cli import main
 from deit_kd.errors import UserError
-from deit_kd.grid import _cells, run_grid
+from deit_kd.grid import _cells, _name, run_grid
 
 AXES = ["distill.power=2,4", "seed=0,1"]
 QUICK = [*SMALL, "epochs=1", "optim.warmup_epochs=0", "teacher.name=resnet10t", "teacher.weights=random"]
@@ -44,6 +45,15 @@ def test_the_axes() -> None:
     cells = _cells(["a=1,2", "b=[0.9, 0.95],[0.8, 0.9]", "c=x"])
     assert len(cells) == 4
     assert cells[1] == {"a": "1", "b": "[0.8, 0.9]", "c": "x"}
+
+
+def test_the_papers_ablations_are_one_grid() -> None:
+    axes = ["distill.normalisation=none,l2,batch", "projector.depth=1,2,3", "distill.power=1,2,4,5", "seed=0,1,2"]
+    cells = _cells(axes)
+    assert len(cells) == 108
+    assert len({_name(cell, cells) for cell in cells}) == 108
+    for cell in cells:
+        recipes.load(ROOT / "recipes" / "quickstart.yaml", [f"{key}={value}" for key, value in cell.items()])
 
 
 def test_a_grid_refuses_before_it_runs(tmp_path: Path) -> None:
