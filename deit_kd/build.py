@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
-from deit_kd.data import Source, open_source
+from deit_kd.data import Placement, Source, open_source
 from deit_kd.errors import UserError
 from deit_kd.models import Distiller, Teacher, build_student, load_teacher
 from deit_kd.models.distiller import build_lesson_projector
@@ -114,10 +115,17 @@ def open_data(recipe: Recipe, data: Path | None) -> tuple[Source, Source]:
     return train, val
 
 
-def workers(recipe: Recipe, num_processes: int) -> int:
-    """Loader processes beside each training process."""
+def placement(recipe: Recipe, accelerator: Accelerator, warn: Callable[[str], None]) -> Placement:
+    """Where this process's loaders work, with how many workers beside it."""
     stated = recipe.run.workers
-    return min(16, (os.cpu_count() or 1) // num_processes) if stated == "auto" else stated
+    return Placement(
+        device=accelerator.device,
+        num_processes=accelerator.num_processes,
+        process_index=accelerator.process_index,
+        workers=min(16, (os.cpu_count() or 1) // accelerator.num_processes) if stated == "auto" else stated,
+        on_bad_image=recipe.data.on_bad_image,
+        warn=warn,
+    )
 
 
 def accumulation(global_batch_size: int, num_processes: int, device_batch_size: int | None) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,13 +30,7 @@ from deit_kd.seed import derive_seed
 
 
 def load_or_compute(
-    file: Path,
-    recipe: Recipe,
-    teacher: Teacher,
-    source: Source,
-    accelerator: Accelerator,
-    workers: int,
-    warn: Callable[[str], None],
+    file: Path, recipe: Recipe, teacher: Teacher, source: Source, accelerator: Accelerator, placement: Placement
 ) -> Tensor:
     """[K,E] float32 from `file` when it is there, else computed and written to it.
 
@@ -46,14 +39,6 @@ def load_or_compute(
     """
     if not file.exists():
         accelerator.print(f"computing the class means of {teacher.info.name} over {len(source):,} images, into {file}")
-        placement = Placement(
-            device=accelerator.device,
-            num_processes=accelerator.num_processes,
-            process_index=accelerator.process_index,
-            workers=workers,
-            on_bad_image=recipe.data.on_bad_image,
-            warn=warn,
-        )
         means = _compute(recipe, teacher, source, accelerator, placement)
         if accelerator.is_main_process:
             file.parent.mkdir(parents=True, exist_ok=True)

@@ -21,10 +21,9 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import Tensor, nn
 
-from deit_kd.build import accumulation, build_distiller
-from deit_kd.build import workers as loader_workers
+from deit_kd.build import accumulation, build_distiller, placement
 from deit_kd.class_means import load_or_compute
-from deit_kd.data import Batch, EvaluationLoader, Placement, Source, TrainLoader
+from deit_kd.data import Batch, EvaluationLoader, Source, TrainLoader
 from deit_kd.data.transforms import evaluation_transform, train_transform
 from deit_kd.errors import UserError
 from deit_kd.evaluation import measure, measure_student
@@ -69,20 +68,12 @@ class Classification:
         if len(val) < accelerator.num_processes:
             raise UserError(f"{val.origin}: {len(val)} validation images are fewer than the {accelerator.num_processes} processes")
         self.accumulation_steps = accumulation(recipe.global_batch_size, accelerator.num_processes, device_batch_size)
-        workers = loader_workers(recipe, accelerator.num_processes)
-        placement = Placement(
-            device=accelerator.device,
-            num_processes=accelerator.num_processes,
-            process_index=accelerator.process_index,
-            workers=workers,
-            on_bad_image=recipe.data.on_bad_image,
-            warn=warn,
-        )
+        here = placement(recipe, accelerator, warn)
         self.train_loader = TrainLoader(
             train,
             train_transform(recipe),
             recipe.augmentation,
-            placement,
+            here,
             num_classes=self.num_classes,
             seed=recipe.seed,
             global_batch_size=recipe.global_batch_size,
@@ -93,7 +84,7 @@ class Classification:
             raise UserError(
                 f"global_batch_size={recipe.global_batch_size}: leaves {micro} image a micro-batch, feature losses need 2"
             )
-        self.val_loader = EvaluationLoader(val, evaluation_transform(recipe), placement, batch_size=micro)
+        self.val_loader = EvaluationLoader(val, evaluation_transform(recipe), here, batch_size=micro)
         self.steps_per_epoch = self.train_loader.steps_per_epoch
         distiller = build_distiller(recipe, self.num_classes, teachers, torch.from_numpy(train.labels))
         self.student, self.projectors = distiller.student, distiller.projectors
@@ -104,7 +95,7 @@ class Classification:
             if stated is None or not lesson.distill.feature_weight:
                 return None
             file = output / f"class_means_{teacher.info.sha256[:8]}.safetensors" if stated == "auto" else Path(stated)
-            return load_or_compute(file, recipe, teacher, train, accelerator, workers, warn)
+            return load_or_compute(file, recipe, teacher, train, accelerator, here)
 
         self.terms = [
             Terms(lesson, number, teacher, recipe.epochs, means(lesson, teacher), accelerator.gather)

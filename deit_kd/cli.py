@@ -67,7 +67,9 @@ def class_means(options: argparse.Namespace) -> None:
     source, _ = build.open_data(recipe, options.data)
     teachers = build.build_teachers(recipe, source.class_names)
     teacher = teachers[recipe.lessons().index(lessons[0])].to(accelerator.device)
-    means = load_or_compute(options.output, recipe, teacher, source, accelerator, build.workers(recipe, 1), accelerator.print)
+    means = load_or_compute(
+        options.output, recipe, teacher, source, accelerator, build.placement(recipe, accelerator, accelerator.print)
+    )
     accelerator.print(f"{options.output}: {means.shape[0]} classes x {means.shape[1]}; pass distill.class_means={options.output}")
 
 

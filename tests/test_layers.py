@@ -38,7 +38,7 @@ MAY_IMPORT = {
 }
 # third-party packages that only these may import
 ONLY = {
-    "accelerate": {"engine", "evaluation", "tracking", "classification", "class_means", "run_folder", "cli"},
+    "accelerate": {"build", "engine", "evaluation", "tracking", "classification", "class_means", "run_folder", "cli"},
     "timm": {"data", "models", "optim", "engine", "release"},
     "torchvision": {"data"},
     "matplotlib": {"analysis"},

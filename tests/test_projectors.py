@@ -30,9 +30,9 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 
 def off_orthonormal(projector: Orthonormal) -> float:
-    q = projector.matrix().double()
+    q = projector.matrix().detach().double()
     gram = q.t() @ q if q.shape[0] >= q.shape[1] else q @ q.t()
-    return float((gram - torch.eye(len(gram), dtype=torch.float64)).abs().max())
+    return (gram - torch.eye(len(gram), dtype=torch.float64)).abs().max().item()
 
 
 def test_orthonormal_columns_survive_a_thousand_decayed_steps(tmp_path: Path) -> None:

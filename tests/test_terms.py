@@ -207,7 +207,7 @@ def test_class_means_are_those_of_the_images_and_the_same_twice(fashion_folder: 
     (teacher,) = build.build_teachers(recipe, source.class_names)
 
     def means(file: Path) -> Tensor:
-        return load_or_compute(file, recipe, teacher, source, accelerator, 0, print)
+        return load_or_compute(file, recipe, teacher, source, accelerator, build.placement(recipe, accelerator, print))
 
     first, second = means(tmp_path / "a.safetensors"), means(tmp_path / "b.safetensors")
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
@@ -224,7 +224,9 @@ def test_class_means_are_those_of_the_images_and_the_same_twice(fashion_folder: 
     plain = recipes.load(
         "quickstart", [*SMALL, *OBJECTIVES["nd"], "augmentation.crop_scale=[1.0, 1.0]", "augmentation.horizontal_flip=0"]
     )
-    ours = load_or_compute(tmp_path / "c.safetensors", plain, teacher, source, accelerator, 0, print)
+    ours = load_or_compute(
+        tmp_path / "c.safetensors", plain, teacher, source, accelerator, build.placement(plain, accelerator, print)
+    )
     from deit_kd.data.transforms import evaluation_transform
 
     transform = evaluation_transform(plain)

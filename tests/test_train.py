@@ -133,7 +133,7 @@ def test_conv_stem_and_cnn_students_export_too(tmp_path: Path, fashion_folder: P
             "deit_tiny_convstem_distilled_patch16_224",
             ["data.img_size=32", "student.model_args={embed_dim: 48, depth: 2, num_heads: 3}"],
         ),
-        ("resnet10t", ["student.model_args={}"]),
+        ("resnet10t", ["student.model_args={}", "distill.kd_head=class"]),
     ):
         output = tmp_path / name
         small = [item for item in SMALL if not item.startswith("student.model_args")]
