@@ -126,7 +126,8 @@ def _find(name_or_path: str | Path) -> Path:
         raise RecipeError(f"recipe file {path} does not exist")
     if (FOLDER / f"{path}.yaml").is_file():
         return FOLDER / f"{path}.yaml"
-    raise RecipeError(f"unknown recipe {str(path)!r}{nearest(str(path), names())}; known: {', '.join(names())}")
+    hint = nearest(str(path), names()) or f"; known: {', '.join(names())}"
+    raise RecipeError(f"unknown recipe {str(path)!r}{hint}")
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
