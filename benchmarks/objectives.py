@@ -109,7 +109,7 @@ def orthonormal(batch: int, rounds: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--batch", type=int, default=32 if DEVICE.type == "cpu" else 256, help="of the training step")
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "objectives.json")
     options = parser.parse_args()
