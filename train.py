@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, NoReturn
 from deit_kd import recipe as recipes
 from deit_kd.errors import UserError
 
+REQUEUE = 75  # exit code of a run that a signal stopped and the same command continues; sysexits.h calls it EX_TEMPFAIL
+
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
@@ -108,7 +110,6 @@ def train(recipe: recipes.Recipe, options: argparse.Namespace, output: Path) -> 
     if resume is None and any(task.knows_labels):
         tracker.log("teacher", 0, task.evaluate_teachers())
     loop = engine.Loop(
-        seed=recipe.seed,
         total_steps=stop_at,
         accumulation_steps=task.accumulation_steps,
         images_per_step=task.train_loader.global_batch_size,
@@ -117,6 +118,7 @@ def train(recipe: recipes.Recipe, options: argparse.Namespace, output: Path) -> 
         eval_every_epochs=recipe.run.eval_every_epochs,
         save_every_steps=task.steps_per_epoch if recipe.run.save_every_steps == "epoch" else recipe.run.save_every_steps,
         keep_checkpoints=recipe.run.keep_checkpoints,
+        on_full_disk=recipe.run.on_full_disk,
     )
     schedule = optim.build_schedule(recipe, task.steps_per_epoch)
     complete = engine.fit(task, accelerator, optimizer, schedule, loop, tracker, output, ema, resume)
@@ -129,7 +131,7 @@ def train(recipe: recipes.Recipe, options: argparse.Namespace, output: Path) -> 
         say(f"student {output / 'student'}\ncard    {card}\nplots   {output / 'plots'}")
     tracker.close()
     if not complete:
-        sys.exit(130)
+        sys.exit(REQUEUE)
 
 
 def make_accelerator(recipe: recipes.Recipe, device: str, output: Path) -> Accelerator:

@@ -11,7 +11,9 @@ Every term has the same name here, in the recipe and in metrics.jsonl; of severa
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,10 +21,12 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import broadcast
+from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 
 from deit_kd.build import accumulation, build_distiller, placement
 from deit_kd.class_means import load_or_compute
+from deit_kd.collective import GlobalBatch
 from deit_kd.data import Batch, EvaluationLoader, Source, TrainLoader
 from deit_kd.data.transforms import evaluation_transform, train_transform
 from deit_kd.errors import UserError
@@ -32,6 +36,8 @@ from deit_kd.models.projectors import first_matrix
 from deit_kd.recipe import Lesson, Recipe
 from deit_kd.terms import Terms
 from deit_kd.tracking import Clock
+
+_Taught = dict[Teacher, TeacherOutput]
 
 
 class Classification:
@@ -87,8 +93,11 @@ class Classification:
         self.val_loader = EvaluationLoader(val, evaluation_transform(recipe), here, batch_size=micro)
         self.steps_per_epoch = self.train_loader.steps_per_epoch
         distiller = build_distiller(recipe, self.num_classes, teachers, torch.from_numpy(train.labels))
+        if recipe.batch_statistics == "global" and accelerator.num_processes > 1 and accelerator.device.type == "cuda":
+            distiller = convert_sync_batchnorm(distiller)  # torch has it on CUDA alone
         self.student, self.projectors = distiller.student, distiller.projectors
         self.module: nn.Module = distiller
+        self.global_batch = GlobalBatch(accelerator, self.accumulation_steps)
 
         def means(lesson: Lesson, teacher: Teacher) -> Tensor | None:
             stated = lesson.distill.class_means
@@ -98,22 +107,47 @@ class Classification:
             return load_or_compute(file, recipe, teacher, train, accelerator, here)
 
         self.terms = [
-            Terms(lesson, number, teacher, recipe.epochs, means(lesson, teacher), accelerator.gather)
+            Terms(lesson, number, teacher, recipe, means(lesson, teacher), self.global_batch)
             for number, (lesson, teacher) in enumerate(zip(lessons, teachers, strict=True))
         ]
+        self._ahead: list[_Taught] = []  # what teachers said of the micro-batches to come
 
-    def train_batches(self, epoch: int, start_step: int) -> Iterator[Batch]:
-        """See `engine.Task`."""
-        return self.train_loader.epoch(epoch, start_step)
+    def train_batches(self, epoch: int, start_step: int, clock: Clock) -> Iterator[Batch]:
+        """See `engine.Task`. Accumulates rows first, where a term couples samples: the student then runs twice, teachers once."""
+        stream = self.train_loader.epoch(epoch, start_step)
+        looks_ahead = self.accumulation_steps > 1 and any(terms.needs_whole_batch() for terms in self.terms)
+        while True:
+            with clock.span("data", host=True):
+                batches = list(islice(stream, self.accumulation_steps if looks_ahead else 1))
+            if not batches:
+                return
+            if looks_ahead:
+                with torch.no_grad(), self.global_batch.recording(), _frozen_statistics(self.module):
+                    self._ahead = [self._ask(batch, clock) for batch in batches]
+                    for batch, taught in zip(batches, self._ahead, strict=True):
+                        self._equation(batch, taught, clock, detailed=False)
+            yield from batches
 
     def compute_terms(self, batch: Batch, clock: Clock, detailed: bool) -> dict[str, Tensor]:
         """The equation. On detailed steps also `agreement` (share of equal decisions) and `cosine` of the features."""
+        taught = self._ahead.pop(0) if self._ahead else self._ask(batch, clock)
+        terms = self._equation(batch, taught, clock, detailed)
+        self.global_batch.advance()
+        return terms
+
+    def sample_names(self, batch: Batch) -> list[str]:
+        """See `engine.Task`."""
+        return [self.train_loader.source.where(index) for index in batch.indices.tolist()]
+
+    def _ask(self, batch: Batch, clock: Clock) -> _Taught:
+        """What each teacher says; before the student runs, so that their activations are gone when its are kept."""
+        teachers = dict.fromkeys(terms.teacher for terms in self.terms if terms.active(batch.epoch))
+        with clock.span("teacher"), self.accelerator.autocast():
+            return {teacher: teacher(batch.images) for teacher in teachers}
+
+    def _equation(self, batch: Batch, taught: _Taught, clock: Clock, detailed: bool) -> dict[str, Tensor]:
         asked = {number: terms for number, terms in enumerate(self.terms) if terms.active(batch.epoch)}
-        taught: dict[Teacher, TeacherOutput] = {}
-        for terms in asked.values():  # before the student, so that their activations are gone when its are kept
-            if terms.teacher not in taught:
-                with clock.span("teacher"), self.accelerator.autocast():
-                    taught[terms.teacher] = terms.teacher(batch.images)
+        torch.manual_seed(batch.seed)  # of dropout and drop path: a function of the place in the epoch
         with clock.span("student"):
             taps = [taught[t.teacher].tapped[t.tap] if t in asked.values() and t.tap is not None else None for t in self.terms]
             student: StudentOutput = self.module(batch.images, taps)
@@ -121,7 +155,7 @@ class Classification:
             loss = batch.targets.new_zeros(())
             if self.recipe.label_weight:
                 class_head = student.logits if any(t.teaches_tokens(batch.epoch) for t in self.terms) else student.prediction()
-                values["ce"] = F.cross_entropy(class_head.float(), batch.targets)
+                values["ce"] = F.cross_entropy(class_head.to(batch.targets.dtype), batch.targets)
                 loss = self.recipe.label_weight * values["ce"]
             for number, terms in asked.items():
                 output, suffix = taught[terms.teacher], f"_{number}" if len(self.terms) > 1 else ""
@@ -182,6 +216,19 @@ def _detail(student: StudentOutput, teacher: TeacherOutput, terms: Terms, same_l
     if isinstance(projected, Tensor) and isinstance(theirs, Tensor) and projected.shape == theirs.shape:
         detail["cosine"] = F.cosine_similarity(projected.detach().float(), theirs, dim=1).mean()
     return detail
+
+
+@contextmanager
+def _frozen_statistics(module: nn.Module) -> Iterator[None]:
+    """Batch norms still take the batch's statistics inside, but do not move their running ones: the batch will come again."""
+    norms = [each for each in module.modules() if isinstance(each, nn.modules.batchnorm._BatchNorm) and each.track_running_stats]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
 
 
 def _teacher_logits(teacher: Teacher, images: Tensor) -> dict[str, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch.nn.functional as F
@@ -10,12 +9,15 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from deit_kd import losses
+from deit_kd.collective import GlobalBatch
 from deit_kd.data import Batch
 from deit_kd.models import StudentOutput, Teacher, TeacherOutput
 from deit_kd.models.contrast import ContrastiveMemory
-from deit_kd.recipe import READS, Lesson
+from deit_kd.recipe import READS, Lesson, Recipe
+from deit_kd.seed import derive_seed
 
 TENSORS = ("kd_head", "student_tap", "teacher_tap", "class_means")  # keys that choose tensors; all others are a loss's parameters
+COUPLED = ("dist", "logsum", "logsum_correlation", "logsum_difference", "correlation_congruence")  # no means over samples
 
 
 class Terms:
@@ -25,9 +27,9 @@ class Terms:
         lesson: of the recipe.
         number: among the recipe's lessons.
         teacher: as it says.
-        epochs: of the whole run.
+        recipe: the whole of it.
         class_means: [K,E], for the losses that read them.
-        gather: joins tensors over processes, for a contrastive memory.
+        global_batch: completes the rows of losses that couple samples.
     """
 
     def __init__(
@@ -35,12 +37,13 @@ class Terms:
         lesson: Lesson,
         number: int,
         teacher: Teacher,
-        epochs: int,
+        recipe: Recipe,
         class_means: Tensor | None,
-        gather: Callable[[Tensor], Tensor],
+        global_batch: GlobalBatch,
     ):
-        self.distill, self.number, self.teacher, self.epochs = lesson.distill, number, teacher, epochs
-        self.class_means, self.gather = class_means, gather
+        self.distill, self.number, self.teacher, self.epochs = lesson.distill, number, teacher, recipe.epochs
+        self.seed, self.whole = recipe.seed, recipe.batch_statistics == "global"
+        self.class_means, self.global_batch = class_means, global_batch
         self.tap = lesson.distill.teacher_tap if lesson.distill.feature_weight else None
 
     def on(self, term: str, epoch: int) -> bool:
@@ -58,6 +61,14 @@ class Terms:
         """Whether the teacher is asked at all."""
         return bool((self.distill.kd_weight and self.on("kd", epoch)) or (self.tap is not None and self.on("feature", epoch)))
 
+    def needs_whole_batch(self) -> bool:
+        """Whether a term couples samples, so that it must see rows of all processes and micro-batches."""
+        losses = (
+            self.distill.kd_loss if self.distill.kd_weight else None,
+            self.distill.feature_loss if self.tap is not None else None,
+        )
+        return "noise_contrastive" in losses or (self.whole and any(name in COUPLED for name in losses))
+
     def teaches_tokens(self, epoch: int) -> bool:
         """Whether a distillation head learns from this teacher alone, so that labels are for the class head."""
         return self.distill.kd_weight > 0 and self.on("kd", epoch) and self.distill.kd_head == "distillation"
@@ -74,7 +85,7 @@ class Terms:
         arguments = self._parameters("kd", name)
         if name in ("decoupled_distillation", "normalised_distillation"):
             arguments["labels"] = batch.targets.argmax(dim=1)  # under mixing the class with the larger share
-        values = [getattr(losses, name)(logits, teacher.logits, **arguments) for logits in heads]
+        values = [self._loss(name, f"logits {n}", logits, teacher.logits, **arguments) for n, logits in enumerate(heads)]
         return sum(values[1:], values[0]) / len(values)
 
     def feature(self, student: StudentOutput, teacher: TeacherOutput, batch: Batch, projector: nn.Module) -> Tensor:
@@ -91,11 +102,12 @@ class Terms:
         if isinstance(ours, list) and name == "hierarchical_context":
             return losses.hierarchical_context(ours, list(theirs))
         if isinstance(ours, list):
-            return sum((self._compare(name, a, b, batch) for a, b in zip(ours, theirs, strict=True)), batch.targets.new_zeros(()))
+            pairs = enumerate(zip(ours, theirs, strict=True))
+            return sum((self._compare(name, a, b, batch, stage) for stage, (a, b) in pairs), batch.targets.new_zeros(()))
         assert not isinstance(theirs, list)
         return self._compare(name, ours, theirs, batch)
 
-    def _compare(self, name: str, student: Tensor, teacher: Tensor, batch: Batch) -> Tensor:
+    def _compare(self, name: str, student: Tensor, teacher: Tensor, batch: Batch, stage: int = 0) -> Tensor:
         if name == "dense_hard_distillation":
             return losses.dense_hard_distillation(student, teacher, batch.epoch / self.epochs)
         if name == "attention_transfer":
@@ -112,15 +124,38 @@ class Terms:
             )
         if student.ndim == 4:
             student, teacher = (rearrange(each, "b c h w -> (b h w) c") for each in _one_size(student, teacher))
-        return getattr(losses, name)(student, teacher, **self._parameters("feature", name))
+        return self._loss(name, f"features {stage}", student, teacher, **self._parameters("feature", name))
+
+    def _loss(self, name: str, where: str, student: Tensor, teacher: Tensor, **parameters: Any) -> Tensor:
+        """A function of `deit_kd.losses`, over all rows of the global batch if it couples samples."""
+        function = getattr(losses, name)
+        if not (self.whole and name in COUPLED):
+            value: Tensor = function(student, teacher, **parameters)
+            return value
+        student, teacher = (
+            self.global_batch.complete(f"{self.number} {where} {side}", rows)
+            for side, rows in (("student", student), ("teacher", teacher))
+        )
+        return self.global_batch.share(function(student, teacher, **parameters))
 
     def _parameters(self, term: str, name: str) -> dict[str, Any]:
         """What the recipe states of a loss beside its tensors, as its arguments."""
         return {key: getattr(self.distill, key) for key in READS[f"distill.{term}_loss"][name] if key not in TENSORS}
 
     def _contrastive(self, memory: ContrastiveMemory, student: Tensor, teacher: Tensor, batch: Batch) -> Tensor:
-        scores = memory.scores(student, teacher, batch.indices, batch.seed)
-        memory.update(self.gather(student.detach()), self.gather(teacher.detach()), self.gather(batch.indices))
+        """CRD. The memory is one for all processes, and changes once a step, whatever `batch_statistics` says."""
+
+        def complete(name: str, rows: Tensor) -> Tensor:
+            return self.global_batch.complete(f"{self.number} {name}", rows.detach())
+
+        scores = memory.scores(student, teacher, batch.indices, derive_seed(self.seed, "negatives", batch.epoch))
+        first = complete("normaliser", scores.mean(dim=(1, 2))[None]).mean(dim=0)
+        remembered = complete("student", student), complete("teacher", teacher), complete("indices", batch.indices)
+        if self.global_batch.is_recording:
+            return student.new_zeros(())
+        scores = memory.normalise(scores, first)
+        if self.global_batch.is_last:
+            memory.update(*remembered)
         return losses.noise_contrastive(scores[0], memory.population) + losses.noise_contrastive(scores[1], memory.population)
 
 

@@ -100,14 +100,19 @@ class Tracker:
     def means(self) -> dict[str, float]:
         """Means over the window and the processes, and a new window. Waits for the device."""
         names = list(self._sums)
-        stacked = torch.stack([self._sums[name].float() / self._counts[name] for name in names])
-        means = self.accelerator.reduce(stacked, reduction="mean").tolist()
+        means = self._over_processes([self._sums[name].float() / self._counts[name] for name in names])
         self._sums, self._counts = {}, {}
         return dict(zip(names, means, strict=True))
 
+    def _over_processes(self, values: list[Tensor]) -> list[float]:
+        if not values:  # every step of the window was skipped
+            return []
+        means: list[float] = self.accelerator.reduce(torch.stack(values), reduction="mean").tolist()
+        return means
+
     def state(self) -> dict[str, Any]:
-        """The open window and the run's seconds so far, for a checkpoint."""
-        sums = {name: value.item() for name, value in self._sums.items()}
+        """The open window, averaged over processes, and the run's seconds so far, for a checkpoint."""
+        sums = dict(zip(self._sums, self._over_processes(list(self._sums.values())), strict=True))
         return {"sums": sums, "counts": self._counts, "seconds": time.time() - self._started}
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -118,7 +123,7 @@ class Tracker:
         self._started = time.time() - state["seconds"]
 
     def log(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        """Writes one line of `kind` (train, eval, teacher, projector), shows it, and passes its numbers to the trackers."""
+        """Writes one line of `kind` (train, eval, teacher, projector, skipped), shows it, and passes its numbers to the trackers."""
         if not self.accelerator.is_main_process:
             return
         with self.file.open("a") as stream:
@@ -131,7 +136,7 @@ class Tracker:
             # A bar has room for these; the rest is in metrics.jsonl.
             terms = {name: value for name, value in numbers.items() if name == "lr" or name.split("_")[0] in TERMS}
             self._bar.set_postfix_str("  ".join(f"{name} {_short(value)}" for name, value in terms.items()), refresh=False)
-        elif kind != "projector":
+        elif kind not in ("projector", "skipped"):
             self.say(f"{kind:<7} step {step}/{self.total_steps}  {shown}")
 
     def say(self, text: str) -> None:

@@ -190,7 +190,9 @@ def test_accumulation_divides_the_declared_batch(tmp_path: Path, fashion_folder:
     assert "24 = 1 (processes) x 3 (accumulation) x 8" in (tmp_path / "run/student/README.md").read_text()
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 130), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 75), (signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGKILL, -9)]
+)
 def test_an_interrupted_run_goes_on(number: signal.Signals, code: int, tmp_path: Path, fashion_folder: Path) -> None:
     output = tmp_path / "run"
     command = [sys.executable, "train.py", "--recipe", "quickstart", "--data", fashion_folder, "--output", output]

@@ -16,7 +16,7 @@ class ContrastiveMemory(nn.Module):
         labels: [N] int of the training images, of two classes at least.
         width: of the embeddings, M.
         negatives: images of other classes that each image is compared with. They are drawn with replacement, all at once on the
-            device, where the authors draw them without, image by image in the loader.
+            device, by (seed, image, place) alone, where the authors draw them without, image by image in the loader.
         temperature: of the scores.
         momentum: share of an embedding that is kept when it is remembered anew.
         seed: of the first, random memories.
@@ -64,10 +64,11 @@ class ContrastiveMemory(nn.Module):
     def forward(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         """Features [B,D] and [B,E] -> embeddings [B,M] of length 1."""
         ours, theirs = self.embed_student(student), self.embed_teacher(teacher)
-        return F.normalize(ours.float(), dim=1), F.normalize(theirs.float(), dim=1)
+        precise = self.memory_student.dtype
+        return F.normalize(ours.to(precise), dim=1), F.normalize(theirs.to(precise), dim=1)
 
-    def scores(self, student: Tensor, teacher: Tensor, indices: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-        """exp(similarity / temperature) / normaliser, [B,1+negatives] each, the image itself first.
+    def scores(self, student: Tensor, teacher: Tensor, indices: Tensor, seed: int) -> Tensor:
+        """exp(similarity / temperature), [2,B,1+negatives], the image itself first.
 
         Args:
             student: [B,M], scored against the teacher's memory.
@@ -82,26 +83,38 @@ class ContrastiveMemory(nn.Module):
             return torch.exp(similarity / self.temperature)
 
         with torch.autocast(student.device.type, enabled=False):
-            scores = torch.stack([score(student, self.memory_teacher), score(teacher, self.memory_student)])
-        with torch.no_grad():  # as published: the mean of the first batch stands for the sum over all images
-            first = scores.mean(dim=(1, 2)) * self.population
-            normalisers = torch.where(self.normalisers < 0, first, self.normalisers)
+            return torch.stack([score(student, self.memory_teacher), score(teacher, self.memory_student)])
+
+    def normalise(self, scores: Tensor, mean: Tensor) -> Tensor:
+        """Divided, each side, by what `mean` [2] of the first batch's scores makes the sum over all images, as published."""
+        with torch.no_grad():
+            normalisers = torch.where(self.normalisers < 0, mean * self.population, self.normalisers)
             self.normalisers.copy_(normalisers)
         # Not by the buffer: a second call before backward writes to it, which autograd refuses.
-        scores = scores / normalisers[:, None, None]
-        return scores[0], scores[1]
+        return scores / normalisers[:, None, None]
 
     def _draw(self, indices: Tensor, seed: int) -> Tensor:
         """[B,negatives] indices of images of other classes: places in a list sorted by class, with a jump over the own class."""
-        generator = torch.Generator(device=indices.device).manual_seed(seed)
         own = self.labels[indices][:, None]
         others = self.population - self.counts[own]
-        uniform = torch.rand(len(indices), self.negatives, generator=generator, device=indices.device, dtype=torch.float64)
-        place = (uniform * others).long()
+        places = torch.arange(self.negatives, device=indices.device)
+        place = (_uniform(indices[:, None] * self.negatives + places, seed) * others).long()
         return self.by_class[place + (place >= self.first[own]) * self.counts[own]]
 
     @torch.no_grad()
     def update(self, student: Tensor, teacher: Tensor, indices: Tensor) -> None:
         """Remembers embeddings [B,M] of images `indices`, those of all processes, so that their memories stay one."""
         for memory, new in ((self.memory_student, student), (self.memory_teacher, teacher)):
-            memory[indices] = F.normalize(torch.lerp(new.float(), memory[indices], self.momentum), dim=1)
+            memory[indices] = F.normalize(torch.lerp(new.to(memory.dtype), memory[indices], self.momentum), dim=1)
+
+
+def _uniform(counters: Tensor, seed: int) -> Tensor:
+    """A number in [0, 1) for each int64: the mixing of SplitMix64 (Steele et al., 2014), whose multiplications wrap around."""
+
+    def mixed(z: Tensor, shift: int) -> Tensor:
+        return z ^ ((z >> shift) & ((1 << (64 - shift)) - 1))  # >> alone would copy the sign
+
+    z = counters * -0x61C8864680B583EB + seed  # constants of the reference code, as signed integers
+    z = mixed(z, 30) * -0x40A7B892E31B1A47
+    z = mixed(z, 27) * -0x6B2FB644ECCEEE15
+    return ((mixed(z, 31) >> 11) & ((1 << 53) - 1)).double() * 2.0**-53

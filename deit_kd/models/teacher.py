@@ -28,7 +28,7 @@ LITE_PACKAGES = {  # real ImageNet-1k weights in pip packages: package -> (timm 
 
 
 class TeacherOutput(NamedTuple):
-    """B batch, K classes, E teacher width; float32, without gradient."""
+    """B batch, K classes, E teacher width; float32 (float64 of a float64 teacher), without gradient."""
 
     logits: Tensor  # [B,K]
     features: Tensor  # [B,E], pooled, what the classifier sees
@@ -110,7 +110,7 @@ class Teacher(nn.Module):
             tapped = {tap: features if tap == "pooled" else take(self.model, hidden, tap) for tap in self.taps}
 
         def copy(x: Tensor) -> Tensor:  # tensors made in inference mode cannot enter the student's graph; copies can
-            return x.to(torch.float32, copy=True)
+            return x.to(torch.promote_types(x.dtype, torch.float32), copy=True)
 
         return TeacherOutput(
             copy(logits),

@@ -180,6 +180,7 @@ class Run(Section):
     eval_every_epochs: int = 1
     save_every_steps: int | Literal["epoch"] = "epoch"
     keep_checkpoints: int = 2
+    on_full_disk: Literal["stop", "go_on"] = "stop"  # go_on: without the checkpoint that did not fit
     trackers: tuple[str, ...] = ()  # names Accelerate knows: tensorboard, wandb, ...
 
 
@@ -190,6 +191,9 @@ class Recipe(Section):
     seed: int
     epochs: int
     global_batch_size: int  # images an optimiser step, whatever the number of devices
+    # Losses that couple samples (LogSum, DIST, CC): global, they see the whole global batch, however it is cut over processes and
+    # micro-batches; device, each micro-batch is its own batch, as published codes have it.
+    batch_statistics: Literal["global", "device"]
     ema_decay: float | None
     label_weight: float  # of the cross-entropy with the labels; 0 trains without labels
     data: Data

@@ -1,0 +1,103 @@
+"""Everything of a run that changes, saved and put back."""
+
+from __future__ import annotations
+
+import errno
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from timm.utils import ModelEmaV3
+from torch import nn
+
+from deit_kd import checkpoint
+from deit_kd.errors import UserError
+from deit_kd.tracking import Tracker
+
+
+@dataclass
+class RunState:
+    """Module, optimiser, EMA, scaler and the open log window of a run, and where they are kept."""
+
+    module: nn.Module  # bare
+    optimizer: torch.optim.Optimizer
+    ema: ModelEmaV3 | None
+    tracker: Tracker
+    accelerator: Accelerator
+    folder: Path
+    steps_per_epoch: int
+    keep_checkpoints: int
+    on_full_disk: str  # stop or go_on
+
+    def save(self, step: int) -> None:
+        """Saves; the checkpoints that are there stay until this one is whole.
+
+        Raises:
+            UserError: weights are not finite, or the disk is full and the run is to stop then.
+        """
+        if not all(torch.stack([p.isfinite().all() for p in self.module.parameters()]).tolist()):
+            raise UserError(
+                f"step {step}: weights are not finite, so they are not saved; go on from {self.folder} with run.precision=no if it "
+                "was not, or start anew with a lower optim.lr or a clip_grad"
+            )
+        fault: list[str | None] = [None]
+        window = self.tracker.state()
+        if self.accelerator.is_main_process:
+            try:
+                self._write(step, window)
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                fault = [f"no space left on the device of {self.folder}: step {step} is not saved, earlier checkpoints are kept"]
+        broadcast_object_list(fault)  # all stop, or none
+        if fault[0] and self.on_full_disk == "stop":
+            raise UserError(f"{fault[0]}; free some, and give the same command again")
+        if fault[0]:
+            self.tracker.say(f"{fault[0]}; the run goes on")
+
+    def _write(self, step: int, window: dict[str, Any]) -> None:
+        tensors, rest = checkpoint.pack_optimizer(self.optimizer)
+        parts = {"module": self.module.state_dict(), "optimizer": tensors}
+        if self.ema is not None:
+            parts["ema"] = self.ema.module.state_dict()
+        scaler = self.accelerator.scaler
+        state = {
+            "optimizer": rest,
+            "window": window,
+            "scaler": scaler.state_dict() if scaler else None,
+            "steps_per_epoch": self.steps_per_epoch,
+        }
+        checkpoint.save(self.folder, step, parts, state, self.keep_checkpoints)
+
+    def restore(self, path: Path) -> int:
+        """Puts everything back; returns the step that was reached.
+
+        Raises:
+            UserError: the checkpoint is damaged, or of another module, optimiser or data.
+        """
+        parts, state = checkpoint.load(path)
+        if state["steps_per_epoch"] != self.steps_per_epoch:
+            raise UserError(
+                f"{path}: was saved with {state['steps_per_epoch']} steps an epoch, this run has {self.steps_per_epoch}; "
+                "give the same data and global_batch_size, or --resume none"
+            )
+        try:
+            self.module.load_state_dict(parts["module"])
+            stated: list[dict[str, Any]] = [
+                {key: group[key] for key in ("betas", "eps", "momentum", "weight_decay") if key in group}
+                for group in self.optimizer.param_groups
+            ]
+            checkpoint.unpack_optimizer(self.optimizer, parts["optimizer"], state["optimizer"])
+            for group, values in zip(self.optimizer.param_groups, stated, strict=True):
+                group.update(values)  # the recipe's, not the checkpoint's
+            if self.ema is not None:
+                self.ema.module.load_state_dict(parts["ema"])
+            if self.accelerator.scaler and state["scaler"]:
+                self.accelerator.scaler.load_state_dict(state["scaler"])
+        except (RuntimeError, KeyError, ValueError) as error:
+            raise UserError(f"{path}: does not fit this recipe ({' '.join(str(error).split())[:200]})") from None
+        self.tracker.restore(state["window"])
+        return int(state["step"])
