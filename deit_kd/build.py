@@ -15,11 +15,11 @@ from deit_kd.data import Placement, Source, open_source
 from deit_kd.errors import UserError
 from deit_kd.models import Distiller, Teacher, build_student, load_teacher
 from deit_kd.models.distiller import build_lesson_projector
-from deit_kd.recipe import Recipe
+from deit_kd.recipe import Lesson, Recipe
 from deit_kd.seed import derive_seed
 
 
-def build_teachers(recipe: Recipe, class_names: Sequence[str] | int) -> list[Teacher]:
+def build_teachers(recipe: Recipe, class_names: Sequence[str] | int, pretrained: bool = True) -> list[Teacher]:
     """The teacher of each lesson of the recipe, the same object where two lessons name the same.
 
     A teacher gets the images that the student gets, and must know the data's classes if its logits are distilled.
@@ -27,6 +27,7 @@ def build_teachers(recipe: Recipe, class_names: Sequence[str] | int) -> list[Tea
     Args:
         recipe: names them.
         class_names: of the data; a number where there are no data yet.
+        pretrained: False counts only: random weights, whatever the recipe says.
 
     Raises:
         UserError: see `load_teacher`; or labels of other names.
@@ -44,11 +45,11 @@ def build_teachers(recipe: Recipe, class_names: Sequence[str] | int) -> list[Tea
         number = class_names if isinstance(class_names, int) else len(class_names)
         teacher = load_teacher(
             config.name,
-            number if compares_logits or config.weights == "random" else None,
-            weights=config.weights,
+            number if compares_logits or config.weights == "random" or not pretrained else None,
+            weights=config.weights if pretrained else "random",
             image_mean=recipe.data.mean,
             image_std=recipe.data.std,
-            precision=config.precision,
+            precision=config.precision if pretrained else "auto",
             img_size=config.img_size,
             taps=[tap for each in same if (tap := each.distill.teacher_tap) is not None and each.distill.feature_weight],
         )
@@ -81,6 +82,13 @@ def build_distiller(recipe: Recipe, num_classes: int, teachers: Sequence[Teacher
         for lesson, teacher in zip(lessons, teachers, strict=True)
     ]
     distiller = Distiller(student, projectors, [lesson.distill.student_tap for lesson in lessons])
+    heads = len(student.get_classifier()) - 1 if distiller.has_tokens else 0
+    taught = sum(token is not None for token in tokens(lessons, heads))
+    if heads > 1 and taught not in (0, heads):
+        raise UserError(
+            f"student.name={recipe.student.name}: has {heads} distillation tokens, and the logits of {taught} teachers go to them; state "
+            f"{heads} with kd_head=distillation or both, or take a student with one token"
+        )
     for lesson in lessons:
         if lesson.distill.kd_weight and lesson.distill.kd_loss == "decoupled_distillation" and num_classes < 3:
             raise UserError(
@@ -92,6 +100,12 @@ def build_distiller(recipe: Recipe, num_classes: int, teachers: Sequence[Teacher
                 "student such as deit_tiny_distilled_patch16_224"
             )
     return distiller
+
+
+def tokens(lessons: Sequence[Lesson], heads: int) -> list[int | None]:
+    """Which distillation head each lesson teaches: the first that teaches one the first, and so on; a single head is everybody's."""
+    teaches = [bool(lesson.distill.kd_weight) and lesson.distill.kd_head in ("distillation", "both") for lesson in lessons]
+    return [min(sum(teaches[:n]), max(heads, 1) - 1) if each else None for n, each in enumerate(teaches)]
 
 
 def open_data(recipe: Recipe, data: Path | None) -> tuple[Source, Source]:

@@ -24,7 +24,7 @@ from accelerate.utils import broadcast
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 
-from deit_kd.build import accumulation, build_distiller, placement
+from deit_kd.build import accumulation, build_distiller, placement, tokens
 from deit_kd.class_means import load_or_compute
 from deit_kd.collective import GlobalBatch
 from deit_kd.data import Batch, EvaluationLoader, Source, TrainLoader
@@ -92,6 +92,11 @@ class Classification:
             )
         self.val_loader = EvaluationLoader(val, evaluation_transform(recipe), here, batch_size=micro)
         self.steps_per_epoch = self.train_loader.steps_per_epoch
+        self.layout = {
+            "processes": accelerator.num_processes,
+            "accumulation_steps": self.accumulation_steps,
+            "batch_statistics": recipe.batch_statistics,
+        }
         distiller = build_distiller(recipe, self.num_classes, teachers, torch.from_numpy(train.labels))
         if recipe.batch_statistics == "global" and accelerator.num_processes > 1 and accelerator.device.type == "cuda":
             distiller = convert_sync_batchnorm(distiller)  # torch has it on CUDA alone
@@ -99,16 +104,20 @@ class Classification:
         self.module: nn.Module = distiller
         self.global_batch = GlobalBatch(accelerator, self.accumulation_steps)
 
+        heads = len(distiller.student.get_classifier()) - 1 if distiller.has_tokens else 0
+
         def means(lesson: Lesson, teacher: Teacher) -> Tensor | None:
             stated = lesson.distill.class_means
             if stated is None or not lesson.distill.feature_weight:
                 return None
             file = output / f"class_means_{teacher.info.sha256[:8]}.safetensors" if stated == "auto" else Path(stated)
+            if stated != "auto" and not file.exists():
+                raise UserError(f"distill.class_means={stated}: no such file; make it with deit-kd class-means, or set it to auto")
             return load_or_compute(file, recipe, teacher, train, accelerator, here)
 
         self.terms = [
-            Terms(lesson, number, teacher, recipe, means(lesson, teacher), self.global_batch)
-            for number, (lesson, teacher) in enumerate(zip(lessons, teachers, strict=True))
+            Terms(lesson, number, token or 0, teacher, recipe, means(lesson, teacher), self.global_batch)
+            for number, (lesson, token, teacher) in enumerate(zip(lessons, tokens(lessons, heads), teachers, strict=True))
         ]
         self._ahead: list[_Taught] = []  # what teachers said of the micro-batches to come
 

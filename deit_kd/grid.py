@@ -1,7 +1,7 @@
 """A grid of runs: the product of overrides, each a run of train.py in a folder of its own; a table and a plot of what they reached.
 
-Runs that are complete are not run again and interrupted ones go on, so that a grid can be stopped, extended by values, and worked on by
-several processes at once: a run that another process holds is left to it.
+Runs that are complete are not run again and interrupted ones go on, so that a grid can be stopped, extended by values of its axes, and
+worked on by several processes at once: a run that another process holds is left to it.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def run_grid(recipe: str, overrides: Sequence[str], output: Path, data: Path | N
     faults: dict[str, str] = {}  # the first combination that has it
     for cell in cells:
         try:
-            recipes.load(recipe, [f"{key}={value}" for key, value in cell.items()])
+            _refuse_another(output / _name(cell, cells), recipes.load(recipe, [f"{key}={value}" for key, value in cell.items()]))
         except recipes.RecipeError as error:
             faults.setdefault(str(error), _name(cell, cells))
     if faults:
@@ -87,6 +87,8 @@ def _cells(overrides: Sequence[str]) -> list[Cell]:
         if not equals:
             raise UserError(f"{override!r} is no axis of a grid; write key=value,value, for example distill.power=1,2,4")
         axes[key] = [value.strip() for value in re.split(r",(?![^\[{]*[\]}])", values)]  # not at the commas of a list
+        if len(set(axes[key])) < len(axes[key]):
+            raise UserError(f"{override!r} names a value twice; each combination is run once")
     return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
 
 
@@ -94,6 +96,12 @@ def _name(cell: Cell, cells: Sequence[Cell]) -> str:
     """The folder of a run: the axes, or everything that is stated when there is none."""
     varied = [key for key in cell if len({other[key] for other in cells}) > 1] or list(cell)
     return re.sub(r"[^\w=.,+-]", "_", ",".join(f"{key.rpartition('.')[2]}={cell[key]}" for key in varied)) or "run"
+
+
+def _refuse_another(folder: Path, recipe: recipes.Recipe) -> None:
+    stored = folder / "recipe.yaml"
+    if stored.exists() and (changed := recipes.differences(recipes.load(stored), recipe)):
+        raise UserError(f"{folder}: holds a run of another recipe ({'; '.join(changed[:5])}); give another --output")
 
 
 def _complete(folder: Path) -> bool:

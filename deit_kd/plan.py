@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +13,8 @@ from deit_kd.build import build_distiller, build_teachers
 from deit_kd.errors import UserError
 from deit_kd.models.distiller import Distiller, shape_of
 from deit_kd.models.taps import Tapped, run, take
-from deit_kd.recipe import Lesson, Recipe
+from deit_kd.recipe import Distill, Lesson, Recipe
+from deit_kd.terms import COUPLED
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,12 @@ class Plan:
     teachers: tuple[tuple[str, int, float], ...]  # (name, parameters, GMACs) of each network, as often as it is run
     shapes: tuple[tuple[str, str], ...]  # (what, shape)
     taps: tuple[str, ...]  # for each lesson: student's tap -> projector -> teacher's tap, and the loss between them
+    gathered_per_image: int  # numbers that processes exchange for losses that couple samples
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Of all that is trained, float32."""
+        return 4 * (self.student_parameters + self.projector_parameters)
 
     @property
     def teacher_parameters(self) -> int:
@@ -46,7 +53,7 @@ class Plan:
     @property
     def checkpoint_bytes(self) -> int:
         """Weights and AdamW's two moments, float32, of all that is trained (EMA not counted)."""
-        return 12 * (self.student_parameters + self.projector_parameters)
+        return 3 * self.gradient_bytes
 
 
 def count(model: nn.Module) -> int:
@@ -67,7 +74,7 @@ def make_plan(recipe: Recipe, num_classes: int | None) -> Plan:
     image = torch.empty(2, 3, recipe.data.img_size, recipe.data.img_size, device="meta")
     with torch.device("meta"), torch.no_grad():
         classes = num_classes or (recipe.data.num_classes if isinstance(recipe.data.num_classes, int) else 1000)
-        teachers = build_teachers(_random(recipe), classes)
+        teachers = build_teachers(recipe, classes, pretrained=False)
         distiller = build_distiller(recipe, classes, teachers).eval()
         shapes: list[tuple[str, Any]] = [("images", image.shape)]
         counted, outputs = [], {}
@@ -95,8 +102,10 @@ def make_plan(recipe: Recipe, num_classes: int | None) -> Plan:
             for lesson, ours, theirs in zip(recipe.lessons(), student.projected, tapped, strict=True)
             if ours is not None and theirs is not None
         ]
+    pairs = zip(recipe.lessons(), student.projected, tapped, strict=True)
     return Plan(
         num_classes=classes,
+        gathered_per_image=sum(_gathered(recipe, lesson.distill, classes, ours, theirs) for lesson, ours, theirs in pairs),
         student_parameters=count(distiller.student),
         student_gmacs=student_gmacs,
         projector_parameters=count(distiller.projectors),
@@ -104,6 +113,18 @@ def make_plan(recipe: Recipe, num_classes: int | None) -> Plan:
         shapes=tuple((name, str(["B", *shape[1:]]).replace("'", "")) for name, shape in shapes),
         taps=tuple(taps),
     )
+
+
+def _gathered(recipe: Recipe, distill: Distill, classes: int, ours: Tapped | None, theirs: Tapped | None) -> int:
+    """Numbers that the processes exchange for each image, for losses that couple samples."""
+    if recipe.batch_statistics == "device":
+        return 0
+    heads = 2 if distill.kd_head == "both" else 1
+    logits = 2 * heads * classes if distill.kd_weight and distill.kd_loss in COUPLED else 0
+    if not (distill.feature_weight and distill.feature_loss in COUPLED):
+        return logits
+    sides = [side if isinstance(side, list) else [side] for side in (ours, theirs)]
+    return logits + sum(level[0].numel() for levels in sides for level in levels if level is not None)
 
 
 def _tap_line(lesson: Lesson, distiller: Distiller, image: torch.Tensor, projected: Tapped, theirs: Tapped) -> str:
@@ -116,15 +137,6 @@ def _tap_line(lesson: Lesson, distiller: Distiller, image: torch.Tensor, project
         f"student {distill.student_tap} {shape_of(ours)}{way} | {distill.feature_loss} | "
         f"{lesson.teacher.name} {distill.teacher_tap} {shape_of(theirs)}"
     )
-
-
-def _random(recipe: Recipe) -> Recipe:
-    """The recipe with teachers that need no weights."""
-
-    def light(teacher: Any) -> Any:
-        return teacher and replace(teacher, weights="random", precision="auto")
-
-    return replace(recipe, teacher=light(recipe.teacher), teachers=tuple(map(light, recipe.teachers)))
 
 
 def _forward(module: nn.Module, who: str, image: torch.Tensor, *more: Any) -> Any:
@@ -151,6 +163,8 @@ def describe(recipe: Recipe, plan: Plan, train_images: int | None) -> str:
         f"global batch {recipe.global_batch_size}, learning rate {recipe.optim.lr * recipe.lr_factor():.3g} at its peak "
         f"({recipe.optim.lr:g}, rule {recipe.optim.lr_rule})",
         f"a checkpoint takes {plan.checkpoint_bytes / 1e6:.0f} MB, {recipe.run.keep_checkpoints + 1} of them while one is written",
+        f"on several processes a step reduces {plan.gradient_bytes / 1e6:.1f} MB of gradients and gathers "
+        f"{plan.gathered_per_image * recipe.global_batch_size * 4 / 1e6:.1f} MB of what losses of the whole batch compare",
         f"weights, gradients and moments take {plan.checkpoint_bytes * 4 / 3 / 1e6:.0f} MB on each device, the teacher "
         f"{plan.teacher_parameters * 4 / 1e6:.0f} MB in float32; activations come on top",
     ]

@@ -29,6 +29,7 @@ class RunState:
     accelerator: Accelerator
     folder: Path
     steps_per_epoch: int
+    layout: dict[str, Any]  # how the global batch is cut
     keep_checkpoints: int
     on_full_disk: str  # stop or go_on
 
@@ -69,6 +70,7 @@ class RunState:
             "window": window,
             "scaler": scaler.state_dict() if scaler else None,
             "steps_per_epoch": self.steps_per_epoch,
+            "layout": self.layout,
         }
         checkpoint.save(self.folder, step, parts, state, self.keep_checkpoints)
 
@@ -99,5 +101,10 @@ class RunState:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
         except (RuntimeError, KeyError, ValueError) as error:
             raise UserError(f"{path}: does not fit this recipe ({' '.join(str(error).split())[:200]})") from None
+        if state["layout"] != self.layout:
+            before, now = (
+                ", ".join(f"{key} {value}" for key, value in layout.items()) for layout in (state["layout"], self.layout)
+            )
+            self.tracker.say(f"{path.name} was saved with {before}; going on with {now}")
         self.tracker.restore(state["window"])
         return int(state["step"])

@@ -26,6 +26,7 @@ class Terms:
     Args:
         lesson: of the recipe.
         number: among the recipe's lessons.
+        token: which distillation head it teaches, of those that the student has.
         teacher: as it says.
         recipe: the whole of it.
         class_means: [K,E], for the losses that read them.
@@ -36,12 +37,14 @@ class Terms:
         self,
         lesson: Lesson,
         number: int,
+        token: int,
         teacher: Teacher,
         recipe: Recipe,
         class_means: Tensor | None,
         global_batch: GlobalBatch,
     ):
-        self.distill, self.number, self.teacher, self.epochs = lesson.distill, number, teacher, recipe.epochs
+        self.distill, self.number, self.token, self.teacher = lesson.distill, number, token, teacher
+        self.epochs = recipe.epochs
         self.seed, self.whole = recipe.seed, recipe.batch_statistics == "global"
         self.class_means, self.global_batch = class_means, global_batch
         self.tap = lesson.distill.teacher_tap if lesson.distill.feature_weight else None
@@ -78,9 +81,7 @@ class Terms:
         name, head = self.distill.kd_loss, self.distill.kd_head
         assert name is not None
         dist_logits = student.dist_logits
-        own = (
-            dist_logits[min(self.number, len(dist_logits) - 1)] if dist_logits else student.logits
-        )  # a token a teacher, if it has them
+        own = dist_logits[self.token] if dist_logits else student.logits
         heads = {"class": [student.logits], "distillation": [own], "both": [student.logits, own]}[head or "class"]
         arguments = self._parameters("kd", name)
         if name in ("decoupled_distillation", "normalised_distillation"):

@@ -39,6 +39,9 @@ def test_a_grid_runs_once_and_is_extended(fashion_folder: Path, tmp_path: Path, 
     assert "3 of them complete" in said
     assert (output / "power=2,seed=0" / "metrics.jsonl").stat().st_mtime_ns == written
     assert (output / "power=4,seed=1" / "student" / "README.md").exists()
+    with pytest.raises(SystemExit):  # not the old numbers under another command
+        main([*command, "optim.lr=9"])
+    assert "holds a run of another recipe (optim.lr: 0.003 -> 9.0); give another --output" in capsys.readouterr().err
 
 
 def test_the_axes() -> None:
@@ -57,8 +60,10 @@ def test_the_papers_ablations_are_one_grid() -> None:
 
 
 def test_a_grid_refuses_before_it_runs(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"(?s)power=0.*distill.power: must be above 0"):
+    with pytest.raises(UserError, match=r"(?s)power=0.*distill.power: must be at least 1"):
         run_grid("quickstart", ["distill.power=0,1"], tmp_path / "grid", None, 1)
+    with pytest.raises(UserError, match="names a value twice"):
+        run_grid("quickstart", ["seed=0,0"], tmp_path / "grid", None, 1)
     with pytest.raises(UserError, match="is no axis of a grid"):
         run_grid("quickstart", ["power"], tmp_path / "grid", None, 1)
     assert not (tmp_path / "grid").exists()

@@ -337,3 +337,16 @@ def test_losses_import_torch_alone() -> None:
                 assert module.split(".")[0] in ("torch", "typing", "__future__", "math", "collections") or module.startswith(
                     "deit_kd.losses."
                 ), module
+
+
+@pytest.mark.parametrize("power", [1.0, 4.0, 10.0, 24.0])
+def test_no_power_overflows(power: float) -> None:
+    """In float32, where features of 1e4 to the tenth exceed what it holds: the value and gradient are float64's."""
+    student, teacher = (1e4 * torch.randn(8, 16, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    student.requires_grad_()
+    value = losses.logsum(student, teacher, power, normalisation="none")
+    (gradient,) = torch.autograd.grad(value, student)
+    exact = losses.logsum(student.double(), teacher.double(), power, normalisation="none")
+    (wanted,) = torch.autograd.grad(exact, student)
+    torch.testing.assert_close(value.double(), exact, rtol=1e-6, atol=0)
+    torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-9)

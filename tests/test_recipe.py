@@ -60,7 +60,7 @@ def test_all_faults_come_at_once_with_key_value_and_nearest_name() -> None:
         "optim.lr: must be a number, got 'fast'",
         "data.img_size: 30 is not divisible by the patch size 7",
         "run.precision: must be 'auto', 'no', 'bf16' or 'fp16', got 'fp8'",
-        "distill.power: must be above 0, got 0",
+        "distill.power: must be at least 1, got 0",
         "'oops' is not an override; write key=value",
     ):
         assert part in message, message

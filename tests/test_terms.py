@@ -21,9 +21,12 @@ from deit_kd import build, losses
 from deit_kd import recipe as recipes
 from deit_kd.class_means import load_or_compute
 from deit_kd.classification import Classification
+from deit_kd.errors import UserError
+from deit_kd.plan import make_plan
 from deit_kd.tracking import Clock
 
 Cli = Callable[..., tuple[int, str]]
+CPU = torch.device("cpu")
 NO_KD = "kd_loss: null, kd_weight: 0"
 NO_FEATURE = "feature_loss: null, feature_weight: 0"
 NONE, LINEAR = "projector={kind: none}", "projector={kind: linear, bias: true, depth: 1, width: teacher}"
@@ -87,9 +90,9 @@ def test_every_objective_lowers_its_own_term(name: str, tmp_path: Path) -> None:
     optimizer = torch.optim.AdamW(task.module.parameters(), 2e-3)
     torch.manual_seed(0)
     values = []
-    batches = list(itertools.islice(task.train_batches(0, 0), 6))
+    batches = list(itertools.islice(task.train_batches(0, 0, Clock(CPU)), 6))
     for step in range(36):
-        terms = task.compute_terms(batches[step % 6], Clock(torch.device("cpu")), detailed=step == 0)
+        terms = task.compute_terms(batches[step % 6], Clock(CPU), detailed=step == 0)
         optimizer.zero_grad()
         terms[term].backward()
         optimizer.step()
@@ -121,10 +124,10 @@ def test_weights_ramp_up_and_stages_end(fashion_folder: Path, tmp_path: Path) ->
     terms = task.terms[0]
     assert [terms.weight("kd", epoch) for epoch in range(6)] == [0, 0.25, 0.5, 0.75, 1, 1]
     assert [terms.active(epoch) for epoch in range(8)] == [True] * 6 + [False] * 2
-    clock = Clock(torch.device("cpu"))
+    clock = Clock(CPU)
     seen = {}
     for epoch in (0, 3, 5, 7):
-        batch = next(task.train_batches(epoch, 0))
+        batch = next(task.train_batches(epoch, 0, Clock(CPU)))
         values = task.compute_terms(batch, clock, detailed=True)
         seen[epoch] = set(values)
         expected = values["ce"] + sum(
@@ -187,13 +190,41 @@ def test_one_forward_for_each_teacher_and_its_terms_by_number(fashion_folder: Pa
         teacher.model.register_forward_hook(lambda *_: None)
         original = teacher.model.forward_features
         teacher.model.forward_features = lambda images, f=original: (calls.append(tuple(images.shape)), f(images))[1]
-    values = task.compute_terms(next(task.train_batches(0, 0)), Clock(torch.device("cpu")), detailed=True)
+    values = task.compute_terms(next(task.train_batches(0, 0, Clock(CPU))), Clock(CPU), detailed=True)
     assert sorted(calls) == [(24, 3, 28, 28), (24, 3, 64, 64)], "one forward each, at its own size"
     assert {"ce", "kd_0", "feature_0", "feature_1", "feature_2"} <= set(values)
     expected = values["ce"] + values["kd_0"] + 0.5 * values["feature_0"] + 2 * values["feature_1"] + 0.5 * values["feature_2"]
     torch.testing.assert_close(values["loss"], expected)
     values["loss"].backward()
     assert all(p.grad is not None for p in task.module.parameters())
+
+
+def several(tmp_path: Path, student: str, *entries: str) -> Classification:
+    none = "projector: {kind: none}"
+    teachers = ", ".join(
+        f"{{name: quickstart_teacher, weights: {weights}, precision: auto, img_size: null, {none}, distill: {{{distill}}}}}"
+        for weights, distill in (entry.split(" | ") for entry in entries)
+    )
+    alone = ["teacher=null", "projector=null", "distill=null", f"student.name={student}"]
+    return make_task(tmp_path, [*alone, f"teachers=[{teachers}]"])
+
+
+KL = f"kd_loss: kl_distillation, kd_weight: 1, kd_head: distillation, temperature: 1, {NO_FEATURE}"
+MAP = f"{NO_KD}, feature_loss: attention_transfer, feature_weight: 1, student_tap: spatial, teacher_tap: spatial"
+
+
+def test_each_token_has_a_teacher_that_teaches_it(tmp_path: Path) -> None:
+    """Two networks of one name with other weights; the first lesson teaches no token."""
+    task = several(tmp_path, "deit_tiny_two_teachers_patch16_224", f"pretrained | {MAP}", f"pretrained | {KL}", f"random | {KL}")
+    assert [terms.token for terms in task.terms[1:]] == [0, 1]
+    assert len(set(task.teachers)) == 2
+    assert len(make_plan(task.recipe, 10).teachers) == 2
+    batch = next(task.train_batches(0, 0, Clock(CPU)))
+    task.compute_terms(batch, Clock(CPU), detailed=False)["loss"].backward()
+    heads = task.student.get_classifier()[1:]
+    assert all(head.weight.grad.abs().max() > 0 for head in heads)
+    with pytest.raises(UserError, match="has 2 distillation tokens, and the logits of 1 teachers go to them"):
+        several(tmp_path, "deit_tiny_two_teachers_patch16_224", f"pretrained | {KL}", f"pretrained | {MAP}")
 
 
 # Class means
@@ -255,6 +286,14 @@ def test_class_means_of_anything_else_are_refused(train_cli: Cli, fashion_folder
     assert "holds class means of other weights of this teacher" in train("teacher.weights=random")
     assert "holds class means of another teacher" in train("teacher.weights=random", "teacher.name=resnet10t")
     assert "holds class means of another crop or image size" in train("augmentation.horizontal_flip=0.1")
+    assert "holds class means of another crop or image size" in train("teacher.img_size=56")
+    assert "typo.safetensors: no such file; make it with deit-kd class-means" in train("distill.class_means=typo.safetensors")
+    image = min((folder / "train").glob("*/*.png"))
+    before = image.read_bytes()
+    shutil.copyfile(next((folder / "val").glob("*/*.png")), image)
+    assert "holds class means of other training images" in train()
+    image.write_bytes(before)
+    assert train() == ""
     next((folder / "train").glob("*/*.png")).unlink()
     assert "holds class means of other training images" in train()
     (folder / "train" / "0 T-shirt or top").rename(folder / "train" / "0 shirt")
@@ -267,7 +306,7 @@ def test_class_means_of_anything_else_are_refused(train_cli: Cli, fashion_folder
 def test_norm_direction_takes_means_mixed_like_the_labels(fashion_folder: Path, tmp_path: Path) -> None:
     mixing = ["augmentation.mixup=0.8", "augmentation.mixup_prob=1", "augmentation.label_smoothing=0.1"]
     task = make_task(tmp_path, [*SMALL, *feature("norm_direction", more="class_means: auto"), *mixing], fashion_folder)
-    batch = next(task.train_batches(0, 0))
+    batch = next(task.train_batches(0, 0, Clock(CPU)))
     means = task.terms[0].class_means
     assert means is not None
     taught = task.teachers[0](batch.images)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -22,7 +23,9 @@ from PIL import Image
 from safetensors import safe_open
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from deit_kd.tracking import TIMES
+from deit_kd.classification import Classification
+from deit_kd.data import Batch
+from deit_kd.tracking import TIMES, Clock
 
 Cli = Callable[..., tuple[int, str]]
 RANDOM_TEACHER = ["teacher.name=resnet10t", "teacher.weights=random"]
@@ -304,9 +307,41 @@ def test_a_folder_of_another_recipe_is_refused_and_can_be_moved_aside(train_cli:
 
 
 def test_a_loss_that_explodes_stops_the_run_by_name(train_cli: Cli, fashion_folder: Path, tmp_path: Path) -> None:
-    options = ["--recipe", "quickstart", "--data", fashion_folder, "--output", tmp_path / "run", *SMALL, *RANDOM_TEACHER]
-    message = refuse(train_cli, *options, "optim.lr=1e30", "optim.warmup_epochs=0")
-    assert "became nan or inf between steps 1 and 4; start again with --resume none" in message
+    """The first step is finite and ruins the weights: the next three are skipped, nothing of them is saved."""
+    output = tmp_path / "run"
+    options = ["--recipe", "quickstart", "--data", fashion_folder, "--output", output, *SMALL, *RANDOM_TEACHER]
+    message = refuse(train_cli, *options, "optim.lr=1e30", "optim.warmup_epochs=0", "run.save_every_steps=4")
+    assert "step 4: ce, kd, feature" in message
+    assert f"for samples {fashion_folder}" in message
+    assert "3 steps in a row; lower optim.lr" in message
+    assert [line["step"] for line in metrics(output) if line["kind"] == "skipped"] == [2, 3, 4]
+    assert not (output / "checkpoints").exists()
+    message = refuse(train_cli, *options, "optim.lr=1e30", "optim.warmup_epochs=0", "run.save_every_steps=2")
+    assert "step 2: weights are not finite, so they are not saved" in message
+
+
+def test_a_step_without_a_finite_loss_is_skipped_and_told(
+    train_cli: Cli, fashion_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, weights = Classification.compute_terms, []
+
+    def compute_terms(task: Classification, batch: Batch, clock: Clock, detailed: bool) -> dict[str, torch.Tensor]:
+        weights.append(task.student.head.weight.detach().clone())
+        terms = original(task, batch, clock, detailed)
+        return {**terms, "loss": terms["loss"] / 0, "kd": terms["kd"] / 0} if len(weights) == 4 else terms
+
+    monkeypatch.setattr(Classification, "compute_terms", compute_terms)
+    output = tmp_path / "run"
+    options = ["--recipe", "quickstart", "--data", fashion_folder, "--output", output, "--max-steps", 6, "--device-batch-size", 12]
+    code, printed = train_cli(*options, *SMALL, *RANDOM_TEACHER, "ema_decay=0.9", "run.log_every_steps=2")
+    assert code == 0, printed
+    assert "step 2: kd not finite, for samples" in printed
+    assert torch.equal(weights[2], weights[4]), "the second step moved nothing"
+    assert not torch.equal(weights[4], weights[6])
+    (skipped,) = [line for line in metrics(output) if line["kind"] == "skipped"]
+    assert (skipped["step"], skipped["terms"], len(skipped["samples"])) == (2, ["kd"], 12)
+    assert all(Path(name).is_file() for name in skipped["samples"])
+    assert all(math.isfinite(line["loss"]) for line in metrics(output) if line["kind"] == "train")
 
 
 def test_launched_as_two_but_running_as_one() -> None:
@@ -365,7 +400,7 @@ def test_a_crash_with_workers_ends_the_process(fashion_folder: Path, tmp_path: P
         *RANDOM_TEACHER,
         "run.workers=2",
     ]
-    crash = "import sys, train, deit_kd.engine as e; e.math.isfinite = None; sys.argv = ['train.py', *sys.argv[1:]]; train.main()"
+    crash = "import sys, train, deit_kd.engine as e; e.Vote.cast = None; sys.argv = ['train.py', *sys.argv[1:]]; train.main()"
     done = run_script("-c", crash, *options, timeout=120)
     assert done.returncode == 1
     assert "TypeError" in done.stderr

@@ -27,9 +27,16 @@ def _batch_standardise(x: Tensor, norm_eps: float) -> Tensor:
     return (x - mean) * torch.rsqrt(variance + norm_eps)
 
 
-def _log(total: Tensor, eps: float) -> Tensor:
-    # Without eps identical features would give log(0) and a NaN gradient; the smallest normal number changes no other value.
-    return torch.log((total + eps).clamp_min(torch.finfo(total.dtype).tiny))
+def _log_sum_of_powers(x: Tensor, power: float, eps: float) -> Tensor:
+    """log(sum |x|^power + eps), of the numbers relative to the largest where their powers would overflow.
+
+    Without eps a sum of zeros would give log(0) and a NaN gradient: the smallest normal number stands for it.
+    """
+    x = x.abs()
+    limit = torch.finfo(x.dtype).max ** (0.5 / power)
+    scale = (x.detach().amax() / limit).clamp_min(1.0)
+    total = (x / scale).pow(power).sum() + eps * scale.pow(-power)
+    return torch.log(total.clamp_min(torch.finfo(x.dtype).tiny)) + power * torch.log(scale)
 
 
 def logsum_correlation(student: Tensor, teacher: Tensor, power: float = 4.0, eps: float = 1e-5, norm_eps: float = 1e-5) -> Tensor:
@@ -51,7 +58,7 @@ def logsum_correlation(student: Tensor, teacher: Tensor, power: float = 4.0, eps
     """
     student, teacher = pair(student, teacher)
     correlation = (_batch_standardise(student, norm_eps) * _batch_standardise(teacher, norm_eps)).mean(dim=0)
-    return _log((correlation - 1).abs().pow(power).sum(), eps)
+    return _log_sum_of_powers(correlation - 1, power, eps)
 
 
 def logsum(
@@ -85,7 +92,7 @@ def logsum(
         student, teacher = F.normalize(student, dim=1), F.normalize(teacher, dim=1)
     elif normalisation != "none":
         raise ValueError(f"normalisation must be batch, l2, layer or none, got {normalisation!r}")
-    return _log((student - teacher).abs().pow(power).sum(), eps)
+    return _log_sum_of_powers(student - teacher, power, eps)
 
 
 def logsum_difference(student: Tensor, teacher: Tensor, power: float = 4.0, eps: float = 0.0, norm_eps: float = 1e-4) -> Tensor:

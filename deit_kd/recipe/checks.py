@@ -16,10 +16,11 @@ AT_LEAST = {
     **dict.fromkeys((f"distill.{key}_weight" for key in ("kd", "feature", "target", "nontarget", "inter", "intra")), 0),
     **dict.fromkeys(("seed", "label_weight", "run.workers", "distill.gamma"), 0),
     **dict.fromkeys(("projector.depth", "projector.width", "projector.negatives", "augmentation.repeats", "teacher.img_size"), 1),
+    "distill.power": 1,  # below it the gradient of equal features is infinite
     "data.num_classes": 2,
 }
 ABOVE_ZERO = (
-    "evaluation.crop_pct", "optim.lr", "optim.eps", "optim.clip_grad", "optim.decay_rate", "distill.temperature", "distill.power",
+    "evaluation.crop_pct", "optim.lr", "optim.eps", "optim.clip_grad", "optim.decay_rate", "distill.temperature",
     "projector.temperature", "ema_decay",
 )  # fmt: skip
 PROBABILITIES = (
@@ -125,6 +126,10 @@ def _lesson_faults(lesson: Lesson, prefix: str, recipe: Recipe) -> list[str]:
         first, last = distill.active_epochs.get(term, (0, recipe.epochs))  # type: ignore[call-overload]
         if not 0 <= first < last:
             faults.append(f"{prefix}distill.active_epochs.{term}: needs 0 <= first < last, got [{first}, {last}]")
+        elif first >= recipe.epochs:
+            faults.append(
+                f"{prefix}distill.active_epochs.{term}: begins at {first}, epochs: {recipe.epochs} end before; it would never be on"
+            )
         if distill.ramp_epochs.get(term, 1) <= 0:  # type: ignore[call-overload]
             faults.append(f"{prefix}distill.ramp_epochs.{term}: must be above 0; leave it out for no ramp")
     if not (distill.kd_weight or distill.feature_weight):

@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# Starts train.py on every GPU of this machine, or of several machines. Arguments go to train.py.
+#   bash launch/torchrun.sh --recipe deit_ti --data DIR
+#   NNODES=2 NODE_RANK=0 HEAD=host0 bash launch/torchrun.sh --recipe deit_ti --data DIR       and NODE_RANK=1 on the other machine
+#   NPROC=2 bash launch/torchrun.sh --device cpu --recipe quickstart                          two processes on a CPU
+# PORT is that of HEAD (default 29500). With MAX_RESTARTS=3 it starts all processes again up to three times when one dies, and the run
+# goes on from its newest checkpoint. Ends with 75 when a signal stopped the run and the same command continues it.
+set -euo pipefail
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+python="${PYTHON:-$root/.venv/bin/python}"
+[ -x "$python" ] || python=python
+
+if [[ " $* " == *" --device cpu "* ]] || ! nvidia-smi >/dev/null 2>&1; then
+  export ACCELERATE_USE_CPU=1 # without it processes on a CPU do not find each other
+  processes="${NPROC:-1}"
+else
+  processes="${NPROC:-gpu}"
+fi
+# What a scheduler sends reaches the training processes, which then save; they get two minutes.
+export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 PET_SHUTDOWN_TIMEOUT="${PET_SHUTDOWN_TIMEOUT:-120}"
+"$python" -m torch.distributed.run --nnodes "${NNODES:-1}" --node_rank "${NODE_RANK:-0}" --nproc_per_node "$processes" \
+  --master_addr "${HEAD:-127.0.0.1}" --master_port "${PORT:-29500}" --max_restarts "${MAX_RESTARTS:-0}" "$root/train.py" "$@" &
+launcher=$!
+
+# The launcher ends with 1 whatever it was sent; the code that asks for another start is given back here.
+signalled=no
+for name in TERM INT USR1; do
+  trap "signalled=yes; kill -$name $launcher 2>/dev/null || true" "$name"
+done
+code=0
+wait "$launcher" || code=$?
+while kill -0 "$launcher" 2>/dev/null; do # a trapped signal ends `wait` before the launcher ends
+  code=0
+  wait "$launcher" || code=$?
+done
+[ "$signalled" = no ] || [ "$code" = 0 ] || exit 75
+exit "$code"
