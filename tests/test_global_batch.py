@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +20,7 @@ from test_terms import OBJECTIVES
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from deit_kd import build, engine
+from deit_kd import build, checkpoint, engine
 from deit_kd import recipe as recipes
 from deit_kd.classification import Classification
 from deit_kd.data import Batch
@@ -49,8 +51,11 @@ class Double(Classification):
         return super().evaluate(ema)
 
 
-def three_steps(overrides: list[str], processes: int, accumulation: int, folder: Path) -> None:
-    """Weights and EMA after three steps in float64, with a log line of each step."""
+def steps(overrides: list[str], processes: int, accumulation: int, folder: Path, until: int, spoil: int | None) -> None:
+    """Trains to step `until` in float64, from the newest checkpoint of the folder, with a log line and a checkpoint of each step.
+
+    In step `spoil` the last process has no finite loss.
+    """
     AcceleratorState._reset_state(reset_partial_state=True)  # a fork knows its parent's
     recipe = recipes.load("quickstart", [*SMALL[3:], *SIZE, *overrides])
     accelerator = Accelerator(cpu=True)
@@ -63,12 +68,19 @@ def three_steps(overrides: list[str], processes: int, accumulation: int, folder:
     for terms in task.terms:
         terms.class_means = None if terms.class_means is None else terms.class_means.double()
     task.module.double()
-    gradients = train(task, recipe, accelerator, folder)
+    if spoil is not None and accelerator.is_last_process:
+        original, calls = task.compute_terms, itertools.count(1)
+        task.compute_terms = lambda *arguments: (  # type: ignore[method-assign]
+            {name: value * math.nan for name, value in terms.items()}
+            if (terms := original(*arguments)) and next(calls) == spoil
+            else terms
+        )
+    gradients = train(task, recipe, accelerator, folder, until)
     if accelerator.is_main_process:
         save_file(gradients, folder / "gradients.safetensors")
 
 
-def train(task: Classification, recipe: Recipe, accelerator: Accelerator, folder: Path) -> dict[str, Tensor]:
+def train(task: Classification, recipe: Recipe, accelerator: Accelerator, folder: Path, until: int) -> dict[str, Tensor]:
     optimizer = build_optimizer(recipe, task.module)
     task.module, optimizer = accelerator.prepare(task.module, optimizer)
     ema = ModelEmaV3(task.student, decay=0.9)
@@ -81,27 +93,28 @@ def train(task: Classification, recipe: Recipe, accelerator: Accelerator, folder
 
     optimizer.optimizer.register_step_pre_hook(keep)
     loop = engine.Loop(
-        total_steps=3,
+        total_steps=until,
         accumulation_steps=task.accumulation_steps,
         images_per_step=256,
         clip_grad=recipe.optim.clip_grad,
         log_every_steps=1,
         eval_every_epochs=1,
-        save_every_steps=3,
-        keep_checkpoints=1,
+        save_every_steps=1,
+        keep_checkpoints=9,
         on_full_disk="stop",
     )
-    tracker = Tracker(accelerator, folder, 3)
-    assert engine.fit(task, accelerator, optimizer, build_schedule(recipe, task.steps_per_epoch), loop, tracker, folder, ema)
+    tracker, schedule = Tracker(accelerator, folder, until), build_schedule(recipe, task.steps_per_epoch)
+    resume = checkpoint.newest(folder / "checkpoints", print)
+    assert engine.fit(task, accelerator, optimizer, schedule, loop, tracker, folder, ema, resume)
     return gradients
 
 
-def run(overrides: list[str], layout: tuple[int, int], folder: Path) -> Path:
-    folder.mkdir(parents=True)
+def run(overrides: list[str], layout: tuple[int, int], folder: Path, until: int = 3, spoil: int | None = None) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
     if layout[0] > 1:
-        debug_launcher(three_steps, (overrides, *layout, folder), num_processes=layout[0])
+        debug_launcher(steps, (overrides, *layout, folder, until, spoil), num_processes=layout[0])
     else:
-        three_steps(overrides, *layout, folder)
+        steps(overrides, *layout, folder, until, spoil)
     return folder
 
 
@@ -150,4 +163,30 @@ def test_device_statistics_are_those_of_a_micro_batch(tmp_path: Path) -> None:
     file = "gradients.safetensors"
     assert difference(cut / file, whole / file) > 1e-3
     assert difference(cut / file, accumulated / file) < 1e-10
-    assert json.loads((whole / "checkpoints/step_00000003/state.json").read_text())["step"] == 3
+    state = json.loads((cut / "checkpoints/step_00000003/state.json").read_text())
+    assert state["layout"] == {"processes": 2, "accumulation_steps": 1, "batch_statistics": "device"}
+
+
+def test_another_number_of_processes_goes_on(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """1 -> 2 -> 1 processes, the last accumulating, against a run that nobody interrupted."""
+    overrides = [*OBJECTIVES["logsum_correlation"], *MIXED]
+    whole = run(overrides, (1, 1), tmp_path / "whole", until=6)
+    elastic = tmp_path / "elastic"
+    for layout, until in (((1, 1), 2), ((2, 1), 4), ((1, 4), 6)):
+        run(overrides, layout, elastic, until)
+    assert "step_00000004 was saved with processes 2, accumulation_steps 1, batch_statistics global; going on with processes 1" in (
+        capfd.readouterr().err
+    )
+    for part in ("module", "ema", "optimizer"):
+        file = f"checkpoints/step_00000006/{part}.safetensors"
+        assert difference(elastic / file, whole / file) < 1e-9, part
+
+
+def test_a_loss_that_is_not_finite_on_one_process_is_skipped_on_all(tmp_path: Path) -> None:
+    folder = run([*OBJECTIVES["kl"]], (2, 1), tmp_path / "spoilt", spoil=2)
+    (skipped,) = [line for line in read_metrics(folder) if line["kind"] == "skipped"]
+    assert skipped["step"] == 2
+    assert len(skipped["samples"]) == 128
+    before, after, later = (load_file(folder / f"checkpoints/step_0000000{step}/module.safetensors") for step in (1, 2, 3))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not all(torch.equal(later[name], after[name]) for name in before)
