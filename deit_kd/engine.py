@@ -204,7 +204,7 @@ def _report_skipped(task: Task, tracker: Tracker, step: int, done: _Done, in_a_r
         tracker.say(f"{fault} ({len(samples)}; all of them in {tracker.file.name}); the step is skipped")
         return
     raise UserError(
-        f"{fault}, the {in_a_row}rd step in a row; lower optim.lr, set optim.clip_grad, or use run.precision=no if it was not; "
+        f"{fault}, {in_a_row} steps in a row; lower optim.lr, set optim.clip_grad, or use run.precision=no if it was not; "
         "with another recipe give another --output or --resume none"
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -42,6 +43,7 @@ BUSY = [
     "run.save_every_steps=1",
     "run.keep_checkpoints=99",
 ]
+ACCUMULATED = ["--device-batch-size", 8]
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
@@ -149,26 +151,26 @@ def test_conv_stem_and_cnn_students_export_too(tmp_path: Path, fashion_folder: P
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory, fashion_folder: Path) -> Path:
     output = tmp_path_factory.mktemp("runs") / "whole"
-    done = run_script("train.py", "--recipe", "quickstart", "--data", fashion_folder, "--output", output, *BUSY)
+    done = run_script("train.py", "--recipe", "quickstart", "--data", fashion_folder, "--output", output, *ACCUMULATED, *BUSY)
     assert done.returncode == 0, done.stderr
     return output
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("step", [10, 11, 15])  # the last step of an epoch, the first, one in the middle
+@pytest.mark.parametrize("step", [10, 11, 15, "drawn"])  # the last step of an epoch, the first, one in the middle, any
 def test_resume_is_bit_exact(
-    step: int, workers: int, uninterrupted: Path, fashion_folder: Path, tmp_path: Path, train_cli: Cli
+    step: int | str, workers: int, uninterrupted: Path, fashion_folder: Path, tmp_path: Path, train_cli: Cli
 ) -> None:
     """The folder is left as by a kill -9 some time after the save at `step`; metrics of later steps are there already."""
-    output = tmp_path / "killed"
+    output, step = tmp_path / "killed", random.randrange(1, 30) if step == "drawn" else int(step)
     for name in ("recipe.yaml", "run.json", "metrics.jsonl", f"checkpoints/step_{step:08d}"):
         (output / name).parent.mkdir(parents=True, exist_ok=True)
         (shutil.copytree if (uninterrupted / name).is_dir() else shutil.copyfile)(uninterrupted / name, output / name)
     with (output / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "train", "st')  # cut off in the middle of a line
     options = ["--recipe", "quickstart", "--data", fashion_folder, "--output", output]
-    code, printed = train_cli(*options, *BUSY, f"run.workers={workers}")
-    assert code == 0, printed
+    code, printed = train_cli(*options, *ACCUMULATED, *BUSY, f"run.workers={workers}")
+    assert code == 0, f"step {step}: {printed}"
     assert f"going on from {output / 'checkpoints' / f'step_{step:08d}'}" in printed
     for later in (step + 1, 30):  # weights, optimiser and EMA: equal hashes of equal files
         ours, theirs = (
@@ -378,6 +380,20 @@ def test_no_space_left(tmp_path: Path, fashion_folder: Path) -> None:
         assert done.returncode == 2, done.stdout + done.stderr
         assert expected in done.stderr
         assert "Traceback" not in done.stderr
+
+
+def test_a_full_disk_leaves_the_old_checkpoint_and_the_run_goes_on_if_told_so(tmp_path: Path, fashion_folder: Path) -> None:
+    """A real file system of 2.4 MB under the checkpoints: it holds one of 1.3 MB."""
+    output = tmp_path / "run"
+    (output / "checkpoints").mkdir(parents=True)
+    arguments = [*SMALL, *RANDOM_TEACHER, "run.save_every_steps=2", "run.on_full_disk=go_on", "--max-steps", "6"]
+    train = f"'{sys.executable}' train.py --recipe quickstart --data '{fashion_folder}' --output '{output}' {' '.join(arguments)}"
+    mounted = f"mount -t tmpfs -o size=2400k tmpfs '{output}/checkpoints' && {train} && ls -A '{output}/checkpoints'"
+    done = subprocess.run(["unshare", "-rm", "bash", "-c", mounted], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "step 4 is not saved, earlier checkpoints are kept; the run goes on" in done.stderr
+    assert done.stdout.splitlines()[-1] == "step_00000002", "nothing half-written beside it"
+    assert (output / "student/model.safetensors").exists()
 
 
 def test_features_alone_can_come_from_a_teacher_of_other_classes(train_cli: Cli, fashion_folder: Path, tmp_path: Path) -> None:
