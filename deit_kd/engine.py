@@ -133,7 +133,8 @@ def fit(
                 means, speed = tracker.means(), window.close(step, loop.images_per_step, clock)
                 tracker.log("train", step, {"epoch": step / task.steps_per_epoch, "lr": lr, **means, **speed})
             with window.paused():
-                if stopping or step % loop.save_every_steps == 0 or step == loop.total_steps:
+                due = step % loop.save_every_steps == 0 and counts  # after a skipped step it could push out a good one
+                if stopping or due or step == loop.total_steps:
                     state.save(step)  # before evaluating, which can take long and fail
                 if _evaluation_is_due(loop, task, step) and not stopping:
                     _evaluate(task, tracker, step, ema)

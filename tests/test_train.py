@@ -312,14 +312,14 @@ def test_a_loss_that_explodes_stops_the_run_by_name(train_cli: Cli, fashion_fold
     """The first step is finite and ruins the weights: the next three are skipped, nothing of them is saved."""
     output = tmp_path / "run"
     options = ["--recipe", "quickstart", "--data", fashion_folder, "--output", output, *SMALL, *RANDOM_TEACHER]
-    message = refuse(train_cli, *options, "optim.lr=1e30", "optim.warmup_epochs=0", "run.save_every_steps=4")
+    message = refuse(train_cli, *options, "optim.lr=1e30", "optim.warmup_epochs=0", "run.save_every_steps=2")
     assert "step 4: ce, kd, feature" in message
     assert f"for samples {fashion_folder}" in message
     assert "3 steps in a row; lower optim.lr" in message
     assert [line["step"] for line in metrics(output) if line["kind"] == "skipped"] == [2, 3, 4]
     assert not (output / "checkpoints").exists()
-    message = refuse(train_cli, *options, "optim.lr=1e30", "optim.warmup_epochs=0", "run.save_every_steps=2")
-    assert "step 2: weights are not finite, so they are not saved" in message
+    message = refuse(train_cli, *options, "optim.lr=1e38", "optim.warmup_epochs=0", "run.save_every_steps=1", "--resume", "none")
+    assert "step 1: weights are not finite, so they are not saved" in message
 
 
 def test_a_step_without_a_finite_loss_is_skipped_and_told(
@@ -383,12 +383,12 @@ def test_no_space_left(tmp_path: Path, fashion_folder: Path) -> None:
 
 
 def test_a_full_disk_leaves_the_old_checkpoint_and_the_run_goes_on_if_told_so(tmp_path: Path, fashion_folder: Path) -> None:
-    """A real file system of 2.4 MB under the checkpoints: it holds one of 1.3 MB."""
+    """A real file system of 1.6 MB under the checkpoints: it holds one of 1.1 MB."""
     output = tmp_path / "run"
     (output / "checkpoints").mkdir(parents=True)
     arguments = [*SMALL, *RANDOM_TEACHER, "run.save_every_steps=2", "run.on_full_disk=go_on", "--max-steps", "6"]
     train = f"'{sys.executable}' train.py --recipe quickstart --data '{fashion_folder}' --output '{output}' {' '.join(arguments)}"
-    mounted = f"mount -t tmpfs -o size=2400k tmpfs '{output}/checkpoints' && {train} && ls -A '{output}/checkpoints'"
+    mounted = f"mount -t tmpfs -o size=1600k tmpfs '{output}/checkpoints' && {train} && ls -A '{output}/checkpoints'"
     done = subprocess.run(["unshare", "-rm", "bash", "-c", mounted], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "step 4 is not saved, earlier checkpoints are kept; the run goes on" in done.stderr
