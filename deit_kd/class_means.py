@@ -78,12 +78,12 @@ def _identity(recipe: Recipe, teacher: Teacher, source: Source) -> dict[str, Any
         "teacher": teacher.info.name,
         "teacher_sha256": teacher.info.sha256,
         "classes": list(source.class_names),
-        "images": _fingerprint(source),
+        "images": fingerprint(source),
         "view": json.loads(json.dumps([recipe.data.img_size, teacher.img_size, aug.interpolation, *crop])),
     }
 
 
-def _fingerprint(source: Source) -> str:
+def fingerprint(source: Source) -> str:
     """The number of images, and a hash over all labels and 512 images anywhere among them: tells data apart, in seconds."""
     digest = hashlib.sha256(source.labels.astype("<i8").tobytes())
     some = np.random.default_rng(0).permutation(len(source))[:512]

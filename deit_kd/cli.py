@@ -12,7 +12,9 @@ from deit_kd.errors import UserError
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs a verb; user errors end in one line and exit code 2."""
-    parser = argparse.ArgumentParser(prog="deit-kd", description="What surrounds training: class means, grids of runs.")
+    parser = argparse.ArgumentParser(
+        prog="deit-kd", description="What surrounds training: class means, grids of runs, a look at the machine."
+    )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     verb = verbs.add_parser("class-means", help="the teacher's class means over the training images, for norm_direction")
@@ -30,6 +32,16 @@ def main(arguments: list[str] | None = None) -> None:
     verb.add_argument("--output", type=Path, help="the folder of the runs (default: runs/grid_RECIPE)")
     verb.add_argument("--jobs", type=int, default=1, help="runs at a time, each in a process of its own")
     verb.set_defaults(run=grid)
+
+    verb = verbs.add_parser(
+        "doctor",
+        help="what is wrong with this environment; exit code 0, 1 for a warning, 2 for a fault",
+        epilog="under a launcher: torchrun --nproc_per_node 2 -m deit_kd doctor deit_ti --data DIR",
+    )
+    _recipe_options(verb)
+    verb.add_argument("--output", type=Path, default=Path("runs"), help="where runs are kept (default: runs)")
+    verb.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    verb.set_defaults(run=doctor)
 
     options, more = parser.parse_known_args(arguments)  # overrides that stand behind an option are left over
     if wrong := [word for word in more if word.startswith("-") or "=" not in word]:
@@ -79,3 +91,24 @@ def grid(options: argparse.Namespace) -> None:
 
     output = options.output or Path("runs") / f"grid_{Path(options.recipe).stem}"
     run_grid(options.recipe, options.overrides, output, options.data, options.jobs)
+
+
+def doctor(options: argparse.Namespace) -> None:
+    """Prints a line a check; the exit code is that of the worst."""
+    recipe = recipes.load(options.recipe, options.overrides)
+    import torch
+    from accelerate import Accelerator
+
+    from deit_kd.doctor import SEVERITY, examine
+
+    try:
+        accelerator = Accelerator(cpu=options.device == "cpu" or not torch.cuda.is_available())
+    except (ValueError, RuntimeError) as error:  # WORLD_SIZE without a launcher, or a launcher that nobody else answers
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"processes do not find each other ({reason}); start them with a command of launch/README.md") from None
+    worst = 0
+    for line in examine(recipe, options.data, options.output, accelerator):
+        accelerator.print(f"{line.severity:<5} {line.name:<11} {line.text}", flush=True)
+        worst = max(worst, SEVERITY[line.severity])
+    accelerator.end_training()
+    sys.exit(worst)

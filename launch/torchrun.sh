@@ -12,7 +12,6 @@ python="${PYTHON:-$root/.venv/bin/python}"
 [ -x "$python" ] || python=python
 
 if [[ " $* " == *" --device cpu "* ]] || ! nvidia-smi >/dev/null 2>&1; then
-  export ACCELERATE_USE_CPU=1 # without it processes on a CPU do not find each other
   processes="${NPROC:-1}"
   [ "${NNODES:-1}" != 1 ] || export GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-lo}" # else a restart may not find its peers
 else
