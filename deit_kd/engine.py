@@ -101,7 +101,7 @@ def fit(
         tracker.log("projector", step, task.inspect())
     elif _evaluation_is_due(loop, task, step) and not tracker.has("eval", step):  # stopped between saving and evaluating
         _evaluate(task, tracker, step, ema)
-    window, skipped_in_a_row = _Window(step), 0
+    window, skipped_in_a_row, buffers = _Window(step), 0, _Buffers(task.module)
     task.module.train()
 
     with Stop() as stop:
@@ -114,6 +114,7 @@ def fit(
                 group["lr"] = lr * group.get("lr_scale", 1.0)
             step += 1
             log = step % loop.log_every_steps == 0 or step == loop.total_steps
+            buffers.keep()
             done = _backward(task, accelerator, batches, loop.accumulation_steps, clock, log, partial(vote.cast, stop))
             counts, stopping = vote.result()
             with clock.span("student"):
@@ -127,6 +128,7 @@ def fit(
                     tracker.add(values)
             else:
                 skipped_in_a_row += 1
+                buffers.restore()
                 _report_skipped(task, tracker, step, done, skipped_in_a_row)
 
             if log:  # the only steps that wait for the device to finish
@@ -208,6 +210,22 @@ def _report_skipped(task: Task, tracker: Tracker, step: int, done: _Done, in_a_r
         f"{fault}, {in_a_row} steps in a row; lower optim.lr, set optim.clip_grad, or use run.precision=no if it was not; "
         "with another recipe give another --output or --resume none"
     )
+
+
+class _Buffers:
+    """Buffers as they were before a step: what a step that does not count left in batch norms and memories must not stay."""
+
+    def __init__(self, module: nn.Module):
+        self.live = list(module.buffers())
+        self.kept = [buffer.clone() for buffer in self.live]
+
+    def keep(self) -> None:
+        for kept, live in zip(self.kept, self.live, strict=True):
+            kept.copy_(live)
+
+    def restore(self) -> None:
+        for kept, live in zip(self.kept, self.live, strict=True):
+            live.copy_(kept)
 
 
 class _Window:
