@@ -156,6 +156,9 @@ def make_accelerator(recipe: recipes.Recipe, device: str, output: Path) -> Accel
     )
     if launched > 1 and not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= set(os.environ):
         raise alone
+    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):  # on a CPU Accelerate would go on without a word, as DDP
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
+            raise UserError(f"the launcher asks for {name}, which checkpoints do not know: use DDP, as launch/ddp8.yaml does")
     trackers = list(recipe.run.trackers)
     try:
         accelerator = Accelerator(cpu=cpu, mixed_precision=precision, log_with=trackers or None, project_dir=output)

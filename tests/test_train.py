@@ -358,6 +358,11 @@ def test_launched_as_two_but_running_as_one() -> None:
     assert "Traceback" not in done.stderr
 
 
+def test_a_strategy_that_would_not_be_followed_is_refused(train_cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert "the launcher asks for FSDP" in refuse(train_cli, "--recipe", "quickstart", "--output", tmp_path / "run")
+
+
 def test_two_processes_share_the_batch(tmp_path: Path, fashion_folder: Path) -> None:
     output = tmp_path / "run"
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", 29000 + os.getpid() % 1000]
