@@ -33,6 +33,15 @@ def main(arguments: list[str] | None = None) -> None:
     verb.add_argument("--jobs", type=int, default=1, help="runs at a time, each in a process of its own")
     verb.set_defaults(run=grid)
 
+    verb = verbs.add_parser("pack", help="tar shards of an image folder, which train with data.source=shards")
+    verb.add_argument("--data", type=Path, required=True, help="DIR with DIR/train/CLASS/ and DIR/val/CLASS/")
+    verb.add_argument("--output", type=Path, required=True, help="the folder to make")
+    verb.add_argument(
+        "--short-side", type=int, help="pixels to which larger images are shrunk; without it files are copied as they are"
+    )
+    verb.add_argument("--shard-mb", type=int, default=256, help="where a shard ends (default: 256)")
+    verb.set_defaults(run=pack, overrides=[])
+
     verb = verbs.add_parser(
         "doctor",
         help="what is wrong with this environment; exit code 0, 1 for a warning, 2 for a fault",
@@ -91,6 +100,16 @@ def grid(options: argparse.Namespace) -> None:
 
     output = options.output or Path("runs") / f"grid_{Path(options.recipe).stem}"
     run_grid(options.recipe, options.overrides, output, options.data, options.jobs)
+
+
+def pack(options: argparse.Namespace) -> None:
+    """Makes shards of an image folder."""
+    if options.overrides or (options.short_side is not None and options.short_side < 1) or options.shard_mb < 1:
+        raise UserError("deit-kd pack takes no key=value, and sizes of at least 1")
+    from deit_kd.data.shards import pack
+
+    pack(options.data, options.output, options.short_side, options.shard_mb * 1_000_000)
+    print(f"{options.output}: train with --data {options.output} data.source=shards")
 
 
 def doctor(options: argparse.Namespace) -> None:

@@ -34,11 +34,17 @@ HEAVY = [
 
 
 def train_loader(
-    folder: Path, processes: int = 1, process: int = 0, accumulation: int = 1, workers: int = 0, bad: str = "refuse"
+    folder: Path,
+    processes: int = 1,
+    process: int = 0,
+    accumulation: int = 1,
+    workers: int = 0,
+    bad: str = "refuse",
+    source: str = "image_folder",
 ) -> TrainLoader:
     recipe = recipes.load("quickstart", HEAVY)
     return TrainLoader(
-        open_source("image_folder", folder, "train"),
+        open_source(source, folder, "train"),
         train_transform(recipe),
         recipe.augmentation,
         Placement(CPU, processes, process, workers, bad, print),
@@ -49,11 +55,11 @@ def train_loader(
     )
 
 
-def stream(folder: Path, epoch: int, start: int = 0, **layout: int) -> set[tuple[str, str]]:
+def stream(folder: Path, epoch: int, start: int = 0, source: str = "image_folder", **layout: int) -> set[tuple[str, str]]:
     """Hashes of all (image, target) pairs of an epoch, over all processes of a layout."""
     seen = []
     for process in range(layout.get("processes", 1)):
-        for batch in train_loader(folder, process=process, **layout).epoch(epoch, start):
+        for batch in train_loader(folder, process=process, source=source, **layout).epoch(epoch, start):
             for image, target in zip(batch.images, batch.targets, strict=True):
                 seen.append((hashlib.sha1(image.numpy().tobytes()).hexdigest(), hashlib.sha1(target.numpy().tobytes()).hexdigest()))
     assert len(set(seen)) == len(seen)

@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "evaluation": {"data", "models"},
     "grid": {"analysis", "recipe", "tracking"},
     "doctor": {"build", "class_means", "plan", "recipe"},
-    "cli": {"build", "class_means", "doctor", "grid", "recipe"},
+    "cli": {"build", "class_means", "data", "doctor", "grid", "recipe"},
     "__main__": {"cli"},
     "release": {"release", "checkpoint", "models", "recipe", "tracking"},
     "analysis": {"tracking"},

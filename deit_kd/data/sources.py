@@ -93,10 +93,10 @@ class FolderSource:
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         with Image.open(self.paths[index]) as image:
-            return _rgb(image), int(self.labels[index])
+            return rgb(image), int(self.labels[index])
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def rgb(image: Image.Image) -> Image.Image:
     """8-bit RGB; Pillow alone would clip 16-bit grey at 255, and has no scale for 32-bit integers and floats."""
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
@@ -188,6 +188,12 @@ def _imagenette(data: Path | None, split: Split) -> Source:
     return _image_folder(folder, split)
 
 
+def _shards(data: Path | None, split: Split) -> Source:
+    from deit_kd.data.shards import open_shards  # which packs folders, and so imports this file
+
+    return open_shards(data, split)
+
+
 def _download(name: str, data: Path, files: str, **kwargs: Any) -> Any:
     """The torchvision dataset in `data`, downloaded when it is not there."""
     import torchvision.datasets
@@ -206,6 +212,7 @@ SOURCES: dict[str, Callable[[Path | None, Split], Source]] = {
     "cifar10": _cifar("CIFAR10"),
     "cifar100": _cifar("CIFAR100"),
     "imagenette": _imagenette,
+    "shards": _shards,
 }
 
 
