@@ -104,11 +104,22 @@ def test_faults_are_named(shards: Path, fashion_folder: Path, tmp_path: Path, ca
 def test_interrupted_packing_leaves_nothing(fashion_folder: Path, tmp_path: Path) -> None:
     many = tmp_path / "many"
     shutil.copytree(fashion_folder, many)
-    for number in range(20):
+    for number in range(60):
         for folder in (many / "train").iterdir():
             for image in list(folder.glob("*.png"))[:24]:
                 (folder / f"{number}_{image.name}").hardlink_to(image)
-    command = [sys.executable, "-m", "deit_kd", "pack", "--data", str(many), "--output", str(tmp_path / "out")]
+    command = [
+        sys.executable,
+        "-m",
+        "deit_kd",
+        "pack",
+        "--data",
+        str(many),
+        "--output",
+        str(tmp_path / "out"),
+        "--short-side",
+        "14",
+    ]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     while not list((tmp_path / ".out.tmp").glob("*.tar")) and process.poll() is None:
         time.sleep(0.001)
