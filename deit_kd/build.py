@@ -82,7 +82,7 @@ def build_distiller(recipe: Recipe, num_classes: int, teachers: Sequence[Teacher
         for lesson, teacher in zip(lessons, teachers, strict=True)
     ]
     distiller = Distiller(student, projectors, [lesson.distill.student_tap for lesson in lessons])
-    heads = len(student.get_classifier()) - 1 if distiller.has_tokens else 0
+    heads = distiller.distillation_heads
     taught = sum(token is not None for token in tokens(lessons, heads))
     if heads > 1 and taught not in (0, heads):
         raise UserError(

@@ -104,8 +104,6 @@ class Classification:
         self.module: nn.Module = distiller
         self.global_batch = GlobalBatch(accelerator, self.accumulation_steps)
 
-        heads = len(distiller.student.get_classifier()) - 1 if distiller.has_tokens else 0
-
         def means(lesson: Lesson, teacher: Teacher) -> Tensor | None:
             stated = lesson.distill.class_means
             if stated is None or not lesson.distill.feature_weight:
@@ -117,7 +115,9 @@ class Classification:
 
         self.terms = [
             Terms(lesson, number, token or 0, teacher, recipe, means(lesson, teacher), self.global_batch)
-            for number, (lesson, token, teacher) in enumerate(zip(lessons, tokens(lessons, heads), teachers, strict=True))
+            for number, (lesson, token, teacher) in enumerate(
+                zip(lessons, tokens(lessons, distiller.distillation_heads), teachers, strict=True)
+            )
         ]
         self._ahead: list[_Taught] = []  # what teachers said of the micro-batches to come
 

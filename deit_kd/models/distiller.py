@@ -52,6 +52,7 @@ class Distiller(nn.Module):
         self.taps = tuple(taps)
         self.stages = stages_of(student, [tap for tap in taps if tap is not None])
         self.has_tokens = isinstance(student, VisionTransformerDistilled)
+        self.distillation_heads = len(student.get_classifier()) - 1 if self.has_tokens else 0
 
     def forward(self, images: Tensor, teachers: Sequence[Tapped | None] = ()) -> StudentOutput:
         """The student, and with `teachers` its projections.
