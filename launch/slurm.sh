@@ -17,7 +17,8 @@ set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:?start this with sbatch}"
 
 export NNODES="$SLURM_JOB_NUM_NODES" MAX_RESTARTS=3 RUN_ID="$SLURM_JOB_ID"
-HEAD="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
+HEAD="$(scontrol show hostnames "$SLURM_JOB_NODELIST")"
+HEAD="${HEAD%%$'\n'*}" # not `| head`: where head ends first, scontrol dies of SIGPIPE and this script with it
 PORT="$((20000 + SLURM_JOB_ID % 20000))" # two jobs on a node do not meet
 export HEAD PORT
 
