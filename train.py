@@ -21,6 +21,10 @@ REQUEUE = 75  # exit code of a run that a signal stopped and the same command co
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from timm.utils import ModelEmaV3
+    from torch.optim import Optimizer
+
+    from deit_kd.classification import Classification
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -87,10 +91,9 @@ def dry_run(recipe: recipes.Recipe, data: Path | None) -> None:
 
 
 def train(recipe: recipes.Recipe, options: argparse.Namespace, output: Path) -> None:
-    from timm.utils import ModelEmaV3
+    from deit_kd import analysis, build, classification, engine, optim, release, run_folder, sharding, tracking
 
-    from deit_kd import analysis, build, classification, engine, optim, release, run_folder, tracking
-
+    sharded = sharding.take_over()
     accelerator = make_accelerator(recipe, options.device, output)
     resume = run_folder.prepare(output, recipe, options.resume, accelerator)
     say = accelerator.print
@@ -99,9 +102,7 @@ def train(recipe: recipes.Recipe, options: argparse.Namespace, output: Path) -> 
         sources = build.open_data(recipe, options.data)
     teachers = [teacher.to(accelerator.device) for teacher in build.build_teachers(recipe, sources[0].class_names)]
     task = classification.Classification(recipe, accelerator, sources, teachers, output, options.device_batch_size, say)
-    optimizer = optim.build_optimizer(recipe, task.module)
-    task.module, optimizer = accelerator.prepare(task.module, optimizer)
-    ema = ModelEmaV3(task.student, decay=recipe.ema_decay) if recipe.ema_decay else None
+    optimizer, ema = prepare(task, recipe, accelerator, sharded)
 
     total_steps = recipe.epochs * task.steps_per_epoch
     stop_at = min(total_steps, options.max_steps or total_steps)
@@ -122,8 +123,8 @@ def train(recipe: recipes.Recipe, options: argparse.Namespace, output: Path) -> 
     )
     schedule = optim.build_schedule(recipe, task.steps_per_epoch)
     complete = engine.fit(task, accelerator, optimizer, schedule, loop, tracker, output, ema, resume)
+    student = task.whole(task.student if ema is None else ema.module)
     if complete and accelerator.is_main_process:
-        student = accelerator.unwrap_model(task.module).student if ema is None else ema.module
         licences = [teacher.info.license for teacher in teachers]
         release.export_student(student, output / "student", recipe, sources[0].class_names, licences)
         card = release.write_card(output)
@@ -132,6 +133,26 @@ def train(recipe: recipes.Recipe, options: argparse.Namespace, output: Path) -> 
     tracker.close()
     if not complete:
         sys.exit(REQUEUE)
+
+
+def prepare(
+    task: Classification, recipe: recipes.Recipe, accelerator: Accelerator, sharded: bool
+) -> tuple[Optimizer, ModelEmaV3 | None]:
+    """Puts the task's module on its device and spreads it over processes, by DDP or by FSDP2; gives optimiser and EMA of it."""
+    from timm.utils import ModelEmaV3
+
+    from deit_kd import optim, sharding
+
+    task.module.to(accelerator.device)
+    ema = ModelEmaV3(task.student, decay=recipe.ema_decay) if recipe.ema_decay else None
+    if sharded and accelerator.num_processes > 1:
+        task.module = accelerator.prepare_model(task.module, evaluation_mode=True)  # autocast, without DDP
+        sharding.shard(task.module, task.student)
+        if ema is not None:
+            sharding.shard(ema.module, ema.module)
+        return accelerator.prepare(optim.build_optimizer(recipe, task.module)), ema
+    task.module, optimizer = accelerator.prepare(task.module, optim.build_optimizer(recipe, task.module))
+    return optimizer, ema
 
 
 def make_accelerator(recipe: recipes.Recipe, device: str, output: Path) -> Accelerator:
@@ -156,9 +177,11 @@ def make_accelerator(recipe: recipes.Recipe, device: str, output: Path) -> Accel
     )
     if launched > 1 and not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= set(os.environ):
         raise alone
-    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):  # on a CPU Accelerate would go on without a word, as DDP
+    for name in ("DEEPSPEED", "MEGATRON_LM"):  # on a CPU Accelerate would go on without a word, as DDP
         if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
-            raise UserError(f"the launcher asks for {name}, which checkpoints do not know: use DDP, as launch/ddp8.yaml does")
+            raise UserError(
+                f"the launcher asks for {name}, which checkpoints do not know: use launch/ddp8.yaml, or launch/fsdp2.yaml"
+            )
     trackers = list(recipe.run.trackers)
     try:
         accelerator = Accelerator(cpu=cpu, mixed_precision=precision, log_with=trackers or None, project_dir=output)

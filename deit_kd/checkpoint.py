@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from deit_kd import sharding
 from deit_kd.errors import UserError
 
 Tensors = Mapping[str, Tensor]
@@ -128,13 +129,17 @@ def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor],
 
 
 def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: Tensors, rest: Mapping[str, Any]) -> None:
-    """Puts back what `pack_optimizer` gave."""
+    """Puts back what `pack_optimizer` gave; of parameters that are cut over processes each its own part."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Any]] = {}
     groups = [dict(group) for group in rest["param_groups"]]
     for key, value in {**rest["state"], **tensors}.items():
         index, _, name = key.removeprefix("group.").partition(".")
-        target = groups[int(index)] if key.startswith("group.") else state.setdefault(int(index), {})
-        target[name] = value
+        if key.startswith("group."):
+            groups[int(index)][name] = value
+            continue
+        whole = isinstance(value, Tensor)
+        state.setdefault(int(index), {})[name] = sharding.cut_like(value, parameters[int(index)]) if whole else value
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 

@@ -24,6 +24,7 @@ from accelerate.utils import broadcast
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 
+from deit_kd import sharding
 from deit_kd.build import accumulation, build_distiller, placement, tokens
 from deit_kd.class_means import load_or_compute
 from deit_kd.collective import GlobalBatch
@@ -31,8 +32,9 @@ from deit_kd.data import Batch, EvaluationLoader, Source, TrainLoader
 from deit_kd.data.transforms import evaluation_transform, train_transform
 from deit_kd.errors import UserError
 from deit_kd.evaluation import measure, measure_student
-from deit_kd.models import Distiller, StudentOutput, Teacher, TeacherOutput
+from deit_kd.models import Distiller, StudentOutput, Teacher, TeacherOutput, build_student
 from deit_kd.models.projectors import first_matrix
+from deit_kd.models.taps import TimmModel
 from deit_kd.recipe import Lesson, Recipe
 from deit_kd.terms import Terms
 from deit_kd.tracking import Clock
@@ -181,10 +183,19 @@ class Classification:
             values |= _detail(student, taught[self.terms[0].teacher], self.terms[0], self.knows_labels[0])
         return {"loss": loss, **values}
 
-    @torch.inference_mode()
+    def whole(self, student: nn.Module) -> TimmModel:
+        """The student, or its EMA; of one that is cut over processes a copy in one piece, on every process."""
+        if not sharding.is_sharded(student):
+            return cast(TimmModel, student)
+        copy = build_student(self.recipe.student, self.num_classes, self.recipe.data.img_size)
+        copy.load_state_dict(sharding.gather(student.state_dict()))
+        return copy.to(self.accelerator.device)
+
+    @torch.no_grad()
     def evaluate(self, ema: nn.Module | None = None) -> dict[str, float]:
         """top1 and top5 in percent and nll of the mean of the heads, each head's top1, over every validation image once."""
-        distiller = cast(Distiller, self.accelerator.unwrap_model(self.module))
+        distiller = Distiller(self.whole(self.student))
+        ema = None if ema is None else self.whole(ema)
         if self.accelerator.num_processes > 1:  # running statistics differ by process; what is exported are those of the first
             for model in (distiller, ema) if ema is not None else (distiller,):
                 for buffer in model.buffers():
@@ -210,6 +221,7 @@ class Classification:
         weight = first_matrix(self.projectors[0]) if self.projectors else None
         if weight is None or not weight.isfinite().all():
             return {}
+        (weight,) = sharding.gather({"": weight}).values()
         values = torch.linalg.svdvals(weight.float())
         share = values / values.sum()
         rank = torch.special.entr(share).sum().exp()

@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 import deit_kd
-from deit_kd import checkpoint, plan
+from deit_kd import checkpoint, plan, sharding
 from deit_kd import recipe as recipes
 from deit_kd.errors import UserError
 from deit_kd.recipe import Recipe
@@ -74,7 +74,7 @@ def describe(output: Path, recipe: Recipe, accelerator: Accelerator, task: Class
     """Writes recipe.yaml and run.json, says what will happen, checks the disk, and starts the trackers."""
     counted = plan.make_plan(recipe, task.num_classes)
     needed = counted.checkpoint_bytes * (recipe.run.keep_checkpoints + 1) + 4 * counted.student_parameters
-    loader, val = task.train_loader, task.val_loader.source
+    loader, val, cut = task.train_loader, task.val_loader.source, sharding.is_sharded(task.student)
     if accelerator.is_main_process:
         free = shutil.disk_usage(output).free
         if free < needed:
@@ -94,6 +94,7 @@ def describe(output: Path, recipe: Recipe, accelerator: Accelerator, task: Class
             "earlier_sessions": _earlier_sessions(output) if resumed else [],
             "precision": accelerator.mixed_precision,
             "processes": accelerator.num_processes,
+            "sharded": cut,
             "accumulation_steps": task.accumulation_steps,
             "micro_batch_size": loader.micro_batch_size,
             "global_batch_size": loader.global_batch_size,
@@ -119,7 +120,7 @@ def describe(output: Path, recipe: Recipe, accelerator: Accelerator, task: Class
         + "".join(f"teacher {name}, {parameters:,} parameters\n" for name, parameters, _ in counted.teachers)
         + "".join(f"tap     {tap}\n" for tap in counted.taps)
         + f"steps   {total_steps:,} of {loader.global_batch_size} = {loading} images "
-        f"(processes x accumulation x device), on {hardware(accelerator.device)}, precision {accelerator.mixed_precision}"
+        f"(processes x accumulation x device), {'each with its part of the weights, ' if cut else ''}on {hardware(accelerator.device)}, precision {accelerator.mixed_precision}"
     )
     if recipe.run.trackers:
         accelerator.init_trackers("deit_kd", config={key: str(value) for key, value in recipes.flatten(recipe)})

@@ -11,9 +11,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from timm.utils import ModelEmaV3
-from torch import nn
+from torch import Tensor, nn
 
-from deit_kd import checkpoint
+from deit_kd import checkpoint, sharding
 from deit_kd.errors import UserError
 from deit_kd.tracking import Tracker
 
@@ -39,7 +39,12 @@ class RunState:
         Raises:
             UserError: weights are not finite, or the disk is full and the run is to stop then.
         """
-        if not all(torch.stack([p.isfinite().all() for p in self.module.parameters()]).tolist()):
+        tensors, rest = checkpoint.pack_optimizer(self.optimizer)
+        parts = {"module": self.module.state_dict(), "optimizer": tensors}
+        if self.ema is not None:
+            parts["ema"] = self.ema.module.state_dict()
+        parts = {name: sharding.gather(part) for name, part in parts.items()}
+        if not all(torch.stack([value.isfinite().all() for value in parts["module"].values()]).tolist()):
             raise UserError(
                 f"step {step}: weights are not finite, so they are not saved; go on from {self.folder} with run.precision=no if it "
                 "was not, or start anew with a lower optim.lr or a clip_grad"
@@ -48,7 +53,15 @@ class RunState:
         window = self.tracker.state()
         if self.accelerator.is_main_process:
             try:
-                self._write(step, window)
+                scaler = self.accelerator.scaler
+                state = {
+                    "optimizer": rest,
+                    "window": window,
+                    "scaler": scaler.state_dict() if scaler else None,
+                    "steps_per_epoch": self.steps_per_epoch,
+                    "layout": self.layout,
+                }
+                checkpoint.save(self.folder, step, parts, state, self.keep_checkpoints)
             except OSError as error:
                 if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                     raise
@@ -58,21 +71,6 @@ class RunState:
             raise UserError(f"{fault[0]}; free some, and give the same command again")
         if fault[0]:
             self.tracker.say(f"{fault[0]}; the run goes on")
-
-    def _write(self, step: int, window: dict[str, Any]) -> None:
-        tensors, rest = checkpoint.pack_optimizer(self.optimizer)
-        parts = {"module": self.module.state_dict(), "optimizer": tensors}
-        if self.ema is not None:
-            parts["ema"] = self.ema.module.state_dict()
-        scaler = self.accelerator.scaler
-        state = {
-            "optimizer": rest,
-            "window": window,
-            "scaler": scaler.state_dict() if scaler else None,
-            "steps_per_epoch": self.steps_per_epoch,
-            "layout": self.layout,
-        }
-        checkpoint.save(self.folder, step, parts, state, self.keep_checkpoints)
 
     def restore(self, path: Path) -> int:
         """Puts everything back; returns the step that was reached.
@@ -87,7 +85,7 @@ class RunState:
                 "give the same data and global_batch_size, or --resume none"
             )
         try:
-            self.module.load_state_dict(parts["module"])
+            _load(self.module, parts["module"])
             stated: list[dict[str, Any]] = [
                 {key: group[key] for key in ("betas", "eps", "momentum", "weight_decay") if key in group}
                 for group in self.optimizer.param_groups
@@ -96,7 +94,7 @@ class RunState:
             for group, values in zip(self.optimizer.param_groups, stated, strict=True):
                 group.update(values)  # the recipe's, not the checkpoint's
             if self.ema is not None:
-                self.ema.module.load_state_dict(parts["ema"])
+                _load(self.ema.module, parts["ema"])
             if self.accelerator.scaler and state["scaler"]:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
         except (RuntimeError, KeyError, ValueError) as error:
@@ -108,3 +106,8 @@ class RunState:
             self.tracker.say(f"{path.name} was saved with {before}; going on with {now}")
         self.tracker.restore(state["window"])
         return int(state["step"])
+
+
+def _load(module: nn.Module, tensors: dict[str, Tensor]) -> None:
+    own = module.state_dict()
+    module.load_state_dict({name: sharding.cut_like(value, own[name]) if name in own else value for name, value in tensors.items()})

@@ -17,19 +17,20 @@ from accelerate.state import AcceleratorState
 from conftest import SMALL
 from safetensors.torch import load_file, save_file
 from test_terms import OBJECTIVES
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from deit_kd import build, checkpoint, engine
+from deit_kd import build, checkpoint, engine, sharding
 from deit_kd import recipe as recipes
 from deit_kd.classification import Classification
 from deit_kd.data import Batch
-from deit_kd.optim import build_optimizer, build_schedule
+from deit_kd.optim import build_schedule
 from deit_kd.recipe import Recipe
 from deit_kd.tracking import Tracker, read_metrics
+from train import prepare
 
 LAYOUTS = [(1, 1), (2, 1), (4, 1), (1, 4), (2, 2)]  # processes, accumulation steps
 COUPLED = ["logsum_correlation", "logsum_difference", "logsum none", "logsum l2", "dist", "cc", "crd", "nd", "kl"]
+SHARDED = ["logsum l2", "crd"]  # of these also with the student cut over two processes
 SIZE = ["global_batch_size=256", "run.log_every_steps=1", "ema_decay=0.9", "optim.clip_grad=1.0"]
 MIXED = ["augmentation.mixup=0.8", "augmentation.cutmix=1.0", "augmentation.mixup_prob=1.0", "augmentation.mixup_switch_prob=0.5"]
 
@@ -47,14 +48,17 @@ class Double(Classification):
     def evaluate(self, ema: nn.Module | None = None) -> dict[str, float]:
         for model in (self.student, ema):
             assert model is not None
-            model.float()
+            if not sharding.is_sharded(model):
+                model.float()
         return super().evaluate(ema)
 
 
-def steps(overrides: list[str], processes: int, accumulation: int, folder: Path, until: int, spoil: int | None) -> None:
+def steps(
+    overrides: list[str], processes: int, accumulation: int, folder: Path, until: int, spoil: int | None, sharded: bool
+) -> None:
     """Trains to step `until` in float64, from the newest checkpoint of the folder, with a log line and a checkpoint of each step.
 
-    In step `spoil` the last process has no finite loss.
+    In step `spoil` the last process has no finite loss. Cut over processes by FSDP2 if `sharded`.
     """
     AcceleratorState._reset_state(reset_partial_state=True)  # a fork knows its parent's
     recipe = recipes.load("quickstart", [*SMALL[3:], *SIZE, *overrides])
@@ -75,21 +79,24 @@ def steps(overrides: list[str], processes: int, accumulation: int, folder: Path,
             if (terms := original(*arguments)) and next(calls) == spoil
             else terms
         )
-    gradients = train(task, recipe, accelerator, folder, until)
+    gradients = train(task, recipe, accelerator, folder, until, sharded)
     if accelerator.is_main_process:
         save_file(gradients, folder / "gradients.safetensors")
 
 
-def train(task: Classification, recipe: Recipe, accelerator: Accelerator, folder: Path, until: int) -> dict[str, Tensor]:
-    optimizer = build_optimizer(recipe, task.module)
-    task.module, optimizer = accelerator.prepare(task.module, optimizer)
-    ema = ModelEmaV3(task.student, decay=0.9)
+def train(
+    task: Classification, recipe: Recipe, accelerator: Accelerator, folder: Path, until: int, sharded: bool
+) -> dict[str, Tensor]:
+    optimizer, ema = prepare(task, recipe, accelerator, sharded)
+    if sharded:
+        qkv = task.student.get_parameter("blocks.1.attn.qkv.weight")
+        assert (qkv.shape[0], qkv.to_local().shape[0]) == (144, 72)  # type: ignore[attr-defined]
     gradients: dict[str, Tensor] = {}
     bare = accelerator.unwrap_model(task.module)
 
     def keep(*_: object) -> None:
         for name, parameter in bare.named_parameters():
-            gradients.setdefault(name, parameter.grad.clone())
+            gradients.setdefault(name, sharding.gather({name: parameter.grad.clone()})[name])
 
     optimizer.optimizer.register_step_pre_hook(keep)
     loop = engine.Loop(
@@ -109,12 +116,14 @@ def train(task: Classification, recipe: Recipe, accelerator: Accelerator, folder
     return gradients
 
 
-def run(overrides: list[str], layout: tuple[int, int], folder: Path, until: int = 3, spoil: int | None = None) -> Path:
+def run(
+    overrides: list[str], layout: tuple[int, int], folder: Path, until: int = 3, spoil: int | None = None, sharded: bool = False
+) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     if layout[0] > 1:
-        debug_launcher(steps, (overrides, *layout, folder, until, spoil), num_processes=layout[0])
+        debug_launcher(steps, (overrides, *layout, folder, until, spoil, sharded), num_processes=layout[0])
     else:
-        steps(overrides, *layout, folder, until, spoil)
+        steps(overrides, *layout, folder, until, spoil, sharded)
     return folder
 
 
@@ -141,6 +150,8 @@ def test_layouts_agree(name: str, tmp_path: Path) -> None:
     for file in whole.glob("class_means*"):
         overrides = [item.replace("class_means: auto", f"class_means: {file}") for item in overrides]
     others = [run(overrides, layout, tmp_path / f"{layout[0]}x{layout[1]}") for layout in LAYOUTS[1:]]
+    if name in SHARDED:
+        others += [run(overrides, (2, cuts), tmp_path / f"sharded {cuts}", sharded=True) for cuts in (1, 2)]
     for folder in others:
         for file, limit in (
             ("gradients.safetensors", 1e-10),
@@ -168,12 +179,12 @@ def test_device_statistics_are_those_of_a_micro_batch(tmp_path: Path) -> None:
 
 
 def test_another_number_of_processes_goes_on(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """1 -> 2 -> 1 processes, the last accumulating, against a run that nobody interrupted."""
+    """1 -> 2 -> 1 processes, two of them with a part of the student each, the last accumulating, against a run that nobody interrupted."""
     overrides = [*OBJECTIVES["logsum_correlation"], *MIXED]
     whole = run(overrides, (1, 1), tmp_path / "whole", until=6)
     elastic = tmp_path / "elastic"
-    for layout, until in (((1, 1), 2), ((2, 1), 4), ((1, 4), 6)):
-        run(overrides, layout, elastic, until)
+    for layout, until, sharded in (((1, 1), 2, False), ((2, 1), 4, True), ((1, 4), 6, False)):
+        run(overrides, layout, elastic, until, sharded=sharded)
     assert "step_00000004 was saved with processes 2, accumulation_steps 1, batch_statistics global; going on with processes 1" in (
         capfd.readouterr().err
     )

@@ -16,6 +16,10 @@ import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from conftest import ROOT, SMALL, run_script
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+from deit_kd.tracking import read_metrics
 
 RUN = [
     *("--device", "cpu", "--recipe", "quickstart", *SMALL, "teacher.name=resnet10t", "teacher.weights=random"),
@@ -61,7 +65,7 @@ def test_files_are_what_their_readers_take(file: Path) -> None:
         assert "launch/torchrun.sh" in file.read_text()
         return
     config = load_config_from_file(str(file))
-    assert config.num_processes == {"cpu1": 1, "cpu2": 2, "gpu1": 1, "ddp8": 8, "two_nodes": 16}[file.stem]
+    assert config.num_processes == {"cpu1": 1, "cpu2": 2, "gpu1": 1, "ddp8": 8, "fsdp2": 8, "two_nodes": 16}[file.stem]
 
 
 def test_two_processes_by_accelerate_launch(tmp_path: Path, fashion_folder: Path) -> None:
@@ -69,6 +73,22 @@ def test_two_processes_by_accelerate_launch(tmp_path: Path, fashion_folder: Path
     done = run_script(*launcher, "train.py", *RUN, "--data", fashion_folder, "--output", tmp_path / "run", "--max-steps", 2)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "run/run.json").read_text())["processes"] == 2
+
+
+def test_a_student_cut_over_two_processes_is_exported_as_from_ddp(tmp_path: Path, fashion_folder: Path) -> None:
+    launcher = ["-m", "accelerate.commands.launch", "--num_processes", 2, "--config_file"]
+    options = [*RUN, "--data", fashion_folder, "--max-steps", 4, "run.eval_every_epochs=1", "ema_decay=0.5", "optim.clip_grad=1.0"]
+    students = {}
+    for name, file in (("DDP", "cpu2"), ("FSDP2", "fsdp2")):
+        done = run_script(*launcher, f"launch/{file}.yaml", "train.py", *options, "--output", tmp_path / name)
+        assert done.returncode == 0, done.stderr
+        assert json.loads((tmp_path / name / "run.json").read_text())["sharded"] is (name == "FSDP2")
+        students[name] = load_file(tmp_path / name / "student/model.safetensors")
+    assert students["DDP"].keys() == students["FSDP2"].keys()
+    for key, value in students["DDP"].items():
+        assert_close(students["FSDP2"][key], value, rtol=1e-5, atol=1e-6)
+    ours, theirs = (read_metrics(tmp_path / name)[-2] for name in students)
+    assert (ours["kind"], ours["top1"], ours["ema_top1"]) == ("eval", theirs["top1"], theirs["ema_top1"])
 
 
 def test_a_signal_to_the_launcher_saves_and_asks_for_another_start(tmp_path: Path, fashion_folder: Path) -> None:

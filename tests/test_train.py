@@ -359,8 +359,10 @@ def test_launched_as_two_but_running_as_one() -> None:
 
 
 def test_a_strategy_that_would_not_be_followed_is_refused(train_cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    assert "the launcher asks for FSDP" in refuse(train_cli, "--recipe", "quickstart", "--output", tmp_path / "run")
+    for name, told in (("DEEPSPEED", "asks for DEEPSPEED"), ("FSDP", "asks for FSDP version 1")):
+        monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+        assert told in refuse(train_cli, "--recipe", "quickstart", "--output", tmp_path / "run")
+        monkeypatch.delenv(f"ACCELERATE_USE_{name}")
 
 
 def test_two_processes_share_the_batch(tmp_path: Path, fashion_folder: Path) -> None:

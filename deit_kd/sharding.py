@@ -1,0 +1,53 @@
+"""FSDP2: weights, gradients and moments of a student cut over processes. DDP is the default; checkpoints are the same of both."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from deit_kd.errors import UserError
+
+_ASKED = "ACCELERATE_USE_FSDP"  # what `accelerate launch` sets for distributed_type: FSDP
+
+
+def take_over() -> bool:
+    """Whether the launcher asks for FSDP. Accelerate does not hear of it: on CPUs it would go on as DDP without a word.
+
+    Raises:
+        UserError: it asks for the first version.
+    """
+    if os.environ.get(_ASKED, "false").lower() != "true":
+        return False
+    if os.environ.get("FSDP_VERSION", "1") != "2":
+        raise UserError("the launcher asks for FSDP version 1: set fsdp_version: 2, as launch/fsdp2.yaml does, or use DDP")
+    os.environ.pop(_ASKED)
+    return True
+
+
+def shard(module: nn.Module, *students: nn.Module) -> None:
+    """Cuts each block of the students, and what of `module` is outside of them; its own forward alone joins them again."""
+    for student in students:
+        for block in getattr(student, "blocks", ()):  # of a transformer; other networks are one piece
+            fully_shard(block)
+    fully_shard(module)
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether `shard` has cut parameters of it."""
+    return any(isinstance(parameter, DTensor) for parameter in module.parameters())
+
+
+def gather(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The whole of each tensor, on every process; all must call this."""
+    return {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in tensors.items()}
+
+
+def cut_like(value: Tensor, other: Tensor) -> Tensor:
+    """This process's part of a whole tensor, if `other`, of its shape, is cut."""
+    if isinstance(other, DTensor) and value.shape == other.shape:
+        return distribute_tensor(value, other.device_mesh, other.placements)
+    return value
