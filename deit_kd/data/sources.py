@@ -194,6 +194,12 @@ def _shards(data: Path | None, split: Split) -> Source:
     return open_shards(data, split)
 
 
+def _hf_datasets(data: Path | None, split: Split) -> Source:
+    from deit_kd.data.hf_datasets import open_rows
+
+    return open_rows(data, split)
+
+
 def _download(name: str, data: Path, files: str, **kwargs: Any) -> Any:
     """The torchvision dataset in `data`, downloaded when it is not there."""
     import torchvision.datasets
@@ -213,6 +219,7 @@ SOURCES: dict[str, Callable[[Path | None, Split], Source]] = {
     "cifar100": _cifar("CIFAR100"),
     "imagenette": _imagenette,
     "shards": _shards,
+    "hf_datasets": _hf_datasets,
 }
 
 

@@ -1,0 +1,109 @@
+"""Images in whatever Hugging Face's `datasets` reads: Parquet files of a folder, a dataset of the hub, files behind URLs.
+
+The library keeps what it read as Arrow files in its cache, from where rows are read by index: the stream is as that of a folder.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from deit_kd.data.sources import Source, Split, rgb
+from deit_kd.errors import UserError
+
+VALIDATION = ("validation", "val", "valid", "test")  # the first that is there
+LABELS = ("label", "labels", "fine_label", "cls")  # columns, where none is declared to hold classes
+
+
+class RowSource:
+    """A table with a column of images and one of labels.
+
+    Args:
+        rows: of a split, a `datasets.Dataset`.
+        class_names: of the labels.
+        image: the column of encoded images.
+        labels: [N] int.
+        origin: where it is, for messages.
+    """
+
+    def __init__(self, rows: Any, class_names: tuple[str, ...], image: str, labels: np.ndarray, origin: str):
+        self.rows, self.image, self.labels = rows, image, labels
+        self.class_names, self.origin = class_names, origin
+        self.name = f"{rows.info.dataset_name or 'a table'}, images of {len(class_names)} classes"
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def where(self, index: int) -> str:  # noqa: D102
+        return f"row {index} of {self.origin}, split {self.rows.split}"
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        cell = self.rows[index][self.image]
+        with Image.open(cell["path"] if cell["bytes"] is None else io.BytesIO(cell["bytes"])) as image:
+            return rgb(image), int(self.labels[index])
+
+
+def open_rows(data: Path | None, split: Split) -> Source:
+    """The source `hf_datasets`: of --data DIR, ORG/NAME of the hub, or an address with {split} in it.
+
+    Raises:
+        UserError: the library is missing, or finds or knows nothing there.
+    """
+    try:
+        import datasets
+    except ModuleNotFoundError:
+        raise UserError("data.source=hf_datasets needs the package datasets: pip install datasets") from None
+    if data is None:
+        raise UserError(
+            "data.source=hf_datasets needs --data: a folder of Parquet files, ORG/NAME of the hub, or URL/{split}.parquet"
+        )
+    origin = re.sub(r"^(\w+):/(?!/)", r"\1://", str(data))  # a Path has lost a slash of a URL
+    try:
+        tables = _load(datasets, origin)
+    except Exception as error:  # the library, its file systems and readers raise each their own
+        cause = error.__cause__ or error
+        raise UserError(
+            f"--data {origin}: datasets cannot read it ({' '.join(f'{type(cause).__name__}: {cause}'.split())[:300]})"
+        ) from None
+    validation = [name for name in VALIDATION if name in tables]
+    if "train" not in tables or not validation:
+        raise UserError(f"--data {origin}: has the splits {', '.join(tables)}; needed are train and one of {', '.join(VALIDATION)}")
+    chosen = {"train": tables["train"], "val": tables[validation[0]]}
+    features = chosen["train"].features
+    images = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
+    classes = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
+    classes = classes or [name for name in LABELS if name in features]
+    if len(images) != 1 or len(classes) != 1:
+        raise UserError(f"--data {origin}: needed is one column of images and one of labels; its columns are {features}")
+    labels = {name: np.asarray(table.data.column(classes[0])) for name, table in chosen.items()}
+    if min(each.min() for each in labels.values()) < 0:
+        raise UserError(f"--data {origin}: has rows without a label (below 0)")
+    kind = features[classes[0]]
+    names = (
+        kind.names if isinstance(kind, datasets.ClassLabel) else map(str, range(1 + max(each.max() for each in labels.values())))
+    )
+    rows = chosen[split].cast_column(images[0], datasets.Image(decode=False))
+    return RowSource(rows, _synsets(tuple(names)), images[0], labels[split], origin)
+
+
+def _load(datasets: Any, origin: str) -> Any:
+    if "{split}" not in origin:
+        return datasets.load_dataset(origin)
+    files = {name: origin.replace("{split}", name) for name in ("train", "val")}
+    return datasets.load_dataset("webdataset" if ".tar" in Path(origin).suffixes else "parquet", data_files=files)
+
+
+def _synsets(names: tuple[str, ...]) -> tuple[str, ...]:
+    """ImageNet's 1000 synsets where classes have its descriptions (tench, Tinca tinca), else the names: as folders have them."""
+    if len(names) == 1000:
+        from timm.data import ImageNetInfo
+
+        info = ImageNetInfo("imagenet-1k")
+        if [name.split(",")[0] for name in names] == [text.split(",")[0] for text in info.label_descriptions()]:
+            return tuple(info.label_names())
+    return names
