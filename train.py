@@ -147,9 +147,7 @@ def prepare(
     ema = ModelEmaV3(task.student, decay=recipe.ema_decay) if recipe.ema_decay else None
     if sharded and accelerator.num_processes > 1:
         task.module = accelerator.prepare_model(task.module, evaluation_mode=True)  # autocast, without DDP
-        sharding.shard(task.module, task.student)
-        if ema is not None:
-            sharding.shard(ema.module, ema.module)
+        sharding.shard(task.module, *([ema.module] if ema else []))
         return accelerator.prepare(optim.build_optimizer(recipe, task.module)), ema
     task.module, optimizer = accelerator.prepare(task.module, optim.build_optimizer(recipe, task.module))
     return optimizer, ema

@@ -89,12 +89,13 @@ def set_aside_after(folder: Path, chosen: Path | None, warn: Callable[[str], Non
             warn(f"{path} is set aside as {aside.name}")
 
 
-def newest(folder: Path, warn: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint that is whole; damaged ones are named and passed over."""
+def newest(folder: Path, warn: Callable[[str], None], recipe: str | None = None) -> Path | None:
+    """The newest checkpoint that is whole, and of the recipe with this fingerprint; others are named and passed over."""
     for path in reversed(_all(folder)):
         fault = _fault(path)
-        if fault is None:
+        if fault is None and recipe in (None, json.loads((path / "state.json").read_text()).get("recipe")):
             return path
+        fault = fault or "is of another recipe"
         warn(f"{path}: {fault}; trying the one before it")
     return None
 

@@ -35,7 +35,7 @@ from deit_kd.evaluation import measure, measure_student
 from deit_kd.models import Distiller, StudentOutput, Teacher, TeacherOutput, build_student
 from deit_kd.models.projectors import first_matrix
 from deit_kd.models.taps import TimmModel
-from deit_kd.recipe import Lesson, Recipe
+from deit_kd.recipe import Lesson, Recipe, fingerprint
 from deit_kd.terms import Terms
 from deit_kd.tracking import Clock
 
@@ -94,6 +94,7 @@ class Classification:
             )
         self.val_loader = EvaluationLoader(val, evaluation_transform(recipe), here, batch_size=micro)
         self.steps_per_epoch = self.train_loader.steps_per_epoch
+        self.fingerprint = fingerprint(recipe)
         self.layout = {
             "processes": accelerator.num_processes,
             "accumulation_steps": self.accumulation_steps,

@@ -30,6 +30,7 @@ class Task(Protocol):
     module: nn.Module  # prepared; every trainable parameter behind one forward
     student: nn.Module  # the bare part of it that is exported
     steps_per_epoch: int
+    fingerprint: str  # of the recipe
     layout: dict[str, Any]  # how the global batch is cut, for checkpoints
 
     def train_batches(self, epoch: int, start_step: int, clock: Clock) -> Iterator[Any]:
@@ -90,6 +91,7 @@ def fit(
         accelerator=accelerator,
         folder=folder / "checkpoints",
         steps_per_epoch=task.steps_per_epoch,
+        recipe=task.fingerprint,
         layout=task.layout,
         keep_checkpoints=loop.keep_checkpoints,
         on_full_disk=loop.on_full_disk,

@@ -58,7 +58,11 @@ def prepare(output: Path, recipe: Recipe, resume: str, accelerator: Accelerator)
                     "--resume none to move that run aside"
                 )
         folder = output / "checkpoints"
-        path = checkpoint.newest(folder, accelerator.print) if resume in ("auto", "none") else Path(resume)
+        path = (
+            checkpoint.newest(folder, accelerator.print, recipes.fingerprint(recipe))
+            if resume in ("auto", "none")
+            else Path(resume)
+        )
         if path:
             checkpoint.load(path)  # says now what is wrong with it
             accelerator.print(f"going on from {path}")

@@ -29,6 +29,7 @@ class RunState:
     accelerator: Accelerator
     folder: Path
     steps_per_epoch: int
+    recipe: str  # its fingerprint
     layout: dict[str, Any]  # how the global batch is cut
     keep_checkpoints: int
     on_full_disk: str  # stop or go_on
@@ -59,6 +60,7 @@ class RunState:
                     "window": window,
                     "scaler": scaler.state_dict() if scaler else None,
                     "steps_per_epoch": self.steps_per_epoch,
+                    "recipe": self.recipe,
                     "layout": self.layout,
                 }
                 checkpoint.save(self.folder, step, parts, state, self.keep_checkpoints)

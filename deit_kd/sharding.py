@@ -28,12 +28,12 @@ def take_over() -> bool:
     return True
 
 
-def shard(module: nn.Module, *students: nn.Module) -> None:
-    """Cuts each block of the students, and what of `module` is outside of them; its own forward alone joins them again."""
-    for student in students:
-        for block in getattr(student, "blocks", ()):  # of a transformer; other networks are one piece
+def shard(*modules: nn.Module) -> None:
+    """Cuts each of their transformer blocks, and what is outside of them as one piece; a module's own forward alone joins them again."""
+    for module in modules:
+        for block in [block for each in module.modules() for block in getattr(each, "blocks", ())]:
             fully_shard(block)
-    fully_shard(module)
+        fully_shard(module)
 
 
 def is_sharded(module: nn.Module) -> bool:

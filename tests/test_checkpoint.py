@@ -48,6 +48,14 @@ def test_damaged_checkpoints_are_named_and_passed_over(damage: str, tmp_path: Pa
         checkpoint.load(path)
 
 
+def test_one_of_another_recipe_is_named_and_passed_over(tmp_path: Path) -> None:
+    for step, recipe in ((1, "ours"), (2, "theirs")):
+        checkpoint.save(tmp_path, step, PARTS, {"recipe": recipe}, keep=5)
+    said: list[str] = []
+    assert checkpoint.newest(tmp_path, said.append, "ours") == tmp_path / "step_00000001"
+    assert said == [f"{tmp_path / 'step_00000002'}: is of another recipe; trying the one before it"]
+
+
 def test_a_failed_save_leaves_the_old_one(tmp_path: Path) -> None:
     checkpoint.save(tmp_path, 1, PARTS, {}, keep=1)
     with pytest.raises(TypeError):

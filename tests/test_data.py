@@ -69,7 +69,7 @@ def stream(folder: Path, epoch: int, start: int = 0, source: str = "image_folder
 def test_the_stream_depends_on_seed_epoch_and_index_alone(fashion_folder: Path) -> None:
     whole = stream(fashion_folder, 1)
     assert len(whole) == 240
-    for layout in ({"workers": 2}, {"workers": 1, "processes": 2}, {"processes": 2, "accumulation": 2}, {"accumulation": 3}):
+    for layout in ({"workers": 3}, {"workers": 1, "processes": 2}, {"processes": 2, "accumulation": 2}, {"accumulation": 3}):
         assert stream(fashion_folder, 1, **layout) == whole, layout
     assert not stream(fashion_folder, 2) & whole
     resumed = stream(fashion_folder, 1, start=7)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
+import hashlib
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -54,6 +55,7 @@ __all__ = [
     "Teacher",
     "RecipeError",
     "differences",
+    "fingerprint",
     "dump",
     "flatten",
     "load",
@@ -116,6 +118,12 @@ def differences(old: Recipe, new: Recipe) -> list[str]:
     a, b = dict(flatten(old)), dict(flatten(new))
     keys = [key for key in {**a, **b} if not key.startswith("run.")]
     return [f"{key}: {a.get(key)} -> {b.get(key)}" for key in keys if a.get(key) != b.get(key)]
+
+
+def fingerprint(recipe: Recipe) -> str:
+    """The same for recipes without `differences`."""
+    moving = [(key, repr(value)) for key, value in flatten(recipe) if not key.startswith("run.")]
+    return hashlib.sha256(repr(sorted(moving)).encode()).hexdigest()
 
 
 def _find(name_or_path: str | Path) -> Path:
