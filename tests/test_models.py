@@ -17,10 +17,9 @@ from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor
 
-import deit_kd
 from deit_kd import recipe as recipes
 from deit_kd.errors import UserError
-from deit_kd.models import Distiller, Teacher, build_student, load_student, load_teacher
+from deit_kd.models import Distiller, Teacher, build_student, load_teacher
 from deit_kd.models.students import authors_to_timm
 from deit_kd.models.taps import pooled_features
 
@@ -249,13 +248,6 @@ def test_a_pickle_is_never_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_random_teacher_says_so() -> None:
     info = load_teacher("resnet10t", 6, weights="random").info
     assert (info.num_classes, info.license) == (6, "none, random weights")
-
-
-def test_load_student_refuses_what_is_not_there() -> None:
-    with pytest.raises(UserError, match="no such folder"):
-        load_student("runs/none/student")
-    with pytest.raises(UserError, match="cannot be loaded"):
-        deit_kd.load_student("hf-hub:nobody/nothing")
 
 
 def test_teacher_from_a_folder_and_from_a_hub_cache(tmp_path: Path) -> None:

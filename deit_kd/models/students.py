@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from timm.layers import PatchEmbed
+from timm.layers import PatchEmbed, resample_abs_pos_embed
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
@@ -107,13 +106,19 @@ class TwoTeacherDeiT(VisionTransformerDistilled):
         return torch.stack([head(self.head_drop(x[:, token])) for token, head in enumerate(self.get_classifier())]).mean(dim=0)
 
 
-def authors_to_timm(state_dict: Mapping[str, Tensor], _: nn.Module | None = None) -> dict[str, Tensor]:
-    """The keys of the authors' release -> ours; theirs of the loss module are dropped, ours pass unchanged."""
+def authors_to_timm(state_dict: Mapping[str, Tensor], model: nn.Module | None = None) -> dict[str, Tensor]:
+    """The keys of the authors' releases -> ours, which pass unchanged; those of their loss modules are dropped.
+
+    With `model`, a position embedding of another grid is resampled to the model's, prefix tokens left alone.
+    """
     renamed = {}
     for key, value in state_dict.items():
-        if key.startswith("distillation_loss."):
+        if key.startswith(("distillation_loss.", "projector.")):
             continue
         key = key.replace("conv_embed.conv.", "patch_embed.proj.stem.").replace("conv_embed.proj.", "patch_embed.proj.patches.")
+        if key == "pos_embed" and isinstance(model, VisionTransformer) and value.shape[1] != model.pos_embed.shape[1]:
+            grid = list(model.patch_embed.grid_size)
+            value = resample_abs_pos_embed(value, grid, num_prefix_tokens=model.num_prefix_tokens)
         renamed[key.replace("head_conv.", "head_dist.")] = value
     return renamed
 
@@ -132,7 +137,12 @@ def _convstem(variant: str, pretrained: bool, **kwargs: Any) -> TimmModel:
 
 def _two_teachers(variant: str, pretrained: bool, **kwargs: Any) -> TimmModel:
     return build_model_with_cfg(
-        TwoTeacherDeiT, variant, pretrained, feature_cfg={"out_indices": 3, "feature_cls": "getter"}, **kwargs
+        TwoTeacherDeiT,
+        variant,
+        pretrained,
+        pretrained_filter_fn=authors_to_timm,  # for another size
+        feature_cfg={"out_indices": 3, "feature_cls": "getter"},
+        **kwargs,
     )
 
 
@@ -211,30 +221,3 @@ def build_student(config: Student, num_classes: int, img_size: int) -> TimmModel
         return timm.create_model(config.name, pretrained=False, **args)
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         raise UserError(f"student.model_args={config.model_args}: {config.name} refuses them ({error})") from None
-
-
-def load_student(source: str | Path, num_classes: int | None = None, img_size: int | None = None) -> TimmModel:
-    """Loads a released or exported student.
-
-    Args:
-        source: an exported folder, `hf-hub:ORG/NAME`, or a timm tag with weights.
-        num_classes: other than the stored number gives fresh heads.
-        img_size: other than the stored size resamples the position embedding.
-
-    Returns:
-        A timm model in eval mode, float32.
-
-    Raises:
-        UserError: nothing there that timm can load.
-    """
-    name = str(source)
-    if Path(name).is_dir():
-        name = f"local-dir:{Path(name).resolve()}"
-    elif not name.startswith(("hf-hub:", "local-dir:")) and ("/" in name or name.endswith((".pth", ".safetensors"))):
-        raise UserError(f"{source}: no such folder; give a run's student/ folder, hf-hub:ORG/NAME, or a timm tag")
-    args = {"num_classes": num_classes, "img_size": img_size}
-    try:
-        model = timm.create_model(name, pretrained=True, **{key: value for key, value in args.items() if value is not None})
-    except (RuntimeError, ValueError, OSError, KeyError) as error:
-        raise UserError(f"{source}: cannot be loaded as a student ({error})") from None
-    return model.eval().float()

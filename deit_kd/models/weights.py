@@ -3,34 +3,86 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import re
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torch.serialization import safe_globals
 
 from deit_kd.errors import UserError
 
+# Where training scripts keep weights, the first that is there: deit, timm, VkD, torchvision's references
+INSIDE = ("model", "state_dict", "student", "module")
+WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")  # of DataParallel and DDP, of torch.compile
+_NUMBER: Any = np.float64(0).__reduce__()[0]  # builds one of a data type and bytes
+# Settings that training scripts keep beside weights. torch's reader builds a plain dictionary in their place; nothing of them is run.
+HARMLESS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
+    (OrderedDict, "yacs.config.CfgNode"),
+    (OrderedDict, "argparse.Namespace"),
+    (str, "pathlib.PosixPath"),
+    (str, "pathlib._local.PosixPath"),
+    np.dtype,
+    *(type(np.dtype(kind)) for kind in ("float64", "float32", "int64", "int32", "bool")),
+    *[(_NUMBER, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")],
+]
+
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file or a torch checkpoint; nothing in a pickle but tensors is ever built."""
+    """The tensors of a .safetensors file or a torch checkpoint, without the prefixes of wrappers; no object of a pickle is ever built.
+
+    Raises:
+        UserError: no such file, not weights, cut off, larger than it looks, or a pickle that would run something; values not finite.
+    """
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     try:
         if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+            content: Any = safetensors.torch.load_file(path)
+        else:
+            _refuse_bombs(path)
+            with safe_globals(HARMLESS):
+                content = torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except Exception as error:  # torch and safetensors raise many types for foreign and truncated files
-        raise UserError(f"{path}: cannot be read as weights ({' '.join(str(error).split())[:200]})") from None
-    for key in ("model", "state_dict"):
+        reason = " ".join(str(error).split())
+        if found := re.search(r"GLOBAL (\S+)|(?:class|function) ([\w.]+)", reason):
+            reason = f"it holds the pickled object {found[1] or found[2]}, which is not built, for it could run anything"
+        raise UserError(f"{path}: cannot be read as weights ({reason[:200]}); ask for a safetensors file") from None
+    for key in INSIDE:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
     entries = content.items() if isinstance(content, Mapping) else ()
-    tensors = {key.removeprefix("module."): value for key, value in entries if isinstance(value, Tensor)}
+    tensors = {WRAPPERS.sub("", key): value for key, value in entries if isinstance(value, Tensor)}
     if not tensors:
         raise UserError(f"{path}: holds no tensors")
+    for key, value in tensors.items():
+        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise UserError(
+                f"{path}: {key} claims {value.numel():,} numbers and stores fewer; fetch the file again from its authors"
+            )
+        if value.is_floating_point() and not value.isfinite().all():
+            raise UserError(f"{path}: {key} is not finite; these weights are of a run that diverged")
     return tensors
+
+
+def _refuse_bombs(path: Path) -> None:
+    """Torch stores without compression, so that entries larger than their file are no weights."""
+    if not zipfile.is_zipfile(path):
+        return  # the format before torch 1.6
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+    if any(entry.compress_type for entry in entries) or sum(entry.file_size for entry in entries) > path.stat().st_size:
+        raise UserError(
+            f"{path}: cannot be read as weights (a zip file that unpacks to more than its size); torch writes no such files"
+        )
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -1,0 +1,134 @@
+"""Trained students: from folders, the hub, timm, and files of weights that do not say what network they are of."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import NamedTuple
+
+import timm
+from safetensors import SafetensorError
+from torch import Tensor
+
+from deit_kd.errors import UserError
+from deit_kd.models.students import authors_to_timm
+from deit_kd.models.taps import TimmModel
+from deit_kd.models.teacher import RELEASED
+from deit_kd.models.weights import read_weights
+
+SIZES = {192: "tiny", 384: "small", 768: "base"}  # width of a DeiT -> its name; heads are 64 wide
+TRAINING_ONLY = ("distillation_loss.", "projector.", "projectors.")  # left out of a student
+
+
+def load_student(source: str | Path, num_classes: int | None = None, img_size: int | None = None) -> TimmModel:
+    """Loads a released or exported student.
+
+    Args:
+        source: a run or its student/ folder, `hf-hub:ORG/NAME[@REVISION]`, a timm tag, a released name (`quickstart`), or a file of weights of
+            a DeiT: .safetensors, the projector paper's .pth, VkD's .pth.tar, DeiT's .pth.
+        num_classes: other than the stored number gives fresh heads.
+        img_size: other than the stored size resamples the position embedding; prefix tokens stay as they are.
+
+    Returns:
+        A timm model in eval mode, float32.
+
+    Raises:
+        UserError: nothing there that is a student, or a file that is not safe or not whole.
+    """
+    name, given = str(source), {"num_classes": num_classes, "img_size": img_size}
+    changed = {key: value for key, value in given.items() if value is not None}
+    if Path(name).is_file():
+        found = read_student(Path(name))
+        if found.unexpected:
+            raise UserError(
+                f"{source}: is of no student known here: {_list(found.unexpected)} have no place in {found.architecture}"
+            )
+        return build_found(found, **changed)
+    folder = next(
+        (path for path in (Path(name), Path(name) / "student", RELEASED / name) if (path / "config.json").is_file()), None
+    )
+    if folder:
+        name = f"local-dir:{folder.resolve()}"
+    elif not name.startswith(("hf-hub:", "local-dir:")) and ("/" in name or Path(name).suffix in (".pth", ".tar", ".safetensors")):
+        raise UserError(
+            f"{source}: no such file, and no folder with a config.json; give a run's student/ folder, hf-hub:ORG/NAME, a timm tag, or a "
+            "file of weights"
+        )
+    try:
+        model = timm.create_model(name, pretrained=True, **changed)
+    except (RuntimeError, ValueError, OSError, KeyError, TypeError, UnpicklingError, SafetensorError) as error:
+        raise UserError(f"{source}: cannot be loaded as a student ({' '.join(str(error).split())[:300]})") from None
+    return model.eval().float()
+
+
+class Found(NamedTuple):
+    """What a file of weights holds."""
+
+    architecture: str  # timm's name, or ours
+    arguments: dict[str, int]  # of the architecture, where they differ from its own
+    tensors: dict[str, Tensor]  # in timm's names
+    dropped: tuple[str, ...]  # keys that training alone needs
+    unexpected: tuple[str, ...]  # keys that this architecture has not
+
+
+def read_student(path: Path) -> Found:
+    """Tells by names and shapes which DeiT a file of weights is of.
+
+    Raises:
+        UserError: see `read_weights`; or no DeiT, one of another shape, or one with parts missing.
+    """
+    stored = read_weights(path)
+    if any(key.startswith("student.") for key in stored):  # module.safetensors of a checkpoint
+        stored = {key.removeprefix("student."): value for key, value in stored.items()}
+    dropped = tuple(key for key in stored if key.startswith(TRAINING_ONLY))
+    tensors = authors_to_timm({key: value for key, value in stored.items() if key not in dropped})
+    architecture, arguments = _architecture(tensors, path)
+    with_shapes = timm.create_model(architecture, **arguments).state_dict()
+    if missing := [key for key in with_shapes if key not in tensors]:
+        raise UserError(f"{path}: looks like {architecture}, but has no {_list(missing)}; fetch the file again from its authors")
+    for key, value in with_shapes.items():
+        if tensors[key].shape != value.shape:
+            raise UserError(
+                f"{path}: looks like {architecture}, but {key} is {list(tensors[key].shape)} instead of {list(value.shape)}; give a "
+                "folder with a config.json that timm wrote"
+            )
+    return Found(architecture, arguments, tensors, dropped, tuple(key for key in tensors if key not in with_shapes))
+
+
+def _architecture(tensors: Mapping[str, Tensor], path: Path) -> tuple[str, dict[str, int]]:
+    blocks = {int(found[1]) for key in tensors if (found := re.match(r"blocks\.(\d+)\.", key))}
+    position, head = tensors.get("pos_embed"), tensors.get("head.weight")
+    convolutional = "patch_embed.proj.stem.0.weight" in tensors
+    patches = tensors.get("patch_embed.proj.patches.weight" if convolutional else "patch_embed.proj.weight")
+    if not blocks or position is None or patches is None or head is None or position.shape[-1] not in SIZES:
+        raise UserError(
+            f"{path}: is no DeiT-Ti, S or B (its first keys: {_list(list(tensors))}); of another network give a folder with the "
+            "config.json that timm wrote"
+        )
+    distilled = "head_dist.weight" in tensors
+    kind = "_convstem_distilled" if convolutional else "_distilled" if distilled else ""
+    patch = patches.shape[-1] * (2 if convolutional else 1)  # the stem halves the image before
+    name = f"deit_{SIZES[position.shape[-1]]}{kind}_patch16_224"
+    side = round((position.shape[1] - (2 if distilled else 1)) ** 0.5) * patch
+    stated = {"num_classes": len(head), "img_size": side, "depth": max(blocks) + 1, "patch_size": patch}
+    usual = {"num_classes": 1000, "img_size": 224, "depth": 12, "patch_size": 16}
+    return name, {key: value for key, value in stated.items() if value != usual[key]}
+
+
+def build_found(found: Found, **changed: int) -> TimmModel:
+    """The student of a file, in eval mode and float32; `changed` is num_classes or img_size, where they shall differ."""
+    model = timm.create_model(found.architecture, **{**found.arguments, **changed})
+    heads = model.pretrained_cfg["classifier"]
+    heads = (heads,) if isinstance(heads, str) else tuple(heads)
+    kept = found.tensors
+    if len(kept["head.weight"]) != model.num_classes:
+        kept = {key: value for key, value in kept.items() if key.rpartition(".")[0] not in heads}
+    missing = model.load_state_dict(authors_to_timm(kept, model), strict=False).missing_keys
+    assert all(key.rpartition(".")[0] in heads for key in missing), missing
+    return model.eval().float()
+
+
+def _list(keys: list[str] | tuple[str, ...]) -> str:
+    return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")

@@ -1,0 +1,258 @@
+"""Trained students from wherever they are: files as their authors wrote them, folders, a hub cache; and files that are refused."""
+
+from __future__ import annotations
+
+import argparse
+import builtins
+import functools
+import operator
+import os
+import runpy
+import shutil
+import struct
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import orthogonal
+from yacs.config import CfgNode
+
+import deit_kd
+from deit_kd.errors import UserError
+from deit_kd.models.loading import read_student
+from deit_kd.models.weights import read_weights
+
+SMALL = {"depth": 2, "num_classes": 7}
+
+
+@pytest.fixture(scope="module")
+def conv_stem() -> nn.Module:
+    torch.manual_seed(1)
+    return timm.create_model("deit_tiny_convstem_distilled_patch16_224", **SMALL).eval()
+
+
+def by_authors(student: nn.Module, head: str) -> dict[str, Tensor]:
+    names = {"patch_embed.proj.stem.": "conv_embed.conv.", "patch_embed.proj.patches.": "conv_embed.proj.", "head_dist.": head}
+    renamed = {}
+    for key, value in student.state_dict().items():
+        for ours, theirs in names.items():
+            key = key.replace(ours, theirs)
+        renamed[key] = value
+    return renamed
+
+
+def simple_recipe(student: nn.Module, folder: Path) -> Path:
+    """As the projector paper's code saves it: pickled settings, the optimiser's state, its loss module."""
+    model = by_authors(student, "head_conv.")
+    loss = {
+        "embed.weight": torch.ones(3024, 192),
+        "bn_s.running_mean": torch.zeros(3024),
+        "bn_s.num_batches_tracked": torch.tensor(3),
+    }
+    model |= {f"distillation_loss.{key}": value for key, value in loss.items()}
+    optimizer = torch.optim.AdamW(student.parameters())
+    settings = CfgNode({"MODEL": {"NAME": "tiny"}, "TRAIN": {"LR": 5e-4, "STEPS": [1, 2]}})
+    settings.freeze()
+    content = {
+        "model": model,
+        "optimizer": optimizer.state_dict(),
+        "lr_scheduler": {"last": np.int64(3)},
+        "max_accuracy": np.float64(77.2),
+        "epoch": 299,
+        "config": settings,
+    }
+    torch.save(content, folder / "ckpt_epoch_299.pth")
+    return folder / "ckpt_epoch_299.pth"
+
+
+def vkd(student: nn.Module, folder: Path) -> Path:
+    """As VkD saves it: from inside DDP, its orthogonal projector a part of the student."""
+    model = by_authors(student, "head_dist.")
+    model |= {f"projector.{key}": value for key, value in orthogonal(nn.Linear(8, 24, bias=False)).state_dict().items()}
+    content = {"student": {f"module.{key}": value for key, value in model.items()}, "student_ema": None, "epoch": 299}
+    torch.save({**content, "args": argparse.Namespace(lr=5e-4, output_dir=Path("there"))}, folder / "latest.pth.tar")
+    return folder / "latest.pth.tar"
+
+
+def deit(student: nn.Module, folder: Path) -> Path:
+    """As DeiT's files are, in the format before torch 1.6."""
+    torch.save({"model": student.state_dict()}, folder / "deit.pth", _use_new_zipfile_serialization=False)
+    return folder / "deit.pth"
+
+
+def compiled(student: nn.Module, folder: Path) -> Path:
+    torch.save({f"module._orig_mod.{key}": value for key, value in student.state_dict().items()}, folder / "compiled.pth")
+    return folder / "compiled.pth"
+
+
+def safetensors(student: nn.Module, folder: Path) -> Path:
+    save_file(student.state_dict(), folder / "model.safetensors")
+    return folder / "model.safetensors"
+
+
+def ours(student: nn.Module, folder: Path) -> Path:
+    """module.safetensors of a checkpoint."""
+    tensors = {f"student.{key}": value for key, value in student.state_dict().items()}
+    save_file({**tensors, "projectors.0.weight": torch.ones(3, 2)}, folder / "module.safetensors")
+    return folder / "module.safetensors"
+
+
+def images(side: int = 224) -> Tensor:
+    return torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("save", [simple_recipe, vkd, compiled, safetensors, ours])
+@torch.inference_mode()
+def test_conv_stem_files(save: Callable[..., Path], conv_stem: nn.Module, tmp_path: Path) -> None:
+    loaded = deit_kd.load_student(save(conv_stem, tmp_path))
+    assert not loaded.training
+    assert loaded.pretrained_cfg["architecture"] == "deit_tiny_convstem_distilled_patch16_224"
+    assert torch.equal(loaded(images()), conv_stem(images()))
+
+
+@pytest.mark.parametrize("save", [deit, compiled, safetensors])
+@pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "deit_small_distilled_patch16_224", "deit_base_distilled_patch16_224"])
+@torch.inference_mode()
+def test_deits_files(save: Callable[..., Path], name: str, tmp_path: Path) -> None:
+    student = timm.create_model(name, depth=1, num_classes=1000, img_size=96).eval()
+    loaded = deit_kd.load_student(save(student, tmp_path))
+    assert loaded.pretrained_cfg["architecture"] == name
+    assert torch.equal(loaded(images(96)), student(images(96)))
+
+
+@torch.inference_mode()
+def test_other_classes_and_sizes(conv_stem: nn.Module, tmp_path: Path) -> None:
+    path = simple_recipe(conv_stem, tmp_path)
+    loaded = deit_kd.load_student(path, num_classes=3, img_size=160)
+    assert loaded(images(160)).shape == (2, 3)
+    position = conv_stem.get_parameter("pos_embed")
+    assert torch.equal(loaded.pos_embed[:, :2], position[:, :2])
+    assert torch.equal(loaded.pos_embed, resample_abs_pos_embed(position, [10, 10], num_prefix_tokens=2))
+    assert torch.equal(loaded.blocks[1].mlp.fc1.weight, conv_stem.get_parameter("blocks.1.mlp.fc1.weight"))
+    same = deit_kd.load_student(path, img_size=160)
+    assert torch.equal(same.head_dist.weight, conv_stem.get_parameter("head_dist.weight"))
+
+
+@torch.inference_mode()
+def test_folders_and_a_hub_cache(conv_stem: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from timm.models._hub import save_for_hf
+
+    folder = tmp_path / "student"
+    save_for_hf(conv_stem, folder, safe_serialization=True)
+    revision = "1" * 40
+    repository = tmp_path / "hub/models--org--student"
+    shutil.copytree(folder, repository / "snapshots" / revision)
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text(revision)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    for source in (folder, str(folder), f"local-dir:{folder}", "hf-hub:org/student", f"hf-hub:org/student@{revision}"):
+        assert torch.equal(deit_kd.load_student(source)(images()), conv_stem(images())), source
+        adapted = deit_kd.load_student(source, num_classes=3, img_size=160)
+        assert adapted(images(160)).shape == (2, 3)
+        assert torch.equal(adapted.pos_embed[:, :2], conv_stem.get_parameter("pos_embed")[:, :2])
+
+
+class Gadget:
+    """A pickle that calls something."""
+
+    def __init__(self, function: Callable[..., Any], *arguments: Any):
+        self.call = function, arguments
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return self.call
+
+
+class Dictionary(dict):  # type: ignore[type-arg]
+    """A class that nobody knows."""
+
+
+class State:
+    """A pickle that calls something as its state is set."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return OrderedDict, (), Gadget(os.system, "touch ran")
+
+
+GADGETS = {
+    "posix.system": Gadget(os.system, "touch ran"),
+    "eval": Gadget(builtins.eval, "open('ran', 'w')"),
+    "exec": Gadget(builtins.exec, "open('ran', 'w')"),
+    "getattr": Gadget(getattr, "", "upper"),
+    "functools.partial": Gadget(functools.partial, os.system, "touch ran"),
+    "runpy.run_path": Gadget(runpy.run_path, "ran.py"),
+    "operator.attrgetter": Gadget(operator.attrgetter, "x"),
+    "torch.hub.load": Gadget(torch.hub.load, "a", "b"),
+    "Linear": nn.Linear(2, 2),
+    "Dictionary": Dictionary(a=1),
+    "system": State(),
+}
+
+
+@pytest.mark.parametrize("modern", [True, False])
+@pytest.mark.parametrize("named", GADGETS)
+def test_pickled_objects_are_refused_by_name_and_never_run(
+    named: str, modern: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    content = {"model": {"x": torch.ones(2)}, "config": GADGETS[named]}
+    torch.save(content, tmp_path / "evil.pth", _use_new_zipfile_serialization=modern)
+    with pytest.raises(UserError, match=rf"pickled object \S*{named}, which is not built"):
+        deit_kd.load_student(tmp_path / "evil.pth")
+    assert [path.name for path in tmp_path.iterdir()] == ["evil.pth"]
+
+
+def test_files_that_are_no_weights(conv_stem: nn.Module, tmp_path: Path) -> None:
+    def refuse(message: str, path: Path) -> None:
+        with pytest.raises(UserError, match=message):
+            deit_kd.load_student(path)
+
+    whole = simple_recipe(conv_stem, tmp_path)
+    for kept in (0, 10, 1000, whole.stat().st_size // 2, whole.stat().st_size - 10):
+        (tmp_path / "cut.pth").write_bytes(whole.read_bytes()[:kept])
+        refuse("cut.pth: cannot be read as weights", tmp_path / "cut.pth")
+    with zipfile.ZipFile(whole) as archive, zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as bomb:
+        for entry in archive.namelist():
+            bomb.writestr(entry, archive.read(entry))
+    refuse("unpacks to more", tmp_path / "bomb.pth")
+    (tmp_path / "head.safetensors").write_bytes(struct.pack("<Q", 1 << 40) + b"{}")
+    refuse("cannot be read as weights", tmp_path / "head.safetensors")
+    tensors = conv_stem.state_dict()
+    torch.save({**tensors, "head.bias": torch.ones(1).expand(1 << 40)}, tmp_path / "wide.pth")
+    refuse("head.bias claims 1,099,511,627,776 numbers", tmp_path / "wide.pth")
+    torch.save({**tensors, "norm.weight": tensors["norm.weight"] * torch.nan}, tmp_path / "nan.pth")
+    refuse("norm.weight is not finite", tmp_path / "nan.pth")
+    torch.save({"epoch": 3}, tmp_path / "none.pth")
+    refuse("holds no tensors", tmp_path / "none.pth")
+    refuse("no such file", tmp_path / "nowhere/model.pth")
+
+
+def test_other_networks_are_refused(conv_stem: nn.Module, tmp_path: Path) -> None:
+    def refuse(message: str, tensors: dict[str, Tensor]) -> None:
+        torch.save(tensors, tmp_path / "other.pth")
+        with pytest.raises(UserError, match=message):
+            deit_kd.load_student(tmp_path / "other.pth")
+
+    tensors = conv_stem.state_dict()
+    refuse("is no DeiT-Ti, S or B", timm.create_model("resnet10t").state_dict())
+    refuse("has no norm.weight", {key: value for key, value in tensors.items() if key != "norm.weight"})
+    refuse(r"norm.weight is \[3\] instead of \[192\]", {**tensors, "norm.weight": torch.ones(3)})
+    refuse("blocks.0.ls1.gamma have no place", {**tensors, "blocks.0.ls1.gamma": torch.ones(192)})
+    found = read_student(tmp_path / "other.pth")
+    assert (found.unexpected, found.arguments) == (("blocks.0.ls1.gamma",), {"num_classes": 7, "depth": 2})
+    with pytest.raises(UserError, match="cannot be loaded"):
+        deit_kd.load_student("hf-hub:nobody/nothing")
+
+
+def test_what_is_kept_beside_weights_is_not_built(conv_stem: nn.Module, tmp_path: Path) -> None:
+    """Settings become plain dictionaries: not even harmless classes are imported for them."""
+    tensors = read_weights(simple_recipe(conv_stem, tmp_path))
+    assert {type(value) for value in tensors.values()} == {Tensor}
