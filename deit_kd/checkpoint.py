@@ -41,7 +41,7 @@ def save(folder: Path, step: int, parts: Mapping[str, Tensors], state: Mapping[s
         for name, tensors in parts.items():
             file = temporary / f"{name}.safetensors"
             write_tensors(tensors, file)
-            hashes[file.name] = _sha256(file)
+            hashes[file.name] = sha256(file)
         (temporary / "state.json").write_text(json.dumps({**state, "step": step, "sha256": hashes}, indent=1))
         for file in temporary.iterdir():
             _flush(file)
@@ -152,7 +152,7 @@ def _fault(path: Path) -> str | None:
     try:
         hashes = json.loads((path / "state.json").read_text())["sha256"]
         for name, expected in hashes.items():
-            if _sha256(path / name) != expected:
+            if sha256(path / name) != expected:
                 return f"{name} is damaged"
     except OSError as error:
         return f"{Path(error.filename).name} is missing" if isinstance(error, FileNotFoundError) else "is no checkpoint folder"
@@ -161,7 +161,8 @@ def _fault(path: Path) -> str | None:
     return None
 
 
-def _sha256(file: Path) -> str:
+def sha256(file: Path) -> str:
+    """Of its bytes."""
     digest = hashlib.sha256()
     with file.open("rb") as stream:
         while block := stream.read(1 << 20):

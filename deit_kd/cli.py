@@ -40,7 +40,17 @@ def main(arguments: list[str] | None = None) -> None:
         "--short-side", type=int, help="pixels to which larger images are shrunk; without it files are copied as they are"
     )
     verb.add_argument("--shard-mb", type=int, default=256, help="where a shard ends (default: 256)")
-    verb.set_defaults(run=pack, overrides=[])
+    verb.set_defaults(run=pack)
+
+    verb = verbs.add_parser(
+        "convert",
+        help="authors' weights as a folder that timm loads",
+        epilog="example: deit-kd convert ckpt_epoch_299.pth deit_ti_srd",
+    )
+    verb.add_argument("source", type=Path, help=".pth of the projector paper or DeiT, .pth.tar of VkD, .safetensors")
+    verb.add_argument("folder", type=Path, help="the folder to make")
+    verb.add_argument("--class-names", type=Path, help="a JSON list, or a text file with a name a line")
+    verb.set_defaults(run=convert)
 
     verb = verbs.add_parser(
         "doctor",
@@ -53,9 +63,11 @@ def main(arguments: list[str] | None = None) -> None:
     verb.set_defaults(run=doctor)
 
     options, more = parser.parse_known_args(arguments)  # overrides that stand behind an option are left over
-    if wrong := [word for word in more if word.startswith("-") or "=" not in word]:
+    takes_more = hasattr(options, "overrides")
+    if wrong := [word for word in more if word.startswith("-") or "=" not in word or not takes_more]:
         parser.error(f"unrecognized arguments: {' '.join(wrong)}")
-    options.overrides += more
+    if takes_more:
+        options.overrides += more
     try:
         options.run(options)
     except UserError as error:
@@ -104,12 +116,19 @@ def grid(options: argparse.Namespace) -> None:
 
 def pack(options: argparse.Namespace) -> None:
     """Makes shards of an image folder."""
-    if options.overrides or (options.short_side is not None and options.short_side < 1) or options.shard_mb < 1:
-        raise UserError("deit-kd pack takes no key=value, and sizes of at least 1")
+    if (options.short_side is not None and options.short_side < 1) or options.shard_mb < 1:
+        raise UserError("deit-kd pack: --short-side and --shard-mb are at least 1")
     from deit_kd.data.shards import pack
 
     pack(options.data, options.output, options.short_side, options.shard_mb * 1_000_000)
     print(f"{options.output}: train with --data {options.output} data.source=shards")
+
+
+def convert(options: argparse.Namespace) -> None:
+    """Makes a folder of an authors' file and tells what was in it."""
+    from deit_kd.release import convert
+
+    print("\n".join(convert(options.source, options.folder, options.class_names)))
 
 
 def doctor(options: argparse.Namespace) -> None:

@@ -46,9 +46,9 @@ MAY_IMPORT = {
     "evaluation": {"data", "models"},
     "grid": {"analysis", "recipe", "tracking"},
     "doctor": {"build", "class_means", "plan", "recipe"},
-    "cli": {"build", "class_means", "data", "doctor", "grid", "recipe"},
+    "cli": {"build", "class_means", "data", "doctor", "grid", "recipe", "release"},
     "__main__": {"cli"},
-    "release": {"release", "checkpoint", "models", "recipe", "tracking"},
+    "release": {"__init__", "release", "checkpoint", "models", "recipe", "tracking"},
     "analysis": {"tracking"},
     "run_folder": {"checkpoint", "plan", "sharding", "recipe", "classification", "__init__"},
 }

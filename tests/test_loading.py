@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import builtins
 import functools
+import hashlib
 import operator
 import os
 import runpy
@@ -20,6 +21,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
@@ -27,6 +29,7 @@ from torch.nn.utils.parametrizations import orthogonal
 from yacs.config import CfgNode
 
 import deit_kd
+from deit_kd.cli import main
 from deit_kd.errors import UserError
 from deit_kd.models.loading import read_student
 from deit_kd.models.weights import read_weights
@@ -256,3 +259,42 @@ def test_what_is_kept_beside_weights_is_not_built(conv_stem: nn.Module, tmp_path
     """Settings become plain dictionaries: not even harmless classes are imported for them."""
     tensors = read_weights(simple_recipe(conv_stem, tmp_path))
     assert {type(value) for value in tensors.values()} == {Tensor}
+
+
+@torch.inference_mode()
+def test_convert(conv_stem: nn.Module, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = simple_recipe(conv_stem, tmp_path)
+    (tmp_path / "names.txt").write_text("\n".join("abcdefg"))
+    main(["convert", str(source), str(tmp_path / "folder"), "--class-names", str(tmp_path / "names.txt")])
+    said = capsys.readouterr().out
+    assert "deit_tiny_convstem_distilled_patch16_224 with {'num_classes': 7, 'depth': 2}" in said
+    assert said.count("dropped ") == 3
+    loaded = deit_kd.load_student(tmp_path / "folder")
+    assert torch.equal(loaded(images()), conv_stem(images()))
+    assert loaded.pretrained_cfg["label_names"] == list("abcdefg")
+    assert ModelCard.load(tmp_path / "folder/README.md").data.library_name == "timm"
+    assert f"{hashlib.sha256(source.read_bytes()).hexdigest()}" in (tmp_path / "folder/README.md").read_text()
+    torch.save({**conv_stem.state_dict(), "queue": torch.ones(3)}, tmp_path / "more.pth")
+    main(["convert", str(tmp_path / "more.pth"), str(tmp_path / "more")])
+    assert "unexpected queue" in capsys.readouterr().out
+    assert torch.equal(deit_kd.load_student(tmp_path / "more")(images()), conv_stem(images()))
+    for arguments, message in (
+        ([source, tmp_path / "folder"], "is there already"),
+        ([tmp_path / "none.pth", tmp_path / "x"], "no such file"),
+        ([source, tmp_path / "x", "--class-names", source], "cannot be read"),
+        ([source, tmp_path / "x", "seed=1"], "unrecognized arguments: seed=1"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["convert", *map(str, arguments)])
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
+@torch.inference_mode()
+def test_a_converted_plain_deit_is_read_by_transformers(tmp_path: Path) -> None:
+    from transformers import AutoModelForImageClassification
+
+    student = timm.create_model("deit_tiny_distilled_patch16_224", depth=2, img_size=96).eval()
+    main(["convert", str(deit(student, tmp_path)), str(tmp_path / "folder")])
+    theirs = AutoModelForImageClassification.from_pretrained(tmp_path / "folder")
+    torch.testing.assert_close(theirs(images(96)).logits, student(images(96)))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -20,11 +21,11 @@ from deit_kd.recipe import Recipe
 def export_student(
     student: TimmModel, folder: Path, recipe: Recipe, class_names: Sequence[str], teacher_licences: Sequence[str]
 ) -> None:
-    """Writes model.safetensors and config.json so that timm and transformers load the student; replaces `folder` whole.
+    """Writes a run's student with `save_student`.
 
     Args:
         student: the bare timm model.
-        folder: where to; `timm.create_model("local-dir:FOLDER", pretrained=True)` loads it.
+        folder: where to.
         recipe: for the preprocessing and the arguments of the architecture.
         class_names: [K] names, stored as label_names.
         teacher_licences: of the weights that it learnt from.
@@ -32,24 +33,11 @@ def export_student(
     Raises:
         UserError: the reloaded model gives other logits.
     """
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    write_tensors(student.state_dict(), temporary / "model.safetensors")
-    _write_config(student, temporary / "config.json", recipe, class_names, teacher_licences)
-    _compare(student, temporary, recipe)
-    replace_folder(temporary, folder)
-
-
-def _write_config(
-    student: TimmModel, file: Path, recipe: Recipe, class_names: Sequence[str], teacher_licences: Sequence[str]
-) -> None:
     size = recipe.data.img_size
     arguments = dict(recipe.student.model_args)
     if student.pretrained_cfg.get("fixed_input_size"):
         arguments["img_size"] = size
     preprocessing = {
-        "tag": "deit_kd",  # else timm writes the tag of its own weights of this architecture
         "license": licence(teacher_licences),
         "input_size": [3, size, size],
         "mean": list(recipe.data.mean),
@@ -60,15 +48,61 @@ def _write_config(
         "test_input_size": None,
         "test_crop_pct": None,
         "pool_size": None,
-        **dict.fromkeys(("origin_url", "paper_ids", "paper_name", "notes", "description")),  # of timm's own weights
-        "num_classes": len(class_names),
     }
-    save_config_for_hf(
-        student,
-        str(file),
-        model_config={"pretrained_cfg": preprocessing, "label_names": list(class_names), "deit_kd": {"recipe": "recipe.yaml"}},
-        model_args=arguments,
-    )
+    save_student(student, folder, preprocessing, arguments, class_names, {"recipe": "recipe.yaml"})
+
+
+def save_student(
+    student: TimmModel,
+    folder: Path,
+    preprocessing: Mapping[str, Any],
+    arguments: Mapping[str, Any],
+    class_names: Sequence[str] | None,
+    about: Mapping[str, Any],
+) -> None:
+    """Writes model.safetensors and config.json so that timm and transformers load the student; replaces `folder` whole.
+
+    Args:
+        student: the bare timm model.
+        folder: where to; `timm.create_model("local-dir:FOLDER", pretrained=True)` loads it.
+        preprocessing: of timm's pretrained_cfg, what differs from the architecture's own.
+        arguments: of the architecture.
+        class_names: [K] names, stored as label_names; None where nobody knows them.
+        about: what else config.json says, under deit_kd.
+
+    Raises:
+        UserError: the reloaded model gives other logits.
+    """
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        write_tensors(student.state_dict(), temporary / "model.safetensors")
+        _write_config(student, temporary / "config.json", preprocessing, arguments, class_names, about)
+        compare(student, temporary)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    replace_folder(temporary, folder)
+
+
+def _write_config(
+    student: TimmModel,
+    file: Path,
+    preprocessing: Mapping[str, Any],
+    arguments: Mapping[str, Any],
+    class_names: Sequence[str] | None,
+    about: Mapping[str, Any],
+) -> None:
+    own = {
+        "tag": "deit_kd",  # else timm writes the tag of its own weights of this architecture
+        **dict.fromkeys(("origin_url", "paper_ids", "paper_name", "notes", "description")),  # of those weights, too
+        "num_classes": student.num_classes,
+        **preprocessing,
+    }
+    labels = {} if class_names is None else {"label_names": list(class_names)}
+    content = {"pretrained_cfg": own, "deit_kd": dict(about), **labels}
+    save_config_for_hf(student, str(file), model_config=content, model_args=dict(arguments))
     config = json.loads(file.read_text())
     # transformers' TimmWrapper passes num_classes itself and fails on a second one.
     config.get("model_args", {}).pop("num_classes", None)
@@ -86,10 +120,15 @@ def licence(of_teachers: Sequence[str]) -> str:
 
 
 @torch.inference_mode()
-def _compare(student: TimmModel, folder: Path, recipe: Recipe) -> None:
-    """Loads the folder as a stranger would and compares logits on fixed random images."""
+def compare(student: TimmModel, folder: Path) -> None:
+    """Loads the folder as a stranger would and compares logits on fixed random images.
+
+    Raises:
+        UserError: they differ.
+    """
     reloaded: TimmModel = timm.create_model(f"local-dir:{folder.resolve()}", pretrained=True).eval()
-    images = torch.randn(4, 3, recipe.data.img_size, recipe.data.img_size, generator=torch.Generator().manual_seed(0))
+    shape = reloaded.pretrained_cfg["input_size"]
+    images = torch.randn(4, *shape, generator=torch.Generator().manual_seed(0))
     device = next(student.parameters()).device
     was_training = student.training
     expected = student.eval()(images.to(device)).float().cpu()

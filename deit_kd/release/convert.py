@@ -1,0 +1,80 @@
+"""Files of weights as their authors wrote them -> a folder of safetensors with config and card."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+from jinja2 import Environment, StrictUndefined
+from timm.models import model_entrypoint
+
+import deit_kd
+from deit_kd.checkpoint import sha256
+from deit_kd.errors import UserError
+from deit_kd.models.loading import build_found, read_student
+from deit_kd.release.export import save_student
+
+TEMPLATE = Path(__file__).with_name("converted.md.jinja")
+
+
+def convert(source: Path, folder: Path, class_names: Path | None = None) -> list[str]:
+    """Writes `folder` with model.safetensors, config.json and README.md, checked against the file's own logits.
+
+    Args:
+        source: see `deit_kd.load_student`.
+        folder: must not be there.
+        class_names: a JSON list, or a text file with a name a line; without it the folder says none.
+
+    Returns:
+        What was found, dropped and not known, a line each.
+
+    Raises:
+        UserError: a file that cannot be read safely, or is of no student known here; a folder that is there; other class names.
+    """
+    if folder.exists():
+        raise UserError(f"{folder}: is there already; give another name, or remove it")
+    found = read_student(source)
+    student = build_found(found)
+    names = _class_names(class_names, student.num_classes)
+    about = {"converted_from": source.name, "sha256": sha256(source)}
+    size = student.patch_embed.img_size
+    preprocessing = {"license": "unknown", "input_size": [3, *size]}
+    save_student(student, folder, preprocessing, found.arguments, names, about)
+    parameters = sum(p.numel() for p in student.parameters())
+    data = ModelCardData(
+        license="unknown",
+        library_name="timm",
+        pipeline_tag="image-classification",
+        tags=["image-classification", "timm", "deit_kd"],
+    )
+    template = Environment(undefined=StrictUndefined, autoescape=False).from_string(TEMPLATE.read_text())
+    body = template.render(
+        found=found,
+        about=about,
+        parameters=parameters,
+        classes=student.num_classes,
+        size=size[0],
+        ours=model_entrypoint(found.architecture).__module__.startswith("deit_kd."),
+        command=f"deit-kd convert {source.name} {folder.name}",
+        version=deit_kd.__version__,
+    )
+    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n").save(folder / "README.md")
+    return [
+        f"student    {found.architecture}{f' with {found.arguments}' if found.arguments else ''}, {parameters:,} parameters",
+        *[f"dropped    {key}, which training alone needs" for key in found.dropped],
+        *[f"unexpected {key}, which {found.architecture} has not: left out" for key in found.unexpected],
+        f"written    {folder}: reloaded by timm, with the same logits",
+    ]
+
+
+def _class_names(file: Path | None, number: int) -> list[str] | None:
+    if file is None:
+        return None
+    try:
+        names = json.loads(file.read_text()) if file.suffix == ".json" else file.read_text().splitlines()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: cannot be read ({error}); it holds the class names") from None
+    if len(names) != number or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{file}: holds {len(names)} class names, the student has {number}")
+    return names
