@@ -97,6 +97,36 @@ def plot_grid(axes: Sequence[str], scores: Mapping[tuple[str, ...], Sequence[flo
     plt.close(figure)
 
 
+def plot_report(report: Mapping[str, Any], names: Sequence[str], file: Path) -> None:
+    """Confusion matrix (shares of each class) and reliability diagram."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5.5))
+    if "confusion" in report:
+        table = np.array(report["confusion"], dtype=float)
+        shown = left.imshow(table / np.maximum(table.sum(1, keepdims=True), 1), cmap="viridis", vmin=0, vmax=1, aspect="auto")
+        figure.colorbar(shown, ax=left)
+        left.set(title="confusions: share of each class (row) by answer (column)", xlabel="answer", ylabel="class")
+        if len(names) <= 30:
+            left.set_yticks(range(len(names)), names, fontsize=8)
+        if table.shape[0] == table.shape[1] <= 30:
+            left.set_xticks(range(len(names)), names, fontsize=8, rotation=90)
+    else:
+        left.axis("off")
+    points = report["reliability"]
+    right.plot([0, 1], [0, 1], color="grey", linestyle=":")
+    sizes = [20 + 300 * point["images"] / report["images"] for point in points]
+    right.scatter([point["confidence"] for point in points], [point["accuracy"] for point in points], s=sizes)
+    right.set(
+        title=f"reliability, ECE {report['ece']:.3f}; larger is more images",
+        xlabel="confidence",
+        ylabel="accuracy",
+        xlim=(0, 1),
+        ylim=(0, 1),
+    )
+    right.grid(alpha=0.3)
+    figure.savefig(file, dpi=120, bbox_inches="tight")
+    plt.close(figure)
+
+
 def contact_sheet(
     images: Sequence[Image.Image], labels: Sequence[str], predictions: Sequence[str], confidences: Sequence[float], file: Path
 ) -> None:

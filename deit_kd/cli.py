@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from deit_kd import recipe as recipes
 from deit_kd.errors import UserError
@@ -41,6 +44,36 @@ def main(arguments: list[str] | None = None) -> None:
     )
     verb.add_argument("--shard-mb", type=int, default=256, help="where a shard ends (default: 256)")
     verb.set_defaults(run=pack)
+
+    verb = verbs.add_parser(
+        "evaluate",
+        help="accuracy, calibration, classes, confusions, speed of any network: a table, JSON, a picture",
+        epilog="example: deit-kd evaluate runs/deit_ti --data IMAGENET --teacher regnety_160.deit_in1k",
+    )
+    _weights_options(verb)
+    verb.add_argument(
+        "--data", type=Path, help="DIR/val/CLASS/ or DIR/CLASS/, or what --source takes (default: embedded Fashion-MNIST)"
+    )
+    verb.add_argument("--source", help="a data.source of the recipes (default: image_folder, or fashion_mnist without --data)")
+    verb.add_argument("--split", choices=("val", "train"), default="val")
+    verb.add_argument(
+        "--benchmark", help="imagenet, imagenet-v2, -real, -a, -r, -sketch or -c, laid out in --data as by its authors"
+    )
+    verb.add_argument("--teacher", help="whose decisions to compare with")
+    verb.add_argument("--restrict", action="store_true", help="answers are among the data's classes only")
+    verb.add_argument("--on-bad-image", choices=("refuse", "skip"), default="refuse")
+    verb.add_argument("--output", type=Path, help="the folder of the report (default: runs/evaluation_NAME)")
+    verb.set_defaults(run=evaluate)
+
+    verb = verbs.add_parser(
+        "predict",
+        help="what a network takes images for, a JSON object a line; exit code 1 if one could not be read",
+        epilog="example: deit-kd predict quickstart shoe.png | jq .predictions[0].label",
+    )
+    _weights_options(verb)
+    verb.add_argument("images", nargs="+", help="files and folders; - reads an image, or paths a line, from standard input")
+    verb.add_argument("--top", type=int, default=5, help="predictions of each image (default: 5)")
+    verb.set_defaults(run=predict)
 
     verb = verbs.add_parser(
         "convert",
@@ -84,6 +117,15 @@ def _recipe_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--data", type=Path, help="the folder of the data")
 
 
+def _weights_options(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "weights", help="a run, an exported folder, hf-hub:ORG/NAME, a timm tag, a released name, or an authors' file"
+    )
+    verb.add_argument("--img-size", type=int, help="pixels a side, where they shall differ from the network's own")
+    verb.add_argument("--batch-size", type=int, default=64)
+    verb.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+
+
 def class_means(options: argparse.Namespace) -> None:
     """Computes a file of class means, or checks the one that is there."""
     recipe = recipes.load(options.recipe, options.overrides)
@@ -122,6 +164,58 @@ def pack(options: argparse.Namespace) -> None:
 
     pack(options.data, options.output, options.short_side, options.shard_mb * 1_000_000)
     print(f"{options.output}: train with --data {options.output} data.source=shards")
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    """Writes a report, prints its table."""
+    if options.batch_size < 1:
+        raise UserError("--batch-size is at least 1")
+    from deit_kd.report import evaluate
+
+    named = Path(options.weights).resolve().parent if Path(options.weights).name == "student" else Path(options.weights)
+    folder = options.output or Path("runs") / f"evaluation_{named.name.replace(':', '_')}"
+    evaluate(
+        options.weights,
+        folder,
+        options.data,
+        source=options.source,
+        split=options.split,
+        benchmark=options.benchmark,
+        teacher=options.teacher,
+        device=_device(options.device),
+        img_size=options.img_size,
+        batch_size=options.batch_size,
+        restrict=options.restrict,
+        on_bad_image=options.on_bad_image,
+    )
+    print(f"report {folder}")
+
+
+def predict(options: argparse.Namespace) -> None:
+    """Prints a line an image."""
+    if options.batch_size < 1 or options.top < 1:
+        raise UserError("--batch-size and --top are at least 1")
+    from deit_kd.models import load_student
+    from deit_kd.predict import predict
+
+    model, failed = load_student(options.weights, img_size=options.img_size), 0
+    try:
+        for line in predict(model, options.images, _device(options.device), options.batch_size, options.top):
+            print(json.dumps(line, ensure_ascii=False), flush=True)
+            if "error" in line:
+                failed += 1
+                print(f"{line['image']}: {line['error']}", file=sys.stderr)
+    except BrokenPipeError:  # the reader has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(1 if failed else 0)
+
+
+def _device(name: str) -> Any:
+    import torch
+
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch finds no CUDA device; use --device cpu")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def convert(options: argparse.Namespace) -> None:

@@ -137,6 +137,7 @@ def test_other_classes_and_sizes(conv_stem: nn.Module, tmp_path: Path) -> None:
     path = simple_recipe(conv_stem, tmp_path)
     loaded = deit_kd.load_student(path, num_classes=3, img_size=160)
     assert loaded(images(160)).shape == (2, 3)
+    assert timm.data.resolve_model_data_config(loaded)["input_size"] == (3, 160, 160)
     position = conv_stem.get_parameter("pos_embed")
     assert torch.equal(loaded.pos_embed[:, :2], position[:, :2])
     assert torch.equal(loaded.pos_embed, resample_abs_pos_embed(position, [10, 10], num_prefix_tokens=2))
@@ -161,6 +162,7 @@ def test_folders_and_a_hub_cache(conv_stem: nn.Module, tmp_path: Path, monkeypat
         assert torch.equal(deit_kd.load_student(source)(images()), conv_stem(images())), source
         adapted = deit_kd.load_student(source, num_classes=3, img_size=160)
         assert adapted(images(160)).shape == (2, 3)
+        assert timm.data.resolve_model_data_config(adapted)["input_size"] == (3, 160, 160)
         assert torch.equal(adapted.pos_embed[:, :2], conv_stem.get_parameter("pos_embed")[:, :2])
 
 

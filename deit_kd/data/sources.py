@@ -132,6 +132,16 @@ def _image_folder(data: Path | None, split: Split) -> Source:
     raise UserError(f"{data}: has no val or validation folder; expected {data}/val/CLASS/IMAGE")
 
 
+def open_folder_to_evaluate(data: Path) -> Source:
+    """DIR/val/CLASS/, DIR/validation/CLASS/, or else DIR/CLASS/.
+
+    Raises:
+        UserError: there are none.
+    """
+    _must_exist(data)
+    return FolderSource(next((data / name for name in ("val", "validation") if (data / name).is_dir()), data))
+
+
 def _must_exist(data: Path) -> None:
     if not data.is_dir():
         raise UserError(f"--data {data}: no such directory")

@@ -37,15 +37,14 @@ def load_student(source: str | Path, num_classes: int | None = None, img_size: i
     Raises:
         UserError: nothing there that is a student, or a file that is not safe or not whole.
     """
-    name, given = str(source), {"num_classes": num_classes, "img_size": img_size}
-    changed = {key: value for key, value in given.items() if value is not None}
+    name, changed = str(source), {} if num_classes is None else {"num_classes": num_classes}
     if Path(name).is_file():
         found = read_student(Path(name))
         if found.unexpected:
             raise UserError(
                 f"{source}: is of no student known here: {_list(found.unexpected)} have no place in {found.architecture}"
             )
-        return build_found(found, **changed)
+        return build_found(found, **changed, **({} if img_size is None else {"img_size": img_size}))
     folder = next(
         (path for path in (Path(name), Path(name) / "student", RELEASED / name) if (path / "config.json").is_file()), None
     )
@@ -57,9 +56,13 @@ def load_student(source: str | Path, num_classes: int | None = None, img_size: i
             "file of weights"
         )
     try:
+        if img_size is not None and timm.create_model(name, pretrained=False).pretrained_cfg.get("fixed_input_size"):
+            changed["img_size"] = img_size
         model = timm.create_model(name, pretrained=True, **changed)
     except (RuntimeError, ValueError, OSError, KeyError, TypeError, UnpicklingError, SafetensorError) as error:
         raise UserError(f"{source}: cannot be loaded as a student ({' '.join(str(error).split())[:300]})") from None
+    if img_size is not None:  # timm leaves the stored size there, and so in the preprocessing
+        model.pretrained_cfg["input_size"] = (3, img_size, img_size)
     return model.eval().float()
 
 
@@ -127,6 +130,7 @@ def build_found(found: Found, **changed: int) -> TimmModel:
         kept = {key: value for key, value in kept.items() if key.rpartition(".")[0] not in heads}
     missing = model.load_state_dict(authors_to_timm(kept, model), strict=False).missing_keys
     assert all(key.rpartition(".")[0] in heads for key in missing), missing
+    model.pretrained_cfg["input_size"] = (3, *model.patch_embed.img_size)
     return model.eval().float()
 
 

@@ -1,0 +1,292 @@
+"""How good a network is, in full: accuracy of each head, calibration, classes, confusions, agreement with a teacher, speed."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from deit_kd.analysis import plot_report
+from deit_kd.data import EvaluationLoader, Placement, open_source
+from deit_kd.data.imagenet import Examination, open_benchmark
+from deit_kd.data.loader import SKIPPED
+from deit_kd.data.sources import Split, open_folder_to_evaluate
+from deit_kd.errors import UserError
+from deit_kd.models import Distiller, StudentOutput, Teacher, load_student, load_teacher
+from deit_kd.models.taps import TimmModel
+
+BINS = 15  # of confidence, for the calibration error
+CORRUPTIONS = {  # AlexNet's error in percent, by which ImageNet-C divides (Hendrycks & Dietterich, ICLR 2019, table 1)
+    "gaussian_noise": 88.6, "shot_noise": 89.4, "impulse_noise": 92.3, "defocus_blur": 82.0, "glass_blur": 82.6,
+    "motion_blur": 78.6, "zoom_blur": 79.8, "snow": 86.7, "frost": 82.7, "fog": 81.9, "brightness": 56.5, "contrast": 85.3,
+    "elastic_transform": 64.6, "pixelate": 71.8, "jpeg_compression": 60.7,
+}  # fmt: skip
+
+
+def class_names(model: TimmModel) -> tuple[str, ...] | None:
+    """Names of the classes that a network knows, ImageNet's synsets for 1000 without names; None where nobody knows."""
+    named = model.pretrained_cfg.get("label_names")
+    if isinstance(named, (list, tuple)):
+        return tuple(named)
+    return tuple(timm.data.ImageNetInfo("imagenet-1k").label_names()) if model.num_classes == 1000 else None
+
+
+def match_labels(model: TimmModel, names: Sequence[str]) -> np.ndarray:
+    """[data's classes] -> the network's class of that name; by their order where the network has no names.
+
+    Raises:
+        UserError: a class that the network does not know.
+    """
+    known = class_names(model)
+    if known is None and len(names) == model.num_classes:
+        return np.arange(len(names))
+    places = {name: place for place, name in enumerate(known or ())}
+    if missing := [name for name in names if name not in places]:
+        knows = f"{model.num_classes} classes, {', '.join((known or ('without names',))[:3])} ..."
+        raise UserError(f"the data's class {missing[0]!r} is none of the network's {knows}; fine-tune it on these data first")
+    return np.array([places[name] for name in names])
+
+
+@torch.inference_mode()
+def examine(
+    model: TimmModel,
+    examination: Examination,
+    device: torch.device,
+    *,
+    batch_size: int = 64,
+    teacher: Teacher | None = None,
+    restrict: bool = False,
+    on_bad_image: str = "refuse",
+    bar: str = "evaluating",
+) -> dict[str, Any]:
+    """Every number over the images of an examination, each counted once.
+
+    Args:
+        model: in eval mode; its own preprocessing is used.
+        examination: images, and what counts as right.
+        device: where to.
+        batch_size: images at once.
+        teacher: with whose decisions to compare; it gets the same images.
+        restrict: answers are among the data's classes only.
+        on_bad_image: refuse or skip.
+        bar: what the progress bar says.
+
+    Returns:
+        top1 and top5 in percent of the mean of the heads (`heads` of each), nll, ece (of the top answer, 15 bins of equal width),
+        reliability, per_class, confusion [data's classes, network's], agreement, images, seconds and images_per_second.
+
+    Raises:
+        UserError: classes that do not fit, or an image that cannot be read.
+    """
+    source = examination.source
+    config = timm.data.resolve_model_data_config(model)
+    transform = timm.data.create_transform(**config, is_training=False)
+    workers = min(16, (os.cpu_count() or 1) - 1)
+    loader = EvaluationLoader(source, transform, Placement(device, 1, 0, workers, on_bad_image, tqdm.write), batch_size)
+    distiller = Distiller(model.to(device)).eval()
+    classes = match_labels(model, source.class_names)
+    accepted = torch.from_numpy(classes).to(device) if examination.accepted is None else None
+    several = None
+    if examination.accepted is not None:
+        several = torch.zeros(len(source), model.num_classes, dtype=torch.bool)
+        several[:, classes] = torch.from_numpy(examination.accepted)
+        several = several.to(device)
+    allowed = torch.zeros(model.num_classes, dtype=torch.bool, device=device)
+    allowed[torch.from_numpy(classes if examination.among is None else classes[examination.among]).to(device)] = True
+    everything = examination.among is None and not restrict
+    same_classes = teacher is not None and teacher.num_classes == model.num_classes
+
+    heads = (
+        ["mean", "class", *(f"distillation{n or ''}" for n in range(distiller.distillation_heads))]
+        if distiller.has_tokens
+        else ["mean"]
+    )
+    counts = {f"{head} {k}": torch.zeros((), device=device) for head in heads for k in (1, 5)}
+    nll, agree, images = (torch.zeros((), dtype=torch.float64, device=device) for _ in range(3))
+    bins = torch.zeros(3, BINS, dtype=torch.float64, device=device)  # images, confidence, right
+    confusion = torch.zeros(len(classes), model.num_classes, dtype=torch.int64, device=device)
+    network, start = 0.0, time.perf_counter()
+    for batch, labels in tqdm(loader, bar, delay=2, leave=False, disable=None):
+        known = labels != SKIPPED
+        batch, labels = batch[known], labels[known]
+        began = time.perf_counter()
+        output: StudentOutput = distiller(batch)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        network += time.perf_counter() - began
+        each = zip(heads[1:], (output.logits, *output.dist_logits), strict=False)
+        for head, logits in [("mean", output.prediction()), *each]:
+            logits = logits.float() if everything else logits.float().masked_fill(~allowed, -torch.inf)
+            top = logits.topk(min(5, logits.shape[1]), dim=1).indices
+            right = top == accepted[labels][:, None] if accepted is not None else several[labels].gather(1, top)  # type: ignore[index]
+            counts[f"{head} 1"] += right[:, 0].sum()
+            counts[f"{head} 5"] += right.any(1).sum()
+            if head == "mean":
+                confidence = logits.double().softmax(1).amax(1)
+                place = (confidence * BINS).long().clamp(max=BINS - 1)
+                for row, value in enumerate((torch.ones_like(confidence), confidence, right[:, 0].double())):
+                    bins[row].scatter_add_(0, place, value)
+                if accepted is not None:
+                    nll += F.cross_entropy(logits.double(), accepted[labels], reduction="sum")
+                    confusion.view(-1).scatter_add_(0, labels * model.num_classes + top[:, 0], torch.ones_like(labels))
+                if teacher is not None:
+                    agree += (teacher(batch).logits.argmax(1) == top[:, 0]).sum() if same_classes else 0
+        images += len(labels)
+    seconds, total = time.perf_counter() - start, int(images)
+    if not total:
+        raise UserError(f"{source.origin}: no image can be read; mend them, or give other data")
+    report: dict[str, Any] = {"images": total}
+    report |= {f"top{k}": 100 * counts[f"mean {k}"].item() / total for k in (1, 5)}
+    if accepted is not None:
+        report |= {"nll": nll.item() / total, "per_class": _per_class(confusion, classes, source.class_names)}
+        report["confusion"] = confusion.tolist()
+    report |= _calibration(bins)
+    report["heads"] = {head: {f"top{k}": 100 * counts[f"{head} {k}"].item() / total for k in (1, 5)} for head in heads[1:]}
+    if same_classes:
+        report["agreement"] = 100 * agree.item() / total
+    return report | {"seconds": seconds, "images_per_second": total / seconds, "images_per_second_network": total / network}
+
+
+def _calibration(bins: Tensor) -> dict[str, Any]:
+    number, confidence, right = bins.cpu().numpy()
+    filled = number > 0
+    mean, accuracy = confidence[filled] / number[filled], right[filled] / number[filled]
+    return {
+        "ece": float((number[filled] * np.abs(mean - accuracy)).sum() / number.sum()),
+        "reliability": [
+            {"images": int(n), "confidence": float(c), "accuracy": float(a)}
+            for n, c, a in zip(number[filled], mean, accuracy, strict=True)
+        ],
+    }
+
+
+def _per_class(confusion: Tensor, classes: np.ndarray, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Recall: how many of the class are found; precision: how many that are taken for it are it. In percent, None of nothing."""
+    table, found = confusion.cpu().numpy(), []
+    for row, place in enumerate(classes):
+        own, taken, right = int(table[row].sum()), int(table[:, place].sum()), int(table[row, place])
+        recall, precision = (100 * right / of if of else None for of in (own, taken))
+        found.append({"class": names[row], "images": own, "recall": recall, "precision": precision})
+    return found
+
+
+def corruption_errors(parts: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """ImageNet-C: mean top-1 over all parts, and mCE where all fifteen corruptions are there at all five severities."""
+    summary = {"top1": float(np.mean([part["top1"] for part in parts.values()]))}
+    if set(parts) == {f"{name}/{severity}" for name in CORRUPTIONS for severity in range(1, 6)}:
+        errors = {name: np.mean([100 - parts[f"{name}/{severity}"]["top1"] for severity in range(1, 6)]) for name in CORRUPTIONS}
+        summary["mce"] = float(np.mean([100 * errors[name] / CORRUPTIONS[name] for name in CORRUPTIONS]))
+    return summary
+
+
+def describe(title: str, report: dict[str, Any]) -> str:
+    """The report as Markdown."""
+    lines = [f"# {title}", "", "| head | top-1 % | top-5 % |", "|---|---|---|"]
+    named = {
+        "mean of the heads" if report["heads"] else "its head": report,
+        **{f"{name} head": one for name, one in report["heads"].items()},
+    }
+    lines += [f"| {name} | {one['top1']:.2f} | {one['top5']:.2f} |" for name, one in named.items()]
+    numbers = [
+        ("negative log likelihood", "nll", ".4f"),
+        ("calibration error (ECE, 15 bins)", "ece", ".4f"),
+        ("agreement with the teacher, %", "agreement", ".2f"),
+    ]
+    numbers += [
+        ("images", "images", ",d"),
+        ("images a second, with decoding", "images_per_second", ".0f"),
+        ("images a second, network alone", "images_per_second_network", ".0f"),
+    ]
+    lines += [
+        "",
+        "| | |",
+        "|---|---|",
+        *[f"| {name} | {format(report[key], kind)} |" for name, key, kind in numbers if key in report],
+    ]
+    if "per_class" in report:
+        rows = [row for row in report["per_class"] if row["images"]]
+        lines += ["", "| class | images | found % | right of those taken for it % |", "|---|---|---|---|"]
+        for row in sorted(rows, key=lambda row: row["recall"]):
+            precision = "" if row["precision"] is None else f"{row['precision']:.1f}"
+            lines.append(f"| {row['class']} | {row['images']} | {row['recall']:.1f} | {precision} |")
+    return "\n".join(lines) + "\n"
+
+
+def write(folder: Path, title: str, report: dict[str, Any], names: Sequence[str]) -> None:
+    """report.json, report.md and report.png; the confusion matrix in JSON up to 100 classes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = {key: value for key, value in report.items() if key != "confusion" or len(names) <= 100}
+    (folder / "report.json").write_text(json.dumps(kept, indent=1) + "\n")
+    (folder / "report.md").write_text(describe(title, report))
+    plot_report(report, names, folder / "report.png")
+
+
+def evaluate(
+    weights: str,
+    folder: Path,
+    data: Path | None,
+    *,
+    source: str | None,
+    split: Split,
+    benchmark: str | None,
+    teacher: str | None,
+    device: torch.device,
+    img_size: int | None,
+    **settings: Any,
+) -> None:
+    """`deit-kd evaluate`: writes a report of each part of what is asked for, and prints tables.
+
+    Args:
+        weights: see `load_student`.
+        folder: of the report; of ImageNet-C with one folder a part, and summary.json.
+        data: a folder, or what the source takes.
+        source: a `data.source`; None: image_folder, or fashion_mnist without data.
+        split: train or val.
+        benchmark: see `open_benchmark`.
+        teacher: see `load_teacher`.
+        device: where to.
+        img_size: pixels a side, if not the network's own.
+        settings: see `examine`.
+
+    Raises:
+        UserError: see `load_student`, `load_teacher`, `open_source`, `examine`.
+    """
+    model = load_student(weights, img_size=img_size)
+    if benchmark:
+        parts = open_benchmark(benchmark, data)
+    elif data and split == "val" and source in (None, "image_folder"):
+        parts = {"": Examination(open_folder_to_evaluate(data))}
+    else:
+        parts = {"": Examination(open_source(source or ("image_folder" if data else "fashion_mnist"), data, split))}
+    config = timm.data.resolve_model_data_config(model)
+    asked = load_teacher(teacher, image_mean=config["mean"], image_std=config["std"]).to(device) if teacher else None
+    facts = {
+        "weights": weights,
+        "architecture": ".".join(filter(None, (model.pretrained_cfg["architecture"], model.pretrained_cfg.get("tag")))),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "teacher": teacher,
+        "device": str(device),
+        "versions": {"torch": torch.__version__, "timm": timm.__version__},
+    }
+    found = {}
+    for part, examination in parts.items():
+        measured = examine(model, examination, device, teacher=asked, bar=part or "evaluating", **settings)
+        found[part] = {**facts, "data": examination.source.name, **measured}
+        title = f"{weights} on {benchmark or examination.source.name}{f', {part}' if part else ''}"
+        write(folder / part, title, found[part], examination.source.class_names)
+        print(f"{part:<24} top-1 {measured['top1']:6.2f} %" if part else describe(title, measured).split("\n| class |")[0].strip())
+    if len(found) > 1:
+        summary = corruption_errors(found)
+        top1 = {part: each["top1"] for part, each in found.items()}
+        (folder / "summary.json").write_text(json.dumps({**facts, **summary, "parts": top1}, indent=1) + "\n")
+        print("  ".join(f"{name} {value:.2f}" for name, value in summary.items()))

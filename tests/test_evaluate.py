@@ -1,0 +1,244 @@
+"""`deit-kd evaluate` and `predict`: numbers counted by hand, each benchmark's layout, and what is refused."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from conftest import ROOT
+from PIL import Image
+from torch import nn
+from torch.nn import functional as F
+
+from deit_kd import report
+from deit_kd.cli import main
+from deit_kd.data import open_source
+from deit_kd.data.imagenet import Examination, open_benchmark
+from deit_kd.errors import UserError
+from deit_kd.models import load_student, load_teacher
+
+SYNSETS = timm.data.ImageNetInfo("imagenet-1k").label_names()
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def student(fashion_folder: Path) -> nn.Module:
+    torch.manual_seed(0)
+    model = timm.create_model("deit_tiny_distilled_patch16_224", num_classes=10, img_size=28, patch_size=7, embed_dim=48, depth=2)
+    model.pretrained_cfg["input_size"] = (3, 28, 28)
+    return model.eval()
+
+
+@torch.inference_mode()
+def test_numbers_are_those_counted_by_hand(student: nn.Module, fashion_folder: Path) -> None:
+    source = open_source("image_folder", fashion_folder, "val")
+    teacher = load_teacher("resnet10t", 10, weights="random", image_mean=(0.5,) * 3, image_std=(0.5,) * 3)
+    found = report.examine(student, Examination(source), CPU, batch_size=7, teacher=teacher)
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(student))
+    images = torch.stack([transform(source[index][0]) for index in range(len(source))])
+    labels = torch.from_numpy(source.labels)
+    tokens = student.forward_features(images)
+    heads = {"class": student.head(tokens[:, 0]), "distillation": student.head_dist(tokens[:, 1])}
+    logits = sum(heads.values()) / 2
+
+    def top(logits: torch.Tensor, k: int) -> float:
+        return 100 * sum(label in row for label, row in zip(labels.tolist(), logits.topk(k).indices.tolist(), strict=True)) / 40
+
+    assert (found["top1"], found["top5"]) == pytest.approx((top(logits, 1), top(logits, 5)))
+    assert found["heads"] == {name: pytest.approx({"top1": top(each, 1), "top5": top(each, 5)}) for name, each in heads.items()}
+    assert found["nll"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
+    confidence, answer = logits.softmax(1).max(1)
+    place, ece = (confidence * 15).long(), 0.0
+    for each in range(15):
+        inside = place == each
+        if inside.any():
+            ece += abs(confidence[inside].sum().item() - (answer == labels)[inside].sum().item()) / 40
+    assert found["ece"] == pytest.approx(ece, rel=1e-5)
+    table = np.zeros((10, 10), dtype=int)
+    np.add.at(table, (labels.numpy(), answer.numpy()), 1)
+    assert found["confusion"] == table.tolist()
+    for label, row in enumerate(found["per_class"]):
+        taken = (answer == label).sum().item()
+        assert row["recall"] == pytest.approx(100 * table[label, label] / 4)
+        assert row["precision"] == (pytest.approx(100 * table[label, label] / taken) if taken else None)
+    assert found["agreement"] == pytest.approx(100 * (teacher(images).logits.argmax(1) == answer).sum().item() / 40)
+
+
+def test_a_network_that_knows_gets_everything_right(fashion_folder: Path) -> None:
+    """The quick start's teacher over the embedded test images: as its own card says, and in any order of the classes."""
+    teacher = load_student("quickstart_teacher")
+    source = open_source("fashion_mnist", None, "val")
+    source.images, source.labels = source.images[:200], source.labels[:200]  # type: ignore[attr-defined]
+    first = report.examine(teacher, Examination(source), CPU)
+    assert first["top1"] > 85
+    order = np.arange(10)[::-1]
+    source.class_names = tuple(source.class_names[place] for place in order)
+    source.labels = np.argsort(order)[source.labels]
+    second = report.examine(teacher, Examination(source), CPU)
+    assert second["top1"] == first["top1"]
+    assert [row["class"] for row in second["per_class"]] == list(source.class_names)
+    assert [row["recall"] for row in second["per_class"]] == [row["recall"] for row in first["per_class"]][::-1]
+    source.class_names = (*source.class_names[:9], "Hat")
+    with pytest.raises(UserError, match="'Hat' is none of the network's 10 classes"):
+        report.examine(teacher, Examination(source), CPU)
+
+
+class Answers(nn.Module):
+    """A network that answers what a table says, by the brightness of an image, and else `second`."""
+
+    def __init__(self, order: list[int], second: int = 0):
+        super().__init__()
+        self.second = second
+        self.num_classes, self.num_features = 1000, 1
+        self.order, self.feature_info = order, []  # type: ignore[var-annotated]
+        self.pretrained_cfg = self.default_cfg = {
+            "input_size": (3, 8, 8), "mean": (0.0,) * 3, "std": (1.0,) * 3, "crop_pct": 1.0, "interpolation": "nearest",
+        }  # fmt: skip
+
+    def forward_features(self, images: torch.Tensor) -> torch.Tensor:
+        return images
+
+    def forward_head(self, images: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        brightness = (images.mean(dim=(1, 2, 3)) * 255).round().long()
+        logits = torch.zeros(len(images), 1000)
+        logits[:, self.second] = 4.0
+        for row, value in enumerate(brightness.tolist()):
+            logits[row, self.order[value]] = 5.0
+        return logits
+
+
+def grey(path: Path, value: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("L", (8, 8), value).save(path)
+
+
+def folders(names: list[str]) -> Callable[[Path], None]:
+    return lambda root: [grey(root / name / f"{number}.png", number) for number, name in enumerate(names)] and None
+
+
+def exam(root: Path, benchmark: str, order: list[int], second: int = 0) -> dict[str, Any]:
+    parts = open_benchmark(benchmark, root)
+    return {name: report.examine(Answers(order, second), each, CPU) for name, each in parts.items()}  # type: ignore[arg-type]
+
+
+def test_imagenet_and_sketch_keep_all_classes(tmp_path: Path) -> None:
+    folders([SYNSETS[3], SYNSETS[700], SYNSETS[999]])(tmp_path / "val")
+    for benchmark in ("imagenet", "imagenet-sketch"):
+        assert exam(tmp_path, benchmark, [3, 700, 998])[""]["top1"] == pytest.approx(200 / 3)
+
+
+def test_v2_has_numbers_for_names(tmp_path: Path) -> None:
+    folders(["2", "10", "999"])(tmp_path)
+    assert exam(tmp_path, "imagenet-v2", [2, 10, 0])[""]["top1"] == pytest.approx(200 / 3)
+
+
+@pytest.mark.parametrize(("benchmark", "inside", "outside"), [("imagenet-a", 6, 0), ("imagenet-r", 1, 0)])
+def test_a_and_r_answer_among_their_classes(benchmark: str, inside: int, outside: int, tmp_path: Path) -> None:
+    folders([SYNSETS[inside]])(tmp_path / "good")
+    assert exam(tmp_path / "good", benchmark, [outside], second=inside)[""]["top1"] == 100
+    assert exam(tmp_path / "good", "imagenet", [outside], second=inside)[""]["top1"] == 0
+    assert len(open_benchmark(benchmark, tmp_path / "good")[""].among) == 200  # type: ignore[arg-type]
+    folders([SYNSETS[outside]])(tmp_path / "bad")
+    with pytest.raises(UserError, match="is none of the 200 classes"):
+        open_benchmark(benchmark, tmp_path / "bad")
+
+
+def test_real_takes_any_of_several_answers(tmp_path: Path) -> None:
+    """Of timm's table: which labels has which image of the validation set."""
+    table = json.loads((Path(timm.data.__file__).parent / "_info/imagenet_real_labels.json").read_text())
+    several = next(number for number, labels in enumerate(table) if len(labels) > 1)
+    nothing = next(number for number, labels in enumerate(table) if not labels)
+    for brightness, image in enumerate((several, nothing)):
+        grey(tmp_path / f"val/{SYNSETS[0]}/ILSVRC2012_val_{image + 1:08d}.png", brightness)
+    for label in table[several]:
+        found = exam(tmp_path, "imagenet-real", [label, label])[""]
+        assert (found["images"], found["top1"]) == (1, 100)
+    assert exam(tmp_path, "imagenet-real", [next(n for n in range(9) if n not in table[several]), 0])[""]["top1"] == 0
+    grey(tmp_path / f"val/{SYNSETS[0]}/photo.png", 3)
+    with pytest.raises(UserError, match="ReaL's labels go by the names"):
+        open_benchmark("imagenet-real", tmp_path)
+
+
+def test_c_is_averaged_over_corruptions_and_severities(tmp_path: Path) -> None:
+    for corruption in report.CORRUPTIONS:
+        for severity in range(1, 6):
+            folders([SYNSETS[0], SYNSETS[1]])(tmp_path / corruption / str(severity))
+    parts = exam(tmp_path, "imagenet-c", [0, 5])
+    assert len(parts) == 75
+    expected = {"top1": 50.0, "mce": float(np.mean([100 * 50 / error for error in report.CORRUPTIONS.values()]))}
+    assert report.corruption_errors(parts) == pytest.approx(expected)
+    parts.pop("fog/5")
+    assert set(report.corruption_errors(parts)) == {"top1"}
+    with pytest.raises(UserError, match="CORRUPTION/SEVERITY"):
+        open_benchmark("imagenet-c", tmp_path / "fog")
+
+
+def test_the_command_writes_table_json_and_picture(photo_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--data", str(photo_folder / "val"), "--output", str(tmp_path / "report"), "--batch-size", "8"]
+    model = timm.create_model("resnet10t", num_classes=1000)
+    timm.models._hub.save_for_hf(model, tmp_path / "model", safe_serialization=True)
+    main(["evaluate", str(tmp_path / "model"), *options])
+    assert "| its head |" in capsys.readouterr().out
+    stored = json.loads((tmp_path / "report/report.json").read_text())
+    assert (stored["images"], stored["architecture"].split(".")[0]) == (20, "resnet10t")
+    assert "| class | images |" in (tmp_path / "report/report.md").read_text()
+    assert Image.open(tmp_path / "report/report.png").size[0] > 500
+    bad = tmp_path / "photos"
+    shutil.copytree(photo_folder / "val", bad)
+    next(bad.rglob("*.jpg")).write_bytes(b"no image")
+    main(["evaluate", str(tmp_path / "model"), "--data", str(bad), "--output", str(tmp_path / "19"), "--on-bad-image", "skip"])
+    assert json.loads((tmp_path / "19/report.json").read_text())["images"] == 19
+    for wrong, message in (
+        (["--data", str(bad)], "cannot be read"),
+        (["--benchmark", "imagenet-v3", "--data", str(bad)], "did you mean imagenet-v2"),
+        (["--benchmark", "imagenet-a"], "needs --data DIR"),
+        (["--data", str(tmp_path / "nowhere")], "no such directory"),
+        ([], "is none of the network's 1000 classes"),
+        (["--batch-size", "0"], "at least 1"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main(["evaluate", str(tmp_path / "model"), *wrong])
+        assert stopped.value.code == 2
+        assert message in capsys.readouterr().err
+
+
+def predictions(*arguments: object, stdin: bytes = b"") -> tuple[int, list[dict[str, Any]], str]:
+    command = [sys.executable, "-m", "deit_kd", "predict", "quickstart_teacher", *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, input=stdin, capture_output=True, check=False)
+    return done.returncode, [json.loads(line) for line in done.stdout.decode().splitlines()], done.stderr.decode()
+
+
+def test_predictions(fashion_folder: Path, tmp_path: Path) -> None:
+    shoe = fashion_folder / "val/9 Ankle boot"
+    code, lines, _ = predictions(shoe, "--top", 2, "--batch-size", 3)
+    assert code == 0
+    assert [Path(line["image"]).name for line in lines] == sorted(path.name for path in shoe.iterdir())
+    assert {len(line["predictions"]) for line in lines} == {2}
+    assert [line["predictions"][0]["label"] for line in lines].count("Ankle boot") >= 3
+    one = sorted(shoe.iterdir())[0]
+    alone = predictions(one)[1][0]["predictions"]
+    assert [row["label"] for row in alone[:2]] == [row["label"] for row in lines[0]["predictions"]]
+    assert sum(row["probability"] for row in predictions(one, "--top", 99)[1][0]["predictions"]) == pytest.approx(1, abs=1e-4)
+    (tmp_path / "bad.png").write_bytes(one.read_bytes()[:100])
+    code, lines, said = predictions(one, tmp_path / "bad.png", tmp_path / "none.png", one)
+    assert (code, ["error" in line for line in lines]) == (1, [False, True, True, False])
+    assert "bad.png" in said
+    buffer = io.BytesIO()
+    Image.open(one).save(buffer, "png")
+    assert predictions("-", stdin=buffer.getvalue())[1][0]["predictions"] == alone
+    assert predictions("-", stdin=f"{one}\n{one}\n".encode())[1][1]["predictions"] == alone
+    for arguments, message in (([tmp_path / "empty"], "holds no images"), (["-"], "standard input is empty")):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        code, lines, said = predictions(*arguments)
+        assert (code, lines) == (2, [])
+        assert message in said
