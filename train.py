@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -107,7 +108,7 @@ def train(recipe: recipes.Recipe, options: argparse.Namespace, output: Path) -> 
     total_steps = recipe.epochs * task.steps_per_epoch
     stop_at = min(total_steps, options.max_steps or total_steps)
     run_folder.describe(output, recipe, accelerator, task, total_steps, resumed=resume is not None)
-    tracker = tracking.Tracker(accelerator, output, stop_at)
+    tracker = tracking.Tracker(accelerator, output, stop_at, goes_on=recipe.run.on_full_disk == "go_on")
     if resume is None and any(task.knows_labels):
         tracker.log("teacher", 0, task.evaluate_teachers())
     loop = engine.Loop(
@@ -168,12 +169,13 @@ def make_accelerator(recipe: recipes.Recipe, device: str, output: Path) -> Accel
         precision = "bf16" if not cpu and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
     if precision == "fp16" and cpu:
         raise UserError("run.precision=fp16: a CPU has no fp16 training; use bf16, no or auto")
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    stated = os.environ.get("WORLD_SIZE", os.environ.get("SLURM_STEP_NUM_TASKS", os.environ.get("OMPI_COMM_WORLD_SIZE", "1")))
+    launched = int(stated) if stated.isdigit() else 0
     alone = UserError(
-        f"WORLD_SIZE={launched} is set, but one process is running: launch all of them (on CPUs: torchrun --nproc_per_node {launched} "
-        "train.py ...; on GPUs: accelerate launch train.py ...), or unset WORLD_SIZE"
+        f"WORLD_SIZE={stated} is set, or so many tasks are, but one process is running: launch all of them (on CPUs: torchrun "
+        f"--nproc_per_node {stated} train.py ...; on GPUs: accelerate launch train.py ...; with srun launch/slurm.sh), or unset WORLD_SIZE"
     )
-    if launched > 1 and not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= set(os.environ):
+    if launched != 1 and not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= set(os.environ):
         raise alone
     for name in ("DEEPSPEED", "MEGATRON_LM"):  # on a CPU Accelerate would go on without a word, as DDP
         if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
@@ -193,4 +195,6 @@ def make_accelerator(recipe: recipes.Recipe, device: str, output: Path) -> Accel
 
 
 if __name__ == "__main__":
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # until training begins, which saves first: there is nothing to save yet
+        signal.signal(number, lambda *_: sys.exit(REQUEUE))
     main()

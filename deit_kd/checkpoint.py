@@ -42,7 +42,8 @@ def save(folder: Path, step: int, parts: Mapping[str, Tensors], state: Mapping[s
             file = temporary / f"{name}.safetensors"
             write_tensors(tensors, file)
             hashes[file.name] = sha256(file)
-        (temporary / "state.json").write_text(json.dumps({**state, "step": step, "sha256": hashes}, indent=1))
+        content = {**state, "step": step, "sha256": hashes}
+        (temporary / "state.json").write_text(json.dumps({**content, "own_sha256": _own_hash(content)}, indent=1))
         for file in temporary.iterdir():
             _flush(file)
         _flush(temporary)
@@ -150,7 +151,10 @@ def _all(folder: Path) -> list[Path]:
 
 def _fault(path: Path) -> str | None:
     try:
-        hashes = json.loads((path / "state.json").read_text())["sha256"]
+        state = json.loads((path / "state.json").read_text())
+        if state.pop("own_sha256") != _own_hash(state):
+            return "state.json is damaged"
+        hashes = state["sha256"]
         for name, expected in hashes.items():
             if sha256(path / name) != expected:
                 return f"{name} is damaged"
@@ -159,6 +163,10 @@ def _fault(path: Path) -> str | None:
     except (ValueError, KeyError, TypeError, AttributeError):
         return "state.json is damaged"
     return None
+
+
+def _own_hash(state: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 def sha256(file: Path) -> str:

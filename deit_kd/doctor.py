@@ -167,8 +167,9 @@ def _data(recipe: Recipe, data: Path | None, accelerator: Accelerator) -> Line:
         train, val = build.open_data(recipe, data)
         told = f"{len(train):,} training and {len(val):,} validation images of {train.origin}"
         print_of_data = f"{fingerprint(train)} {fingerprint(val)} {train.class_names}"
-    except UserError as error:
-        fault, print_of_data = str(error), str(error)
+    except Exception as error:  # whatever is wrong with data is a line, on every process
+        told = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        fault, print_of_data = told, told
     same = _same("data", print_of_data, told, accelerator)
     return Line("fail", "data", fault) if fault else same
 

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from deit_kd.errors import UserError
 from deit_kd.run_state import RunState
+from deit_kd.stop import Stop
 from deit_kd.tracking import Clock, Tracker
-from deit_kd.vote import Stop, Vote
+from deit_kd.vote import Vote
 
 SKIPPED_IN_A_ROW = 3  # steps without a finite loss end the run
 

@@ -80,12 +80,15 @@ def describe(output: Path, recipe: Recipe, accelerator: Accelerator, task: Class
     needed = counted.checkpoint_bytes * (recipe.run.keep_checkpoints + 1) + 4 * counted.student_parameters
     loader, val, cut = task.train_loader, task.val_loader.source, sharding.is_sharded(task.student)
     if accelerator.is_main_process:
-        free = shutil.disk_usage(output).free
+        there = sum(
+            file.stat().st_size for file in (output / "checkpoints").rglob("*") if file.is_file()
+        )  # new ones push these out
+        free = shutil.disk_usage(output).free + there
         if free < needed:
-            raise UserError(
-                f"no space left for checkpoints in {output}: {needed / 1e6:.0f} MB are needed, {free / 1e6:.0f} MB are free; "
-                "free some, give another --output, or lower run.keep_checkpoints"
-            )
+            fault = f"no space left for checkpoints in {output}: {needed / 1e6:.0f} MB are needed, {free / 1e6:.0f} MB are free"
+            if recipe.run.on_full_disk == "stop":
+                raise UserError(f"{fault}; free some, give another --output, or lower run.keep_checkpoints")
+            accelerator.print(f"{fault}; the run goes on without those that do not fit")
         (output / "recipe.yaml").write_text(recipes.dump(recipe))
         run = {
             "name": output.resolve().name,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import sys
 import time
 from collections import defaultdict
@@ -60,10 +62,12 @@ class Tracker:
         accelerator: for averaging over processes and for its trackers.
         folder: the run folder; metrics.jsonl grows there.
         total_steps: of the whole run, for the bar.
+        goes_on: on a full disk, where nothing can be written.
     """
 
-    def __init__(self, accelerator: Accelerator, folder: Path, total_steps: int):
+    def __init__(self, accelerator: Accelerator, folder: Path, total_steps: int, goes_on: bool = False):
         self.accelerator, self.file, self.total_steps = accelerator, folder / "metrics.jsonl", total_steps
+        self.goes_on, self._pending, self._said_full = goes_on, "", False
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
         self._bar: tqdm[Any] | None = None
@@ -126,9 +130,9 @@ class Tracker:
         """Writes one line of `kind` (train, eval, teacher, projector, skipped), shows it, and passes its numbers to the trackers."""
         if not self.accelerator.is_main_process:
             return
-        with self.file.open("a") as stream:
-            line = {"kind": kind, "step": step, **values, "seconds": time.time() - self._started}
-            stream.write(json.dumps(line) + "\n")
+        line = {"kind": kind, "step": step, **values, "seconds": time.time() - self._started}
+        self._pending += json.dumps(line) + "\n"
+        self._write()
         numbers = {name: value for name, value in values.items() if isinstance(value, (int, float))}
         self.accelerator.log({f"{kind}/{name}": value for name, value in numbers.items()}, step=step)
         shown = "  ".join(f"{name} {_short(value)}" for name, value in numbers.items() if not name.startswith("seconds"))
@@ -138,6 +142,22 @@ class Tracker:
             self._bar.set_postfix_str("  ".join(f"{name} {_short(value)}" for name, value in terms.items()), refresh=False)
         elif kind not in ("projector", "skipped"):
             self.say(f"{kind:<7} step {step}/{self.total_steps}  {shown}")
+
+    def _write(self) -> None:
+        """Appends what waits; on a full disk, where the run is to go on, it waits for the next time, and no half of a line is left."""
+        size = self.file.stat().st_size if self.file.exists() else 0
+        try:
+            with self.file.open("a") as stream:
+                stream.write(self._pending)
+        except OSError as error:
+            if not self.goes_on or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            os.truncate(self.file, size)
+            if not self._said_full:
+                self._said_full = True
+                self.say(f"no space left on the device of {self.file}: lines are kept until there is; the run goes on")
+            return
+        self._pending = ""
 
     def say(self, text: str) -> None:
         """A line for people, from the main process."""

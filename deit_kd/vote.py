@@ -1,40 +1,12 @@
-"""Signals that ask a run to stop, and what its processes must agree on at each step."""
+"""What the processes of a run must agree on at each step."""
 
 from __future__ import annotations
-
-import os
-import signal
-import time
-from types import FrameType
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-
-class Stop:
-    """Turns SIGINT, SIGTERM and SIGUSR1 into a request that the loop meets after the step; a second signal ends the process at once.
-
-    Signals of the same second are one request: a scheduler and the launcher that it signalled too often both send one.
-    """
-
-    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-
-    def __enter__(self) -> Stop:
-        self.requested, self._since = False, 0.0
-        self._before = {number: signal.signal(number, self._request) for number in self.SIGNALS}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _request(self, number: int, _: FrameType | None) -> None:
-        if not self.requested:
-            self.requested, self._since = True, time.monotonic()
-        elif time.monotonic() - self._since > 1:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
+from deit_kd.stop import Stop
 
 
 class Vote:

@@ -31,13 +31,15 @@ def test_round_trip_and_pruning_after_the_save(tmp_path: Path) -> None:
     assert {file.suffix for file in newest.iterdir()} == {".safetensors", ".json"}
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing", "no state"])
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing", "no state", "other step"])
 def test_damaged_checkpoints_are_named_and_passed_over(damage: str, tmp_path: Path) -> None:
     for step in (1, 2):
         path = checkpoint.save(tmp_path, step, PARTS, {}, keep=5)
-    file = path / ("state.json" if damage == "no state" else "module.safetensors")
+    file = path / ("state.json" if "st" in damage.split()[-1] else "module.safetensors")
     content = file.read_bytes()
-    if damage == "missing":
+    if damage == "other step":  # one bit
+        file.write_bytes(content.replace(b'"step": 2', b'"step": 0'))
+    elif damage == "missing":
         file.unlink()
     else:
         file.write_bytes(content[: len(content) // 2] if damage != "flipped" else content[:-1] + bytes([content[-1] ^ 1]))

@@ -123,6 +123,20 @@ def test_faults_are_named(fashion_folder: Path, tmp_path: Path) -> None:
     for split in ("train", "val"):
         whole.map(lambda row: {"label": row["label"] - 1}).to_parquet(tmp_path / f"{split}.parquet")
     refuse("rows without a label")
+    for values, message in (
+        ([str(label) for label in whole["label"]], "labels are (large_)?string"),
+        ([float(label) for label in whole["label"]], "labels are double"),
+        ([None, *whole["label"][1:]], "rows without a label"),
+        ([label + 1 for label in whole["label"]], "begin with 1"),
+    ):
+        for split in ("train", "val"):
+            whole.remove_columns("label").add_column("label", values).to_parquet(tmp_path / f"{split}.parquet")
+        refuse(message)
+    names = open_source("image_folder", fashion_folder, "train").class_names
+    table(fashion_folder, "train").to_parquet(tmp_path / "train.parquet")
+    table(fashion_folder, "val", datasets.ClassLabel(names=list(names[::-1]))).to_parquet(tmp_path / "val.parquet")
+    refuse("classes in another order")
+    refuse("classes in another order", tmp_path)
     (tmp_path / "folder").mkdir()
     whole.to_parquet(tmp_path / "folder/train.parquet")
     refuse("has the splits train; needed", tmp_path / "folder")

@@ -93,6 +93,16 @@ def test_faults_are_named(shards: Path, fashion_folder: Path, tmp_path: Path, ca
     with pytest.raises(UserError, match=f"{last.name}: is cut off"):
         open_source("shards", damaged, "train")
     shutil.rmtree(damaged)
+    shutil.copytree(shards, damaged)
+    index = (damaged / "index_train.npz").read_bytes()
+    for content in (b"", b"none", index[:-200], index[:300] + bytes([index[300] ^ 1]) + index[301:]):
+        (damaged / "index_train.npz").write_bytes(content)
+        with pytest.raises(UserError, match="index_train.npz: is damaged"):
+            open_source("shards", damaged, "train")
+    (damaged / "classes.json").write_text("10")
+    with pytest.raises(UserError, match="classes.json: cannot be read"):
+        open_source("shards", damaged, "train")
+    shutil.rmtree(damaged)
     damaged.mkdir()
     (damaged / "classes.json").write_text('["a"]')
     Image.new("RGB", (4, 4)).save(tmp_path / "0.png")

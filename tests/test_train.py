@@ -222,6 +222,25 @@ def test_an_interrupted_run_goes_on(number: signal.Signals, code: int, tmp_path:
     assert (output / f"checkpoints/step_{reached + 2:08d}").is_dir()
 
 
+def test_a_signal_before_training_asks_for_another_start(tmp_path: Path, fashion_folder: Path) -> None:
+    command = [
+        "train.py",
+        "--recipe",
+        "quickstart",
+        "--data",
+        fashion_folder,
+        "--output",
+        tmp_path / "run",
+        *SMALL,
+        *RANDOM_TEACHER,
+    ]
+    process = subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    time.sleep(2)  # it imports torch
+    process.send_signal(signal.SIGUSR1)
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, "Traceback" in errors) == (75, False), errors
+
+
 def test_photos_at_full_size_with_the_real_architectures(photo_folder: Path, tmp_path: Path) -> None:
     """RegNetY-160 and the conv-stem DeiT-Ti at 224 px, on a part of ImageNet smaller than a batch."""
     done = run_script(
@@ -358,6 +377,13 @@ def test_launched_as_two_but_running_as_one() -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("variable", [{"WORLD_SIZE": "two"}, {"SLURM_STEP_NUM_TASKS": "2"}])
+def test_tasks_that_do_not_know_each_other_are_refused(variable: dict[str, str]) -> None:
+    done = run_script("train.py", "--recipe", "quickstart", env={**os.environ, **variable})
+    assert (done.returncode, "Traceback" in done.stderr) == (2, False)
+    assert "but one process is running" in done.stderr
+
+
 def test_a_strategy_that_would_not_be_followed_is_refused(train_cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, told in (("DEEPSPEED", "asks for DEEPSPEED"), ("FSDP", "asks for FSDP version 1")):
         monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
@@ -405,6 +431,35 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_the_run_goes_on_if_told_so(tm
     assert "step 4 is not saved, earlier checkpoints are kept; the run goes on" in done.stderr
     assert done.stdout.splitlines()[-1] == "step_00000002", "nothing half-written beside it"
     assert (output / "student/model.safetensors").exists()
+
+
+def test_a_disk_that_is_full_to_the_last_byte_and_then_is_not(tmp_path: Path, fashion_folder: Path) -> None:
+    """Not even a log line fits for a while; afterwards all of them are there, and the same command resumes where the run just fits."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    arguments = [
+        *SMALL,
+        *RANDOM_TEACHER,
+        "epochs=60",
+        "run.on_full_disk=go_on",
+        "run.log_every_steps=1",
+        "run.save_every_steps=100",
+    ]
+    arguments += ["run.eval_every_epochs=60", "run.keep_checkpoints=1"]
+    train = f"'{sys.executable}' train.py --recipe quickstart --data '{fashion_folder}' --output '{disk}/run' {' '.join(arguments)}"
+    script = f"""mount -t tmpfs -o size=4m tmpfs '{disk}'
+      {train} --max-steps 300 & run=$!
+      until [ -s '{disk}/run/metrics.jsonl' ]; do sleep 0.1; done
+      dd if=/dev/zero of='{disk}/filler' bs=1k status=none 2>/dev/null
+      sleep 2; rm '{disk}/filler'; wait $run || exit 1
+      grep -c '"kind": "train"' '{disk}/run/metrics.jsonl'
+      dd if=/dev/zero of='{disk}/filler' bs=1k count=$(($(df -k --output=avail '{disk}' | tail -1) - 600)) status=none
+      {train} --max-steps 301; ls '{disk}/run/checkpoints'"""
+    done = subprocess.run(["unshare", "-rm", "bash", "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "lines are kept until there is; the run goes on" in done.stderr
+    assert "300" in done.stdout.splitlines()
+    assert "going on from" in done.stdout
 
 
 def test_features_alone_can_come_from_a_teacher_of_other_classes(train_cli: Cli, fashion_folder: Path, tmp_path: Path) -> None:

@@ -74,28 +74,56 @@ def open_rows(data: Path | None, split: Split) -> Source:
     if "train" not in tables or not validation:
         raise UserError(f"--data {origin}: has the splits {', '.join(tables)}; needed are train and one of {', '.join(VALIDATION)}")
     chosen = {"train": tables["train"], "val": tables[validation[0]]}
-    features = chosen["train"].features
+    columns = {name: _columns(datasets, table.features, origin) for name, table in chosen.items()}
+    if columns["train"] != columns["val"]:
+        raise UserError(
+            f"--data {origin}: training and validation data have other columns, or classes in another order; write them alike"
+        )
+    image, column, names = columns["train"]
+    labels = {name: _labels(table.data.column(column), names, origin) for name, table in chosen.items()}
+    names = names or tuple(map(str, range(1 + max(int(each.max()) for each in labels.values()))))
+    rows = chosen[split].cast_column(image, datasets.Image(decode=False))
+    return RowSource(rows, _synsets(names), image, labels[split], origin)
+
+
+def _load(datasets: Any, origin: str) -> Any:
+    """Tables by split. Files are read split by split, each with its own schema; else the first one's classes would be taken for all."""
+    folder = Path(origin)
+    if "{split}" in origin:
+        files = {name: [origin.replace("{split}", name)] for name in ("train", "val")}
+    elif list(folder.glob("*.parquet")):
+        files = {name: sorted(map(str, folder.glob(f"{name}*.parquet"))) for name in ("train", *VALIDATION)}
+    else:
+        return datasets.load_dataset(origin)
+    builder = "webdataset" if ".tar" in folder.suffixes else "parquet"
+    return {name: datasets.load_dataset(builder, data_files={name: paths}, split=name) for name, paths in files.items() if paths}
+
+
+def _columns(datasets: Any, features: Any, origin: str) -> tuple[str, str, tuple[str, ...] | None]:
+    """(column of images, column of labels, names of classes if they are declared)"""
     images = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
     classes = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
     classes = classes or [name for name in LABELS if name in features]
     if len(images) != 1 or len(classes) != 1:
         raise UserError(f"--data {origin}: needed is one column of images and one of labels; its columns are {features}")
-    labels = {name: np.asarray(table.data.column(classes[0])) for name, table in chosen.items()}
-    if min(each.min() for each in labels.values()) < 0:
-        raise UserError(f"--data {origin}: has rows without a label (below 0)")
     kind = features[classes[0]]
-    names = (
-        kind.names if isinstance(kind, datasets.ClassLabel) else map(str, range(1 + max(each.max() for each in labels.values())))
-    )
-    rows = chosen[split].cast_column(images[0], datasets.Image(decode=False))
-    return RowSource(rows, _synsets(tuple(names)), images[0], labels[split], origin)
+    return images[0], classes[0], tuple(kind.names) if isinstance(kind, datasets.ClassLabel) else None
 
 
-def _load(datasets: Any, origin: str) -> Any:
-    if "{split}" not in origin:
-        return datasets.load_dataset(origin)
-    files = {name: origin.replace("{split}", name) for name in ("train", "val")}
-    return datasets.load_dataset("webdataset" if ".tar" in Path(origin).suffixes else "parquet", data_files=files)
+def _labels(column: Any, names: tuple[str, ...] | None, origin: str) -> np.ndarray:
+    """[N] int64."""
+    if not str(column.type).lstrip("u").startswith("int"):
+        raise UserError(f"--data {origin}: labels are {column.type}; needed are whole numbers, best a ClassLabel with names")
+    if column.null_count or not len(column):
+        raise UserError(f"--data {origin}: has rows without a label, or no rows")
+    labels = np.asarray(column).astype(np.int64)
+    if labels.min() < 0:
+        raise UserError(f"--data {origin}: has rows without a label (below 0)")
+    if names is None and labels.min() > 0:
+        raise UserError(
+            f"--data {origin}: labels begin with {labels.min()} instead of 0; count them from 0, or declare a ClassLabel"
+        )
+    return labels
 
 
 def _synsets(names: tuple[str, ...]) -> tuple[str, ...]:

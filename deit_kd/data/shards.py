@@ -8,9 +8,11 @@ import json
 import os
 import shutil
 import tarfile
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from PIL import Image
@@ -39,18 +41,21 @@ class ShardSource:
             raise UserError(f"{root}: has no {split}-*.tar; make shards of a folder of images with deit-kd pack")
         try:
             self.class_names = tuple(json.loads((root / "classes.json").read_text()))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, TypeError) as error:
             raise UserError(f"{root}/classes.json: cannot be read ({error}); it holds the list of class names") from None
         index = root / INDEX.format(split=split)
-        found = dict(np.load(index, allow_pickle=False)) if index.exists() else _read_through(self.files)
-        self.shard, self.offset, self.size, self.labels, self.keys = (
-            found[name] for name in ("shard", "offset", "size", "labels", "keys")
-        )
+        try:
+            found = dict(np.load(index, allow_pickle=False)) if index.exists() else _read_through(self.files)
+            self.shard, self.offset, self.size, self.labels, self.keys = (
+                found[name] for name in ("shard", "offset", "size", "labels", "keys")
+            )
+        except (OSError, EOFError, ValueError, KeyError, BadZipFile, zlib.error) as error:
+            raise UserError(f"{index}: is damaged ({error}); remove it, and the shards are read through instead") from None
         for number, file in enumerate(self.files):
             ends = (self.offset + self.size)[self.shard == number]
             if len(ends) == 0 or ends.max() > file.stat().st_size:
                 raise UserError(f"{file}: is cut off, or not the shard that {index.name} describes; copy or pack it again")
-        if self.shard.max() >= len(self.files) or self.labels.max() >= len(self.class_names):
+        if self.shard.max() >= len(self.files) or self.labels.max() >= len(self.class_names) or self.labels.min() < 0:
             raise UserError(f"{root}: shards or classes are missing that {index.name} describes; copy or pack it again")
         self.name, self.origin = f"images of {len(self.class_names)} classes in {len(self.files)} shards", str(root)
         self._open: dict[int, int] = {}  # descriptors; a worker process inherits them, and reads at positions of its own
