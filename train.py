@@ -59,6 +59,10 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     try:
         recipe = recipes.load(options.recipe, options.overrides)
+        if recipe.finetune is not None:
+            from deit_kd.build import resolve
+
+            recipe = resolve(recipe)
         output = options.output or Path("runs") / Path(options.recipe).stem
         dry_run(recipe, options.data) if options.dry_run else train(recipe, options, output)
     except UserError as error:
@@ -126,7 +130,7 @@ def train(recipe: recipes.Recipe, options: argparse.Namespace, output: Path) -> 
     complete = engine.fit(task, accelerator, optimizer, schedule, loop, tracker, output, ema, resume)
     student = task.whole(task.student if ema is None else ema.module)
     if complete and accelerator.is_main_process:
-        licences = [teacher.info.license for teacher in teachers]
+        licences = [teacher.info.license for teacher in teachers] + [task.origin["license"]] * (recipe.finetune is not None)
         release.export_student(student, output / "student", recipe, sources[0].class_names, licences)
         card = release.write_card(output)
         analysis.plot_run(output)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ from torch import Tensor
 
 from deit_kd.data import Placement, Source, open_source
 from deit_kd.errors import UserError
-from deit_kd.models import Distiller, Teacher, build_student, load_teacher
+from deit_kd.models import Distiller, Teacher, build_student, load_student, load_teacher
 from deit_kd.models.distiller import build_lesson_projector
-from deit_kd.recipe import Lesson, Recipe
+from deit_kd.models.loading import architecture_of
+from deit_kd.models.taps import TimmModel
+from deit_kd.recipe import Finetune, Lesson, Recipe, nearest
 from deit_kd.seed import derive_seed
 
 
@@ -60,20 +63,42 @@ def build_teachers(recipe: Recipe, class_names: Sequence[str] | int, pretrained:
     return teachers
 
 
-def build_distiller(recipe: Recipe, num_classes: int, teachers: Sequence[Teacher], labels: Tensor | None = None) -> Distiller:
-    """Student and a projector for each lesson; fresh weights that depend on the recipe's seed alone.
+def resolve(recipe: Recipe) -> Recipe:
+    """The recipe with the architecture of the weights that it goes on from.
+
+    Raises:
+        UserError: weights that cannot be read, or of another architecture than it names.
+    """
+    if recipe.finetune is None:
+        return recipe
+    name, arguments = architecture_of(recipe.finetune.weights)
+    if recipe.student.name not in ("auto", name):
+        raise UserError(f"student.name={recipe.student.name}: {recipe.finetune.weights} is a {name}; set student.name=auto")
+    stated = recipe.student.model_args if recipe.student.name == name else arguments
+    return replace(recipe, student=replace(recipe.student, name=name, model_args=stated))
+
+
+def build_distiller(
+    recipe: Recipe, num_classes: int, teachers: Sequence[Teacher], labels: Tensor | None = None, pretrained: bool = True
+) -> Distiller:
+    """Student and a projector for each lesson; fresh weights that depend on the recipe's seed alone, or those to go on from.
 
     Args:
         recipe: names them.
         num_classes: of the data.
         teachers: one a lesson, on the CPU or the meta device like the result.
         labels: [N] int of the training images, for a contrastive memory.
+        pretrained: False counts only: random weights, whatever the recipe says.
 
     Raises:
-        UserError: a head, tap or width that does not fit.
+        UserError: a head, tap or width that does not fit, or weights that cannot be read.
     """
     torch.manual_seed(recipe.seed)
-    student = build_student(recipe.student, num_classes, recipe.data.img_size)
+    if recipe.finetune is not None and pretrained:
+        student = load_student(recipe.finetune.weights, num_classes, recipe.data.img_size, drop_path=recipe.student.drop_path)
+        _freeze(student.train(), recipe.finetune)
+    else:
+        student = build_student(recipe.student, num_classes, recipe.data.img_size)
     lessons = recipe.lessons()
     device = next(student.parameters()).device
     image = torch.zeros(1, 3, recipe.data.img_size, recipe.data.img_size, device=device)
@@ -100,6 +125,34 @@ def build_distiller(recipe: Recipe, num_classes: int, teachers: Sequence[Teacher
                 "student such as deit_tiny_distilled_patch16_224"
             )
     return distiller
+
+
+@torch.no_grad()
+def _freeze(student: TimmModel, finetune: Finetune) -> None:
+    heads = student.pretrained_cfg["classifier"]
+    heads = (heads,) if isinstance(heads, str) else tuple(heads)
+    parameters = dict(student.named_parameters())
+    if finetune.heads != "both" and len(heads) != 2:
+        raise UserError(f"finetune.heads={finetune.heads}: {finetune.weights} has {len(heads)} heads; set it to both")
+    unused = {"class": heads[1:], "distillation": heads[:1], "both": ()}[finetune.heads]
+    for prefix in finetune.frozen:
+        chosen = [
+            name
+            for name in parameters
+            if (name.rpartition(".")[0] not in heads if prefix == "backbone" else name.startswith(prefix))
+        ]
+        if not chosen:
+            known = {".".join(name.split(".")[:depth]) for name in parameters for depth in (1, 2)}
+            raise UserError(
+                f"finetune.frozen: {finetune.weights} has no parameter that begins with {prefix}{nearest(prefix, known)}"
+            )
+        for name in chosen:
+            parameters[name].requires_grad_(False)
+    for name, parameter in parameters.items():
+        if name.rpartition(".")[0] in unused:
+            parameter.zero_().requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in parameters.values()):
+        raise UserError("finetune.frozen: leaves nothing to train; shorten it")
 
 
 def tokens(lessons: Sequence[Lesson], heads: int) -> list[int | None]:

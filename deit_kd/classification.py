@@ -29,13 +29,16 @@ from deit_kd.build import accumulation, build_distiller, placement, tokens
 from deit_kd.class_means import load_or_compute
 from deit_kd.collective import GlobalBatch
 from deit_kd.data import Batch, EvaluationLoader, Source, TrainLoader
+from deit_kd.data.sources import hold_out
 from deit_kd.data.transforms import evaluation_transform, train_transform
 from deit_kd.errors import UserError
 from deit_kd.evaluation import measure, measure_student
 from deit_kd.models import Distiller, StudentOutput, Teacher, TeacherOutput, build_student
 from deit_kd.models.projectors import first_matrix
 from deit_kd.models.taps import TimmModel
+from deit_kd.models.weights import fingerprint as tensor_hash
 from deit_kd.recipe import Lesson, Recipe, fingerprint
+from deit_kd.seed import derive_seed
 from deit_kd.terms import Terms
 from deit_kd.tracking import Clock
 
@@ -70,6 +73,9 @@ class Classification:
     ):
         self.recipe, self.accelerator, self.teachers = recipe, accelerator, tuple(teachers)
         train, val = sources
+        tune, holdout = recipe.finetune, None
+        if tune is not None and tune.holdout:
+            train, holdout = hold_out(train, tune.holdout, derive_seed(recipe.seed, "holdout"))
         self.num_classes = len(train.class_names)
         lessons = recipe.lessons()
         self.knows_labels = [bool(lesson.distill.kd_weight) for lesson in lessons]
@@ -93,6 +99,8 @@ class Classification:
                 f"global_batch_size={recipe.global_batch_size}: leaves {micro} image a micro-batch, feature losses need 2"
             )
         self.val_loader = EvaluationLoader(val, evaluation_transform(recipe), here, batch_size=micro)
+        self.holdout_loader = holdout and EvaluationLoader(holdout, evaluation_transform(recipe), here, batch_size=micro)
+        self.patience = tune and tune.patience_epochs
         self.steps_per_epoch = self.train_loader.steps_per_epoch
         self.fingerprint = fingerprint(recipe)
         self.layout = {
@@ -103,6 +111,8 @@ class Classification:
         distiller = build_distiller(recipe, self.num_classes, teachers, torch.from_numpy(train.labels))
         if recipe.batch_statistics == "global" and accelerator.num_processes > 1 and accelerator.device.type == "cuda":
             distiller = convert_sync_batchnorm(distiller)  # torch has it on CUDA alone
+        licence = distiller.student.pretrained_cfg.get("license") or "unknown"
+        self.origin = {"license": licence, "sha256": tensor_hash(distiller.student)} if tune else {}
         self.student, self.projectors = distiller.student, distiller.projectors
         self.module: nn.Module = distiller
         self.global_batch = GlobalBatch(accelerator, self.accumulation_steps)
@@ -202,9 +212,18 @@ class Classification:
                 for buffer in model.buffers():
                     buffer.copy_(broadcast(buffer))
         metrics = measure_student(distiller, self.val_loader, self.accelerator)
+        if self.holdout_loader:
+            metrics |= measure_student(distiller, self.holdout_loader, self.accelerator, "holdout_")
         if ema is not None:
             metrics |= measure_student(Distiller(ema), self.val_loader, self.accelerator, "ema_")
         return metrics
+
+    def is_over(self, evaluations: list[dict[str, Any]]) -> bool:
+        """See `engine.Task`: the held out images have not been told better for `patience_epochs`."""
+        if not (self.patience and evaluations):
+            return False
+        best = max(evaluations, key=lambda line: line["holdout_top1"])  # the first of equals
+        return bool(evaluations[-1]["epoch"] - best["epoch"] >= self.patience)
 
     @torch.inference_mode()
     def evaluate_teachers(self) -> dict[str, float]:

@@ -76,6 +76,24 @@ def main(arguments: list[str] | None = None) -> None:
     verb.set_defaults(run=predict)
 
     verb = verbs.add_parser(
+        "finetune",
+        help="go on training a student with other images and classes",
+        epilog="example: deit-kd finetune runs/deit_ti --data flowers --output runs/flowers epochs=50 finetune.holdout=0.1",
+    )
+    verb.add_argument(
+        "weights", help="a run, an exported folder, hf-hub:ORG/NAME, a timm tag, a released name, or an authors' file"
+    )
+    verb.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe")
+    verb.add_argument(
+        "--data", type=Path, required=True, help="DIR with DIR/train/CLASS/ and DIR/val/CLASS/, or what data.source takes"
+    )
+    verb.add_argument("--output", type=Path, help="the run folder (default: runs/finetune_NAME)")
+    verb.add_argument("--recipe", default="finetune", help="finetune (default), finetune_probe, finetune_taught, or another")
+    verb.add_argument("--img-size", type=int, help="pixels a side, where they shall differ from the network's own")
+    verb.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    verb.set_defaults(run=finetune)
+
+    verb = verbs.add_parser(
         "convert",
         help="authors' weights as a folder that timm loads",
         epilog="example: deit-kd convert ckpt_epoch_299.pth deit_ti_srd",
@@ -211,6 +229,31 @@ def predict(options: argparse.Namespace) -> None:
     except BrokenPipeError:  # the reader has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(1 if failed else 0)
+
+
+def finetune(options: argparse.Namespace) -> None:
+    """Becomes train.py with the recipe, the weights, and their size and normalisation."""
+    import timm
+
+    from deit_kd.models import load_student
+
+    config = timm.data.resolve_model_data_config(load_student(options.weights, img_size=options.img_size))
+    interpolation = config["interpolation"] if config["interpolation"] in ("bilinear", "bicubic") else "bicubic"
+    weights = Path(options.weights).resolve() if Path(options.weights).exists() else options.weights
+    ours = {
+        "finetune.weights": weights,
+        "data.img_size": config["input_size"][-1],
+        "data.mean": list(config["mean"]),
+        "data.std": list(config["std"]),
+        "evaluation.crop_pct": config["crop_pct"],
+        "evaluation.interpolation": interpolation,
+    }
+    output = options.output or Path("runs") / f"finetune_{Path(options.weights).stem}"
+    script = Path(recipes.FOLDER).parent / "train.py"
+    command = [sys.executable, script, "--recipe", options.recipe, "--data", options.data, "--output", output]
+    command += ["--device", options.device, *(f"{key}={value}" for key, value in ours.items()), *options.overrides]
+    sys.stdout.flush()
+    os.execv(sys.executable, list(map(str, command)))
 
 
 def _device(name: str) -> Any:

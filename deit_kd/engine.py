@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
@@ -45,6 +45,9 @@ class Task(Protocol):
 
     def evaluate(self, ema: nn.Module | None) -> dict[str, float]:
         """Metrics over the validation data, those of `ema` under names that begin with ema_."""
+
+    def is_over(self, evaluations: list[dict[str, Any]]) -> bool:
+        """Whether what was measured so far says that more steps do not help."""
 
     def inspect(self) -> dict[str, Any]:
         """What to record of the trainable parts beside metrics, such as the projector's spectrum."""
@@ -102,13 +105,16 @@ def fit(
     tracker.start(step)
     if step == 0:
         tracker.log("projector", step, task.inspect())
-    elif _evaluation_is_due(loop, task, step) and not tracker.has("eval", step):  # stopped between saving and evaluating
+    elif _evaluation_is_due(loop, task, step) and step not in {
+        line["step"] for line in tracker.lines("eval")
+    }:  # stopped between saving and evaluating
         _evaluate(task, tracker, step, ema)
+    over = _is_over(task, tracker, accelerator)
     window, skipped_in_a_row, buffers = _Window(step), 0, _Buffers(task.module)
     task.module.train()
 
     with Stop() as stop:
-        while step < loop.total_steps:
+        while step < loop.total_steps and not over:
             epoch, step_of_epoch = divmod(step, task.steps_per_epoch)
             if batches is None or step_of_epoch == 0:
                 batches = task.train_batches(epoch, step_of_epoch, clock)
@@ -143,10 +149,11 @@ def fit(
                     state.save(step)  # before evaluating, which can take long and fail
                 if _evaluation_is_due(loop, task, step) and not stopping:
                     _evaluate(task, tracker, step, ema)
+                    over = _is_over(task, tracker, accelerator)
             if stopping:
                 tracker.say(f"stopped at step {step}; the same command goes on from {folder / 'checkpoints'}")
                 break
-    return step >= loop.total_steps
+    return over or step >= loop.total_steps
 
 
 _Done = list[tuple[Any, dict[str, Tensor]]]  # the micro-batches of a step with their terms
@@ -192,6 +199,13 @@ def _evaluate(task: Task, tracker: Tracker, step: int, ema: ModelEmaV3 | None) -
     tracker.log("eval", step, {"epoch": step / task.steps_per_epoch, **metrics})
     tracker.log("projector", step, task.inspect())
     task.module.train()
+
+
+def _is_over(task: Task, tracker: Tracker, accelerator: Accelerator) -> bool:
+    """Asks the task on the main process, which alone has all lines; all hear the answer."""
+    answer = [accelerator.is_main_process and task.is_over(tracker.lines("eval"))]
+    broadcast_object_list(answer)
+    return answer[0]
 
 
 def _report_skipped(task: Task, tracker: Tracker, step: int, done: _Done, in_a_row: int) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from timm.models import group_parameters
 from timm.optim import create_optimizer_v2, list_optimizers
 from torch import nn
 
@@ -24,19 +26,42 @@ def build_optimizer(recipe: Recipe, module: nn.Module) -> torch.optim.Optimizer:
     optim = recipe.optim
     if optim.name not in list_optimizers():
         raise UserError(f"optim.name={optim.name}: timm knows no such optimiser{nearest(optim.name, list_optimizers())}")
+    scaled = _layers(recipe, module) if recipe.finetune is not None and recipe.finetune.layer_decay < 1 else None
     fused = {"fused": True} if optim.name == "adamw" else {}  # one kernel for all parameters; 3.6 times the speed on a CPU
     try:
         return create_optimizer_v2(
-            module,
+            module if scaled is None else scaled,
             opt=optim.name,
             lr=optim.lr * recipe.lr_factor(),
             weight_decay=optim.weight_decay,
-            filter_bias_and_bn=optim.decay == "matrices",
+            filter_bias_and_bn=optim.decay == "matrices" and scaled is None,
             **{key: getattr(optim, key) for key in ("betas", "eps", "momentum") if getattr(optim, key) is not None},
             **fused,
         )
     except (TypeError, ValueError, AssertionError, IndexError) as error:
         raise UserError(f"optim.name={optim.name}: cannot take the recipe's betas, eps or momentum ({error}); use adamw") from None
+
+
+def _layers(recipe: Recipe, module: Any) -> list[dict[str, Any]]:
+    """Groups of parameters by layer of the student, as timm counts them, each with `lr_scale`; projectors learn at the full rate."""
+    assert recipe.finetune is not None
+    student: Any = module.get_submodule("student")
+    layers = group_parameters(student, student.group_matcher(coarse=False), reverse=True)
+    last = max(layers.values())
+    undecayed: set[str] = module.no_weight_decay() if recipe.optim.decay == "matrices" else set()
+    groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            decays = recipe.optim.decay == "all" or not (parameter.ndim <= 1 or name.endswith(".bias") or name in undecayed)
+            groups.setdefault((layers.get(name.removeprefix("student."), last), decays), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "weight_decay": recipe.optim.weight_decay if decays else 0.0,
+            "lr_scale": recipe.finetune.layer_decay ** (last - layer),
+        }
+        for (layer, decays), parameters in sorted(groups.items(), key=lambda item: item[0])
+    ]
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ def make_plan(recipe: Recipe, num_classes: int | None) -> Plan:
     with torch.device("meta"), torch.no_grad():
         classes = num_classes or (recipe.data.num_classes if isinstance(recipe.data.num_classes, int) else 1000)
         teachers = build_teachers(recipe, classes, pretrained=False)
-        distiller = build_distiller(recipe, classes, teachers).eval()
+        distiller = build_distiller(recipe, classes, teachers, pretrained=False).eval()
         shapes: list[tuple[str, Any]] = [("images", image.shape)]
         counted, outputs = [], {}
         for lesson, teacher in zip(recipe.lessons(), teachers, strict=True):

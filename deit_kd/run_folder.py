@@ -113,6 +113,8 @@ def describe(output: Path, recipe: Recipe, accelerator: Accelerator, task: Class
                 "num_classes": task.num_classes,
             },
             "student": {"parameters": counted.student_parameters, "gmacs": counted.student_gmacs},
+            "finetuned_from": recipe.finetune and {"source": recipe.finetune.weights, **task.origin},
+            "held_out_images": len(task.holdout_loader.source) if task.holdout_loader else 0,
             "projector_parameters": counted.projector_parameters,
             "teachers": [
                 {**asdict(teacher.info), "gmacs": gmacs}

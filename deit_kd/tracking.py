@@ -86,9 +86,9 @@ class Tracker:
         if sys.stderr.isatty():
             self._bar = tqdm(total=self.total_steps, initial=step, unit="step", dynamic_ncols=True)
 
-    def has(self, kind: str, step: int) -> bool:
-        """Whether metrics.jsonl holds a line of `kind` at `step`."""
-        return any(line["kind"] == kind and line["step"] == step for line in read_metrics(self.file.parent))
+    def lines(self, kind: str) -> list[dict[str, Any]]:
+        """All lines of metrics.jsonl of this kind."""
+        return [line for line in read_metrics(self.file.parent) if line["kind"] == kind]
 
     def add(self, terms: Mapping[str, Tensor]) -> None:
         """Adds a micro-step's 0-d tensors to the window."""

@@ -57,6 +57,40 @@ class ArraySource:
         return Image.fromarray(self.images[index]).convert("RGB"), int(self.labels[index])
 
 
+class PartSource:
+    """Some images of another source."""
+
+    def __init__(self, whole: Source, indices: np.ndarray):
+        self.whole, self.indices = whole, indices
+        self.class_names, self.labels, self.name, self.origin = whole.class_names, whole.labels[indices], whole.name, whole.origin
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def where(self, index: int) -> str:  # noqa: D102
+        return self.whole.where(int(self.indices[index]))
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return self.whole[int(self.indices[index])]
+
+
+def hold_out(source: Source, share: float, seed: int) -> tuple[Source, Source]:
+    """(the rest, the held out): of each class the rounded share, but never all; drawn by the seed.
+
+    Raises:
+        UserError: nothing would be held out.
+    """
+    rng, held = np.random.default_rng(seed), []
+    for label in np.unique(source.labels):
+        own = rng.permutation(np.flatnonzero(source.labels == label))
+        held += own[: min(round(share * len(own)), len(own) - 1)].tolist()
+    if not held:
+        raise UserError(f"{source.origin}: holding out {share:g} of each class is less than an image; raise finetune.holdout")
+    chosen = np.zeros(len(source), dtype=bool)
+    chosen[held] = True
+    return PartSource(source, np.flatnonzero(~chosen)), PartSource(source, np.flatnonzero(chosen))
+
+
 class FolderSource:
     """ROOT/CLASS/*.EXT in any format that PIL reads, subfolders included."""
 

@@ -74,6 +74,15 @@ class Distiller(nn.Module):
                 projected[number] = _project(projector, take(student, hidden, tap), teacher)
         return StudentOutput(logits, tuple(dist_logits), tuple(projected))
 
+    def train(self, mode: bool = True) -> Distiller:
+        """Batch norms that are frozen keep their running statistics, too."""
+        super().train(mode)
+        for each in self.student.modules():
+            own = list(each.parameters()) if isinstance(each, nn.modules.batchnorm._BatchNorm) else []
+            if own and not any(parameter.requires_grad for parameter in own):
+                each.eval()
+        return self
+
     def no_weight_decay(self) -> set[str]:
         """Timm's list of the student, under its names here (else position embedding and tokens would decay), and constrained weights."""
         listed: set[str] = getattr(self.student, "no_weight_decay", set)()

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import timm
 from safetensors import SafetensorError
+from timm.models._hub import load_model_config_from_hf
 from torch import Tensor
 
 from deit_kd.errors import UserError
@@ -22,7 +24,9 @@ SIZES = {192: "tiny", 384: "small", 768: "base"}  # width of a DeiT -> its name;
 TRAINING_ONLY = ("distillation_loss.", "projector.", "projectors.")  # left out of a student
 
 
-def load_student(source: str | Path, num_classes: int | None = None, img_size: int | None = None) -> TimmModel:
+def load_student(
+    source: str | Path, num_classes: int | None = None, img_size: int | None = None, *, drop_path: float = 0.0
+) -> TimmModel:
     """Loads a released or exported student.
 
     Args:
@@ -30,6 +34,7 @@ def load_student(source: str | Path, num_classes: int | None = None, img_size: i
             a DeiT: .safetensors, the projector paper's .pth, VkD's .pth.tar, DeiT's .pth.
         num_classes: other than the stored number gives fresh heads.
         img_size: other than the stored size resamples the position embedding; prefix tokens stay as they are.
+        drop_path: rate of the last block, for training on.
 
     Returns:
         A timm model in eval mode, float32.
@@ -37,7 +42,9 @@ def load_student(source: str | Path, num_classes: int | None = None, img_size: i
     Raises:
         UserError: nothing there that is a student, or a file that is not safe or not whole.
     """
-    name, changed = str(source), {} if num_classes is None else {"num_classes": num_classes}
+    name = str(source)
+    changed: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}
+    changed |= {} if num_classes is None else {"num_classes": num_classes}
     if Path(name).is_file():
         found = read_student(Path(name))
         if found.unexpected:
@@ -45,10 +52,7 @@ def load_student(source: str | Path, num_classes: int | None = None, img_size: i
                 f"{source}: is of no student known here: {_list(found.unexpected)} have no place in {found.architecture}"
             )
         return build_found(found, **changed, **({} if img_size is None else {"img_size": img_size}))
-    folder = next(
-        (path for path in (Path(name), Path(name) / "student", RELEASED / name) if (path / "config.json").is_file()), None
-    )
-    if folder:
+    if folder := _folder(name):
         name = f"local-dir:{folder.resolve()}"
     elif not name.startswith(("hf-hub:", "local-dir:")) and ("/" in name or Path(name).suffix in (".pth", ".tar", ".safetensors")):
         raise UserError(
@@ -64,6 +68,35 @@ def load_student(source: str | Path, num_classes: int | None = None, img_size: i
     if img_size is not None:  # timm leaves the stored size there, and so in the preprocessing
         model.pretrained_cfg["input_size"] = (3, img_size, img_size)
     return model.eval().float()
+
+
+def _folder(name: str) -> Path | None:
+    places = (Path(name), Path(name) / "student", RELEASED / name)
+    return next((path for path in places if (path / "config.json").is_file()), None)
+
+
+def architecture_of(source: str | Path) -> tuple[str, dict[str, Any]]:
+    """(timm's name, arguments beside classes and size) of what `load_student` would load.
+
+    Raises:
+        UserError: as there.
+    """
+    name = str(source)
+    if Path(name).is_file():
+        found = read_student(Path(name))
+        architecture, arguments = found.architecture, dict[str, Any](found.arguments)
+    elif folder := _folder(name):
+        config = json.loads((folder / "config.json").read_text())
+        architecture, arguments = config["architecture"], config.get("model_args") or {}
+    elif name.startswith("hf-hub:"):
+        try:
+            _, architecture, arguments = load_model_config_from_hf(name.removeprefix("hf-hub:"))
+        except Exception as error:  # the hub's client has many
+            raise UserError(f"{source}: cannot be loaded as a student ({' '.join(str(error).split())[:300]})") from None
+    else:
+        architecture, arguments = name.partition(".")[0], {}
+    stated_elsewhere = ("num_classes", "img_size", "in_chans", "global_pool")
+    return architecture, {key: value for key, value in (arguments or {}).items() if key not in stated_elsewhere}
 
 
 class Found(NamedTuple):
@@ -120,7 +153,7 @@ def _architecture(tensors: Mapping[str, Tensor], path: Path) -> tuple[str, dict[
     return name, {key: value for key, value in stated.items() if value != usual[key]}
 
 
-def build_found(found: Found, **changed: int) -> TimmModel:
+def build_found(found: Found, **changed: Any) -> TimmModel:
     """The student of a file, in eval mode and float32; `changed` is num_classes or img_size, where they shall differ."""
     model = timm.create_model(found.architecture, **{**found.arguments, **changed})
     heads = model.pretrained_cfg["classifier"]

@@ -16,15 +16,16 @@ AT_LEAST = {
     **dict.fromkeys((f"distill.{key}_weight" for key in ("kd", "feature", "target", "nontarget", "inter", "intra")), 0),
     **dict.fromkeys(("seed", "label_weight", "run.workers", "distill.gamma"), 0),
     **dict.fromkeys(("projector.depth", "projector.width", "projector.negatives", "augmentation.repeats", "teacher.img_size"), 1),
+    "finetune.patience_epochs": 1,
     "distill.power": 1,  # below it the gradient of equal features is infinite
     "data.num_classes": 2,
 }
 ABOVE_ZERO = (
     "evaluation.crop_pct", "optim.lr", "optim.eps", "optim.clip_grad", "optim.decay_rate", "distill.temperature",
-    "projector.temperature", "ema_decay",
+    "projector.temperature", "ema_decay", "finetune.layer_decay",
 )  # fmt: skip
 PROBABILITIES = (
-    "student.drop_path", "projector.dropout", "projector.momentum", "optim.momentum",
+    "student.drop_path", "finetune.layer_decay", "finetune.holdout", "projector.dropout", "projector.momentum", "optim.momentum",
     *(f"augmentation.{key}" for key in ("horizontal_flip", "random_erasing", "mixup_prob", "mixup_switch_prob", "label_smoothing")),
 )  # fmt: skip
 ELSEWHERE = {"num_classes": "data.num_classes", "drop_path_rate": "student.drop_path", "img_size": "data.img_size"}
@@ -209,6 +210,12 @@ def _contradictions(recipe: Recipe) -> list[str]:
     patch = r.student.model_args.get("patch_size", int(named[1]) if named else None)
     if isinstance(patch, int) and patch > 0 and r.data.img_size % patch:
         faults.append(f"data.img_size: {r.data.img_size} is not divisible by the patch size {patch}")
+    if r.finetune is None and r.student.name == "auto":
+        faults.append("student.name: auto, but finetune is null; name an architecture, or state finetune.weights")
+    if r.finetune is not None and r.student.name == "auto" and r.student.model_args:
+        faults.append("student.model_args: are those of finetune.weights with student.name=auto; set them to {}")
+    if r.finetune is not None and r.finetune.patience_epochs is not None and not r.finetune.holdout:
+        faults.append("finetune.patience_epochs: needs finetune.holdout, a share of the training images to measure on")
     sections = {"teacher": r.teacher, "projector": r.projector, "distill": r.distill}
     missing = [name for name, section in sections.items() if section is None]
     if missing and len(missing) < 3:

@@ -63,9 +63,21 @@ class Evaluation(Section):
 class Student(Section):
     """What is trained and exported."""
 
-    name: str  # a timm architecture; weights start from scratch
+    name: str  # a timm architecture; auto: that of finetune.weights, with its model_args
     drop_path: float
     model_args: dict[str, Any]  # passed to timm.create_model: patch_size, embed_dim, depth, num_heads ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finetune(Section):
+    """How training goes on from weights that are there."""
+
+    weights: str  # a run, an exported folder, hf-hub:ORG/NAME, a timm tag, a released name, or an authors' file
+    frozen: tuple[str, ...]  # beginnings of names of parameters that stay; backbone: all but the heads (a linear probe)
+    heads: Literal["both", "class", "distillation"]  # of a distilled student; one that is not used is set to 0 and stays
+    layer_decay: float  # the learning rate of a layer is that of the one above it times this; 1 is off
+    holdout: float  # share of the training images of each class that is not trained on but measured; 0 is off
+    patience_epochs: int | None  # without a better top-1 on the held out images, after which training stops; null: never
 
 
 KdLoss = Literal[
@@ -203,6 +215,7 @@ class Recipe(Section):
     teacher: Teacher | None  # null, and projector and distill with it: the student is trained alone, or by several `teachers`
     projector: Projector | None
     distill: Distill | None
+    finetune: Finetune | None = None  # null: from scratch
     teachers: tuple[OneOfTeachers, ...] = ()  # entries of one teacher (all its keys equal) share its forward
     optim: Optim
     run: Run = field(default_factory=Run)
