@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import errno
-import os
 import signal
 import sys
 from pathlib import Path
@@ -96,10 +95,10 @@ def dry_run(recipe: recipes.Recipe, data: Path | None) -> None:
 
 
 def train(recipe: recipes.Recipe, options: argparse.Namespace, output: Path) -> None:
-    from deit_kd import analysis, build, classification, engine, optim, release, run_folder, sharding, tracking
+    from deit_kd import analysis, build, classification, engine, optim, processes, release, run_folder, sharding, tracking
 
     sharded = sharding.take_over()
-    accelerator = make_accelerator(recipe, options.device, output)
+    accelerator = processes.make_accelerator(recipe, options.device, output)
     resume = run_folder.prepare(output, recipe, options.resume, accelerator)
     say = accelerator.print
 
@@ -156,46 +155,6 @@ def prepare(
         return accelerator.prepare(optim.build_optimizer(recipe, task.module)), ema
     task.module, optimizer = accelerator.prepare(task.module, optim.build_optimizer(recipe, task.module))
     return optimizer, ema
-
-
-def make_accelerator(recipe: recipes.Recipe, device: str, output: Path) -> Accelerator:
-    """Accelerate on the device asked for; refuses to run as one process where several were launched."""
-    import torch
-    from accelerate import Accelerator
-
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError(
-            "--device cuda: torch finds no CUDA device; use --device cpu, or install a driver and a CUDA build of torch"
-        )
-    cpu = device == "cpu" or not torch.cuda.is_available()
-    precision = recipe.run.precision
-    if precision == "auto":
-        precision = "bf16" if not cpu and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
-    if precision == "fp16" and cpu:
-        raise UserError("run.precision=fp16: a CPU has no fp16 training; use bf16, no or auto")
-    stated = os.environ.get("WORLD_SIZE", os.environ.get("SLURM_STEP_NUM_TASKS", os.environ.get("OMPI_COMM_WORLD_SIZE", "1")))
-    launched = int(stated) if stated.isdigit() else 0
-    alone = UserError(
-        f"WORLD_SIZE={stated} is set, or so many tasks are, but one process is running: launch all of them (on CPUs: torchrun "
-        f"--nproc_per_node {stated} train.py ...; on GPUs: accelerate launch train.py ...; with srun launch/slurm.sh), or unset WORLD_SIZE"
-    )
-    if launched != 1 and not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= set(os.environ):
-        raise alone
-    for name in ("DEEPSPEED", "MEGATRON_LM"):  # on a CPU Accelerate would go on without a word, as DDP
-        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
-            raise UserError(
-                f"the launcher asks for {name}, which checkpoints do not know: use launch/ddp8.yaml, or launch/fsdp2.yaml"
-            )
-    trackers = list(recipe.run.trackers)
-    try:
-        accelerator = Accelerator(cpu=cpu, mixed_precision=precision, log_with=trackers or None, project_dir=output)
-    except ValueError as error:
-        raise UserError(f"run.precision={precision}, run.trackers={trackers}: {error}") from None
-    if len(accelerator.log_with) < len(trackers):
-        raise UserError(f"run.trackers={trackers}: not all of these are installed; pip install what is missing")
-    if launched != accelerator.num_processes:
-        raise alone
-    return accelerator
 
 
 if __name__ == "__main__":

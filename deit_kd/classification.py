@@ -99,7 +99,9 @@ class Classification:
                 f"global_batch_size={recipe.global_batch_size}: leaves {micro} image a micro-batch, feature losses need 2"
             )
         self.val_loader = EvaluationLoader(val, evaluation_transform(recipe), here, batch_size=micro)
-        self.holdout_loader = holdout and EvaluationLoader(holdout, evaluation_transform(recipe), here, batch_size=micro)
+        self.holdout_loader = (
+            None if holdout is None else EvaluationLoader(holdout, evaluation_transform(recipe), here, batch_size=micro)
+        )
         self.patience = tune and tune.patience_epochs
         self.steps_per_epoch = self.train_loader.steps_per_epoch
         self.fingerprint = fingerprint(recipe)

@@ -233,20 +233,17 @@ def predict(options: argparse.Namespace) -> None:
 
 def finetune(options: argparse.Namespace) -> None:
     """Becomes train.py with the recipe, the weights, and their size and normalisation."""
-    import timm
+    from deit_kd.models.loading import preprocessing_of
 
-    from deit_kd.models import load_student
-
-    config = timm.data.resolve_model_data_config(load_student(options.weights, img_size=options.img_size))
-    interpolation = config["interpolation"] if config["interpolation"] in ("bilinear", "bicubic") else "bicubic"
+    config = preprocessing_of(options.weights, options.img_size)
     weights = Path(options.weights).resolve() if Path(options.weights).exists() else options.weights
     ours = {
         "finetune.weights": weights,
         "data.img_size": config["input_size"][-1],
-        "data.mean": list(config["mean"]),
-        "data.std": list(config["std"]),
+        "data.mean": config["mean"],
+        "data.std": config["std"],
         "evaluation.crop_pct": config["crop_pct"],
-        "evaluation.interpolation": interpolation,
+        "evaluation.interpolation": config["interpolation"],
     }
     output = options.output or Path("runs") / f"finetune_{Path(options.weights).stem}"
     script = Path(recipes.FOLDER).parent / "train.py"

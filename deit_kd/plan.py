@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from deit_kd.build import build_distiller, build_teachers
+from deit_kd.build import build_distiller, build_teachers, resolve
 from deit_kd.errors import UserError
 from deit_kd.models.distiller import Distiller, shape_of
 from deit_kd.models.taps import Tapped, run, take
@@ -71,6 +71,7 @@ def make_plan(recipe: Recipe, num_classes: int | None) -> Plan:
     Raises:
         UserError: a name or an argument that timm refuses, or taps and widths that do not fit.
     """
+    recipe = resolve(recipe)
     image = torch.empty(2, 3, recipe.data.img_size, recipe.data.img_size, device="meta")
     with torch.device("meta"), torch.no_grad():
         classes = num_classes or (recipe.data.num_classes if isinstance(recipe.data.num_classes, int) else 1000)

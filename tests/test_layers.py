@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "tracking": set(),
     "stop": set(),
     "vote": {"stop"},
+    "processes": {"recipe"},
     "run_state": {"checkpoint", "sharding", "tracking"},
     "engine": {"run_state", "stop", "tracking", "vote"},
     "build": {"data", "models", "recipe"},
@@ -60,6 +61,7 @@ ONLY = {
     "accelerate": {
         "build",
         "collective",
+        "processes",
         "engine",
         "run_state",
         "vote",

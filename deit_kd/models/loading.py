@@ -99,6 +99,13 @@ def architecture_of(source: str | Path) -> tuple[str, dict[str, Any]]:
     return architecture, {key: value for key, value in (arguments or {}).items() if key not in stated_elsewhere}
 
 
+def preprocessing_of(source: str | Path, img_size: int | None = None) -> dict[str, Any]:
+    """input_size, mean, std, crop_pct and interpolation of what `load_student` loads; an interpolation of another sort is bicubic."""
+    config: dict[str, Any] = timm.data.resolve_model_data_config(load_student(source, img_size=img_size))
+    known = config["interpolation"] if config["interpolation"] in ("bilinear", "bicubic") else "bicubic"
+    return {**config, "mean": list(config["mean"]), "std": list(config["std"]), "interpolation": known}
+
+
 class Found(NamedTuple):
     """What a file of weights holds."""
 

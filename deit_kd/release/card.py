@@ -30,7 +30,7 @@ def write_card(run_folder: Path) -> Path:
     on_hub = [teacher["name"].removeprefix("hf-hub:") for teacher in teachers if teacher["name"].startswith("hf-hub:")]
     data = ModelCardData(
         model_name=name,
-        license=licence([teacher["license"] for teacher in teachers]),
+        license=licence([each["license"] for each in (*teachers, run.get("finetuned_from")) if each]),
         library_name="timm",
         pipeline_tag="image-classification",
         tags=["image-classification", "timm", "deit_kd", *(["knowledge-distillation"] if teachers else [])],
@@ -60,6 +60,7 @@ def write_card(run_folder: Path) -> Path:
         best=max(evaluations, key=lambda line: line["top1"]),
         scores=next((line for line in metrics if line["kind"] == "teacher"), {}),
         lessons=recipe.lessons(),
+        labels=json.loads((run_folder / "student" / "config.json").read_text())["label_names"],
         ours=model_entrypoint(recipe.student.name).__module__.startswith("deit_kd."),
     )
     for file in ("recipe.yaml", "metrics.jsonl"):
