@@ -129,7 +129,8 @@ def train(recipe: recipes.Recipe, options: argparse.Namespace, output: Path) -> 
     complete = engine.fit(task, accelerator, optimizer, schedule, loop, tracker, output, ema, resume)
     student = task.whole(task.student if ema is None else ema.module)
     if complete and accelerator.is_main_process:
-        licences = [teacher.info.license for teacher in teachers] + [task.origin["license"]] * (recipe.finetune is not None)
+        licences = [teacher.info.license for teacher in teachers]
+        licences += [task.origin["license"]] if recipe.finetune else []
         release.export_student(student, output / "student", recipe, sources[0].class_names, licences)
         card = release.write_card(output)
         analysis.plot_run(output)

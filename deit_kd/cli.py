@@ -103,6 +103,18 @@ def main(arguments: list[str] | None = None) -> None:
     verb.add_argument("--class-names", type=Path, help="a JSON list, or a text file with a name a line")
     verb.set_defaults(run=convert)
 
+    verb = verbs.add_parser("export", help="a student as ONNX, torch.export program, or with half the bytes; checked numerically")
+    verb.add_argument(
+        "weights", help="a run, an exported folder, hf-hub:ORG/NAME, a timm tag, a released name, or an authors' file"
+    )
+    verb.add_argument("--format", required=True, choices=("onnx", "torch-export", "fp16", "bf16"))
+    verb.add_argument("--output", type=Path, help="the file or folder to make (default: beside the student)")
+    verb.set_defaults(run=export)
+
+    verb = verbs.add_parser("card", help="writes the model card of a run again, from what the run stored")
+    verb.add_argument("run_folder", type=Path, metavar="RUN")
+    verb.set_defaults(run=card)
+
     verb = verbs.add_parser(
         "doctor",
         help="what is wrong with this environment; exit code 0, 1 for a warning, 2 for a fault",
@@ -266,6 +278,23 @@ def convert(options: argparse.Namespace) -> None:
     from deit_kd.release import convert
 
     print("\n".join(convert(options.source, options.folder, options.class_names)))
+
+
+def export(options: argparse.Namespace) -> None:
+    """Writes a student in another format."""
+    from deit_kd.release.formats import export
+
+    path, difference = export(options.weights, options.format, options.output)
+    print(f"{path}: logits differ by {difference:.1g} of the largest at most")
+
+
+def card(options: argparse.Namespace) -> None:
+    """Writes a card again."""
+    if not (options.run_folder / "run.json").is_file() or not (options.run_folder / "student").is_dir():
+        raise UserError(f"{options.run_folder}: is no run that came to its end; give a folder that train.py made")
+    from deit_kd.release import write_card
+
+    print(write_card(options.run_folder))
 
 
 def doctor(options: argparse.Namespace) -> None:

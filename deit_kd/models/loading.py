@@ -52,7 +52,7 @@ def load_student(
                 f"{source}: is of no student known here: {_list(found.unexpected)} have no place in {found.architecture}"
             )
         return build_found(found, **changed, **({} if img_size is None else {"img_size": img_size}))
-    if folder := _folder(name):
+    if folder := folder_of(name):
         name = f"local-dir:{folder.resolve()}"
     elif not name.startswith(("hf-hub:", "local-dir:")) and ("/" in name or Path(name).suffix in (".pth", ".tar", ".safetensors")):
         raise UserError(
@@ -70,7 +70,8 @@ def load_student(
     return model.eval().float()
 
 
-def _folder(name: str) -> Path | None:
+def folder_of(name: str) -> Path | None:
+    """Where a run, an exported folder or a released name has its weights."""
     places = (Path(name), Path(name) / "student", RELEASED / name)
     return next((path for path in places if (path / "config.json").is_file()), None)
 
@@ -85,7 +86,7 @@ def architecture_of(source: str | Path) -> tuple[str, dict[str, Any]]:
     if Path(name).is_file():
         found = read_student(Path(name))
         architecture, arguments = found.architecture, dict[str, Any](found.arguments)
-    elif folder := _folder(name):
+    elif folder := folder_of(name):
         config = json.loads((folder / "config.json").read_text())
         architecture, arguments = config["architecture"], config.get("model_args") or {}
     elif name.startswith("hf-hub:"):

@@ -1,0 +1,106 @@
+"""A student in other formats: ONNX, torch.export, half precision; each reloaded and compared before it counts as done."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import shutil
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from deit_kd.checkpoint import replace_folder, write_tensors
+from deit_kd.errors import UserError
+from deit_kd.models import load_student
+from deit_kd.models.loading import folder_of
+from deit_kd.models.taps import TimmModel
+
+FORMATS = ("onnx", "torch-export", "fp16", "bf16")
+EXACT = 1e-4  # the largest difference of a logit that kernels of another library explain, relative to the largest logit
+
+
+@torch.inference_mode()
+def export(source: str, format_: str, output: Path | None) -> tuple[Path, float]:
+    """Writes a student in another format: images [B,3,H,W] as its preprocessing gives them -> logits [B,K], the mean of its heads.
+
+    Args:
+        source: see `load_student`.
+        format_: one of FORMATS; onnx and torch-export take any batch size, fp16 and bf16 are folders that timm loads.
+        output: the file or folder; None: beside the student, or in the current folder.
+
+    Returns:
+        Where it is, and the largest difference of a logit, relative to the largest logit.
+
+    Raises:
+        UserError: a package is missing, the output is there, or its logits differ.
+    """
+    student = load_student(source)
+    folder = folder_of(source) or Path()
+    names = {"onnx": "model.onnx", "torch-export": "model.pt2"}
+    path = output or (folder / names[format_] if format_ in names else folder.parent / f"student_{format_}")
+    if path.exists():
+        raise UserError(f"{path}: is there already; give another --output, or remove it")
+    shape = student.pretrained_cfg["input_size"]
+    images = torch.randn(5, *shape, generator=torch.Generator().manual_seed(0))
+    expected = student(images)
+    write = {"onnx": _onnx, "torch-export": _torch_export}.get(format_)
+    if write is not None:
+        found = write(student, images, path)
+    else:
+        found = _halved(folder, {"fp16": torch.float16, "bf16": torch.bfloat16}[format_], path)(images)
+    difference = ((found - expected).abs().max() / expected.abs().max()).item()
+    if not difference < (EXACT if write else 0.05):
+        raise UserError(
+            f"{path}: gives other logits than the student (relative difference {difference:.2g}); it is left for you to look at"
+        )
+    return path, difference
+
+
+def _onnx(student: TimmModel, images: Tensor, path: Path) -> Tensor:
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"--format onnx needs {', '.join(missing)}: pip install {' '.join(missing)}")
+    import onnxruntime
+
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            student,
+            (images[:2],),
+            path,
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+            input_names=["images"],
+            output_names=["logits"],
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+        )
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    several, one = (session.run(None, {"images": part.numpy()})[0] for part in (images[:-1], images[-1:]))
+    return torch.cat([torch.from_numpy(several), torch.from_numpy(one)])
+
+
+def _torch_export(student: TimmModel, images: Tensor, path: Path) -> Tensor:
+    program = torch.export.export(student, (images[:2].clone(),), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    torch.export.save(program, path)
+    reloaded = torch.export.load(path).module()
+    return torch.cat([reloaded(images[:-1]), reloaded(images[-1:])])
+
+
+def _halved(folder: Path, kind: torch.dtype, path: Path) -> TimmModel:
+    """Computed in float32 from halved weights, as `load_student` does."""
+    from safetensors.torch import load_file
+
+    if not (folder / "model.safetensors").is_file():
+        raise UserError(f"{folder}: has no model.safetensors; convert the weights to a folder first, with deit-kd convert")
+    temporary = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.copytree(folder, temporary)
+    tensors = load_file(folder / "model.safetensors")
+    halved = {name: value.to(kind) if value.is_floating_point() else value for name, value in tensors.items()}
+    write_tensors(halved, temporary / "model.safetensors")
+    replace_folder(temporary, path)
+    return load_student(path)
