@@ -111,6 +111,19 @@ def main(arguments: list[str] | None = None) -> None:
     verb.add_argument("--output", type=Path, help="the file or folder to make (default: beside the student)")
     verb.set_defaults(run=export)
 
+    verb = verbs.add_parser(
+        "publish",
+        help="a run's student to the hub, checked first, in one commit",
+        epilog="example: deit-kd publish runs/deit_ti --to ORG/NAME --dry-run",
+    )
+    verb.add_argument("run_folder", type=Path, metavar="RUN")
+    verb.add_argument("--to", required=True, metavar="ORG/NAME")
+    verb.add_argument("--dry-run", action="store_true", help="everything but the upload")
+    verb.add_argument("--private", action="store_true", help="a new repository is private")
+    verb.add_argument("--licence", "--license", help="of the weights (default: what the card says)")
+    verb.add_argument("--despite-teacher", action="store_true", help="a permissive licence although the teacher's is not")
+    verb.set_defaults(run=publish)
+
     verb = verbs.add_parser("card", help="writes the model card of a run again, from what the run stored")
     verb.add_argument("run_folder", type=Path, metavar="RUN")
     verb.set_defaults(run=card)
@@ -286,6 +299,15 @@ def export(options: argparse.Namespace) -> None:
 
     path, difference = export(options.weights, options.format, options.output)
     print(f"{path}: logits differ by {difference:.1g} of the largest at most")
+
+
+def publish(options: argparse.Namespace) -> None:
+    """Uploads a student."""
+    from deit_kd.release.publish import publish
+
+    settings = {"private": options.private, "dry_run": options.dry_run, "licence": options.licence}
+    for line in publish(options.run_folder, options.to, despite_teacher=options.despite_teacher, **settings):
+        print(line)
 
 
 def card(options: argparse.Namespace) -> None:

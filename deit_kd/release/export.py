@@ -17,6 +17,8 @@ from deit_kd.errors import UserError
 from deit_kd.models.taps import TimmModel
 from deit_kd.recipe import Recipe
 
+PERMISSIVE = ("none, random weights", "apache-2.0", "mit", "bsd-3-clause")
+
 
 def export_student(
     student: TimmModel, folder: Path, recipe: Recipe, class_names: Sequence[str], teacher_licences: Sequence[str]
@@ -112,8 +114,7 @@ def _write_config(
 
 def licence(of_teachers: Sequence[str]) -> str:
     """Apache-2.0, unless a teacher's weights came under terms that are not permissive, or not known."""
-    permissive = ("none, random weights", "apache-2.0", "mit", "bsd-3-clause")
-    others = sorted({each for each in of_teachers if each not in permissive})
+    others = sorted({each for each in of_teachers if each not in PERMISSIVE})
     if not others:
         return "apache-2.0"
     return others[0] if len(others) == 1 and not others[0].startswith("unknown") else "other"

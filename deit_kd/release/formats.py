@@ -16,6 +16,7 @@ from deit_kd.errors import UserError
 from deit_kd.models import load_student
 from deit_kd.models.loading import folder_of
 from deit_kd.models.taps import TimmModel
+from deit_kd.models.teacher import RELEASED
 
 FORMATS = ("onnx", "torch-export", "fp16", "bf16")
 EXACT = 1e-4  # the largest difference of a logit that kernels of another library explain, relative to the largest logit
@@ -39,7 +40,8 @@ def export(source: str, format_: str, output: Path | None) -> tuple[Path, float]
     student = load_student(source)
     folder = folder_of(source) or Path()
     names = {"onnx": "model.onnx", "torch-export": "model.pt2"}
-    path = output or (folder / names[format_] if format_ in names else folder.parent / f"student_{format_}")
+    beside = Path() if RELEASED in folder.parents else folder
+    path = output or (beside / names[format_] if format_ in names else beside.parent / f"student_{format_}")
     if path.exists():
         raise UserError(f"{path}: is there already; give another --output, or remove it")
     shape = student.pretrained_cfg["input_size"]

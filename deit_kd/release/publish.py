@@ -1,0 +1,145 @@
+"""A finished run -> a repository of the hub: checked, assembled, and sent in one commit."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from huggingface_hub import HfApi, ModelCard, get_token
+from huggingface_hub.errors import HfHubHTTPError
+from timm.models import model_entrypoint
+
+from deit_kd.errors import UserError
+from deit_kd.models import load_student
+from deit_kd.release.export import PERMISSIVE
+from deit_kd.tracking import read_metrics
+
+LICENCE = Path(__file__).resolve().parent.parent.parent / "LICENSE"
+STRANGER = """
+import sys
+{first}
+import timm, torch
+assert {first!r} or not any(name.startswith("deit_kd") for name in sys.modules)
+student = timm.create_model("local-dir:" + sys.argv[1], pretrained=True).eval()
+torch.save(student(torch.load(sys.argv[2], weights_only=True)), sys.argv[3])
+"""
+
+
+def publish(run: Path, repository: str, *, private: bool, dry_run: bool, licence: str | None, despite_teacher: bool) -> list[str]:
+    """Checks a run's student as a stranger would, and uploads it with card, recipe, metrics, plots and licence in one commit.
+
+    What was uploaded before an interruption is not sent again.
+
+    Args:
+        run: a folder that train.py made, come to its end.
+        repository: ORG/NAME.
+        private: whether a new repository is.
+        dry_run: everything but the upload; needs no account.
+        licence: of the weights; None: what the card says.
+        despite_teacher: allows a permissive licence where those of the weights it learnt from are not.
+
+    Returns:
+        What was done, a line each.
+
+    Raises:
+        UserError: a run that is not finished, a card whose numbers are not those of the run, other logits, a licence, no account.
+    """
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
+        raise UserError(f"--to {repository}: is no ORG/NAME")
+    student = run / "student"
+    for file in (
+        "run.json",
+        "recipe.yaml",
+        "metrics.jsonl",
+        "student/model.safetensors",
+        "student/config.json",
+        "student/README.md",
+    ):
+        if not (run / file).is_file():
+            raise UserError(f"{run}: has no {file}; give a run of train.py that came to its end")
+    if not dry_run and get_token() is None:
+        raise UserError("no account of the hub: log in with `hf auth login`, or set HF_TOKEN to a token that may write")
+    said = [_same_logits(student), _same_numbers(run)]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "student"
+        shutil.copytree(student, folder)
+        if (run / "plots").is_dir():
+            shutil.copytree(run / "plots", folder / "plots")
+        said.append(_licence(run, folder, licence, despite_teacher))
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        said += [f"file      {path.relative_to(folder)}, {path.stat().st_size:,} bytes" for path in files]
+        if dry_run:
+            return [*said, f"not sent to {repository}: a dry run"]
+        api = HfApi()
+        try:
+            api.create_repo(repository, private=private, exist_ok=True)
+            message = f"{json.loads((folder / 'config.json').read_text())['architecture']}, {run.resolve().name}"
+            commit = api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message)
+        except (HfHubHTTPError, OSError, ValueError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"{repository}: the hub refuses or is not there ({reason}); the same command goes on") from None
+    return [*said, f"sent to   {commit.commit_url}"]
+
+
+@torch.inference_mode()
+def _same_logits(student: Path) -> str:
+    """In a process of its own, with timm alone where timm knows the architecture."""
+    config = json.loads((student / "config.json").read_text())
+    load_student(student)  # which registers ours
+    ours = model_entrypoint(config["architecture"]).__module__.startswith("deit_kd.")
+    with tempfile.TemporaryDirectory() as temporary:
+        images = torch.randn(4, *config["pretrained_cfg"]["input_size"], generator=torch.Generator().manual_seed(0))
+        torch.save(images, Path(temporary) / "images.pt")
+        script = STRANGER.format(first="import deit_kd" if ours else "")
+        names = [str(student.resolve()), f"{temporary}/images.pt", f"{temporary}/logits.pt"]
+        done = subprocess.run([sys.executable, "-c", script, *names], cwd=temporary, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise UserError(f"{student}: a clean process cannot load it ({done.stderr.strip().splitlines()[-1][:300]})")
+        found = torch.load(Path(temporary) / "logits.pt", weights_only=True)
+    expected = load_student(student)(images)
+    difference = ((found - expected).abs().max() / expected.abs().max()).item()
+    if not difference < 1e-5:
+        raise UserError(f"{student}: a clean process computes other logits (relative difference {difference:.2g})")
+    return f"reloaded  in a clean process {'with deit_kd registered' if ours else 'with timm alone'}: the same logits"
+
+
+def _same_numbers(run: Path) -> str:
+    """What the card claims is what the run measured."""
+    last = [line for line in read_metrics(run) if line["kind"] == "eval"][-1]
+    prefix = "ema_" if "ema_top1" in last else ""
+    claimed = {
+        each.metric_name: each.metric_value for each in ModelCard.load(run / "student" / "README.md").data.eval_results or ()
+    }
+    measured = {f"Top-{k}": round(last[f"{prefix}top{k}"], 2) for k in (1, 5)}
+    if claimed != measured:
+        raise UserError(
+            f"{run / 'student' / 'README.md'}: claims {claimed}, the run measured {measured}; write it again with deit-kd card"
+        )
+    return f"card      top-1 {measured['Top-1']:.2f} %, top-5 {measured['Top-5']:.2f} %, as in metrics.jsonl"
+
+
+def _licence(run: Path, folder: Path, licence: str | None, despite_teacher: bool) -> str:
+    """Sets the licence in card and config, and puts its text beside them where it is Apache's."""
+    facts = json.loads((run / "run.json").read_text())
+    learnt = {each["license"] for each in (*facts["teachers"], facts.get("finetuned_from")) if each}
+    card = ModelCard.load(folder / "README.md")
+    chosen = licence or card.data.license
+    if chosen in PERMISSIVE and (foreign := sorted(learnt - set(PERMISSIVE))) and not despite_teacher:
+        raise UserError(
+            f"--licence {chosen}: this student learnt from weights under {', '.join(foreign)}, which may not allow it; leave the option "
+            "out, or say --despite-teacher if you may"
+        )
+    card.data.license = chosen
+    card.save(folder / "README.md")
+    config = json.loads((folder / "config.json").read_text())
+    config["pretrained_cfg"]["license"] = chosen
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    if chosen == "apache-2.0":
+        shutil.copyfile(LICENCE, folder / "LICENSE")
+    return f"licence   {chosen}"

@@ -1,0 +1,255 @@
+"""From a finished run to the hub, through its real client, against a server on this machine that speaks the endpoints that it uses."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from conftest import ROOT, SMALL, run_script
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
+
+import deit_kd
+
+
+class Hub(ThreadingHTTPServer):
+    """What it was told: repositories, commits (path -> content), objects of large files, and every request."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.repositories: dict[str, dict[str, Any]] = {}
+        self.commits: list[dict[str, bytes]] = []
+        self.messages: list[str] = []
+        self.objects: dict[str, bytes] = {}
+        self.requests: list[str] = []
+        self.broken = False  # the connection breaks at the commit
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Hub
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") == "chunked":
+            content = b""
+            while size := int(self.rfile.readline(), 16):
+                content += self.rfile.read(size)
+                self.rfile.readline()
+            self.rfile.readline()
+            return content
+        return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+
+    def answer(self, content: object, status: int = 200) -> None:
+        data = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def do_POST(self) -> None:
+        hub, path, body = self.server, self.path.partition("?")[0], self.body()
+        hub.requests.append(f"POST {path}")
+        if self.headers.get("Authorization") != "Bearer hf_of_a_test":
+            return self.answer({"error": "Invalid credentials"}, 401)
+        if path == "/api/repos/create":
+            asked = json.loads(body)
+            name = f"{asked['organization']}/{asked['name']}" if asked.get("organization") else asked["name"]
+            if name in hub.repositories:
+                return self.answer({"error": "exists", "url": f"{hub.url}/{name}"}, 409)
+            hub.repositories[name] = asked
+            return self.answer({"url": f"{hub.url}/{name}", "name": name})
+        if path == "/api/validate-yaml":
+            return self.answer({"errors": [], "warnings": []})
+        if path.endswith("/preupload/main"):
+            files = json.loads(body)["files"]
+            modes = ["lfs" if each["path"].endswith((".safetensors", ".png")) else "regular" for each in files]
+            return self.answer(
+                {
+                    "files": [
+                        {"path": each["path"], "uploadMode": mode, "shouldIgnore": False}
+                        for each, mode in zip(files, modes, strict=True)
+                    ]
+                }
+            )
+        if path.endswith("/info/lfs/objects/batch"):
+            objects = []
+            for each in json.loads(body)["objects"]:
+                upload = {"upload": {"href": f"{hub.url}/objects/{each['oid']}"}}
+                objects.append({**each, **({} if each["oid"] in hub.objects else {"actions": upload})})
+            return self.answer({"transfer": "basic", "objects": objects})
+        if "/commit/main" in path:
+            if hub.broken:
+                return self.answer({"error": "the server is down"}, 500)
+            lines = [json.loads(line) for line in body.splitlines()]
+            files = {}
+            for line in lines:
+                value = line["value"]
+                if line["key"] == "header":
+                    hub.messages.append(value["summary"])
+                elif line["key"] == "file":
+                    files[value["path"]] = base64.b64decode(value["content"])
+                elif line["key"] == "lfsFile":
+                    files[value["path"]] = hub.objects[value["oid"]]
+            hub.commits.append(files)
+            return self.answer(
+                {"commitUrl": f"{hub.url}/org/student/commit/{'1' * 40}", "commitOid": "1" * 40, "pullRequestUrl": None}
+            )
+        return self.answer({"error": f"nobody is at {path}"}, 404)
+
+    def do_PUT(self) -> None:
+        self.server.requests.append(f"PUT {self.path}")
+        content = self.body()
+        assert hashlib.sha256(content).hexdigest() == self.path.removeprefix("/objects/")
+        self.server.objects[self.path.removeprefix("/objects/")] = content
+        self.answer({})
+
+    def do_GET(self) -> None:
+        self.server.requests.append(f"GET {self.path}")
+        self.answer({"error": "nothing is here"}, 404)
+
+    do_HEAD = do_GET
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    with Hub() as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, fashion_folder: Path) -> Path:
+    output = tmp_path_factory.mktemp("runs") / "fashion"
+    options = [*SMALL, "teacher.name=resnet10t", "teacher.weights=random", "run.log_every_steps=1"]
+    done = run_script(
+        "train.py", "--recipe", "quickstart", "--data", fashion_folder, "--output", output, "--max-steps", 4, *options
+    )
+    assert done.returncode == 0, done.stderr
+    return output
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(trained, tmp_path / "fashion")
+
+
+def publish(run: Path, *options: object, hub: Hub | None = None, token: str = "hf_of_a_test") -> tuple[int, str]:
+    environment = {
+        **os.environ,
+        "HF_TOKEN": token,
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
+    environment |= {"HF_ENDPOINT": hub.url if hub else "http://127.0.0.1:9", "HF_HOME": str(run.parent / "hf")}
+    command = [sys.executable, "-m", "deit_kd", "publish", run, "--to", "org/student", *options]
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_one_commit_with_everything(run: Path, hub: Hub, tmp_path: Path) -> None:
+    code, said = publish(run, "--private", hub=hub)
+    assert code == 0, said
+    asked = hub.repositories["org/student"]
+    assert asked.get("visibility") == "private" or asked.get("private") is True
+    (files,) = hub.commits
+    assert {"model.safetensors", "config.json", "README.md", "recipe.yaml", "metrics.jsonl", "LICENSE", "plots/loss.png"} <= set(
+        files
+    )
+    assert "deit_tiny_distilled_patch16_224" in hub.messages[0]
+    for name, content in files.items():
+        (tmp_path / "down" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "down" / name).write_bytes(content)
+    images = torch.randn(2, 3, 28, 28)
+    with torch.inference_mode():
+        student = timm.create_model(f"local-dir:{tmp_path / 'down'}", pretrained=True).eval()
+        assert torch.equal(student(images), deit_kd.load_student(run)(images))
+    assert ModelCard.load(tmp_path / "down/README.md").data.license == "apache-2.0"
+    assert "in a clean process with timm alone: the same logits" in said
+
+
+def test_the_same_command_goes_on_and_sends_nothing_twice(run: Path, hub: Hub) -> None:
+    hub.broken = True
+    code, said = publish(run, hub=hub)
+    assert (code, hub.commits) == (2, [])
+    assert "the same command goes on" in said
+    sent = {request for request in hub.requests if request.startswith("PUT")}
+    assert sent
+    hub.broken, hub.requests = False, []
+    code, said = publish(run, hub=hub)
+    assert code == 0, said
+    assert not any(request.startswith("PUT") for request in hub.requests)
+    assert len(hub.commits) == 1
+
+
+def test_a_dry_run_needs_nobody(run: Path) -> None:
+    code, said = publish(run, "--dry-run", token="")
+    assert code == 0, said
+    assert "model.safetensors" in said
+    assert "LICENSE" in said
+    assert "not sent to org/student" in said
+
+
+def test_what_is_refused(run: Path, hub: Hub, tmp_path: Path) -> None:
+    def refuse(message: str, *options: object, of: Path = run, **settings: Any) -> None:
+        code, said = publish(of, *options, hub=hub, **settings)
+        assert code == 2, said
+        assert message in said
+        assert not hub.commits
+
+    refuse("log in with `hf auth login`", token="")
+    refuse("the hub refuses or is not there", token="hf_of_another")
+    refuse("has no run.json", of=tmp_path)
+    refuse("is no ORG/NAME", "--to", "student")
+    facts = json.loads((run / "run.json").read_text())
+    facts["teachers"][0]["license"] = "cc-by-nc-4.0"
+    (run / "run.json").write_text(json.dumps(facts))
+    refuse("this student learnt from weights under cc-by-nc-4.0", "--dry-run")
+    refuse("this student learnt from weights under cc-by-nc-4.0", "--licence", "mit", "--dry-run")
+    assert publish(run, "--dry-run", "--despite-teacher")[0] == 0
+    assert publish(run, "--dry-run", "--licence", "cc-by-nc-4.0")[0] == 0
+    card = run / "student/README.md"
+    whole = card.read_text()
+    card.write_text(whole.replace("value: ", "value: 9", 1))
+    refuse("write it again with deit-kd card", "--dry-run", "--despite-teacher")
+    assert run_script("-m", "deit_kd", "card", run).returncode == 0
+    assert publish(run, "--dry-run")[0] == 0, "the card now says the teacher's licence"
+    weights = load_file(run / "student/model.safetensors")
+    weights.pop("norm.weight")
+    save_file(weights, run / "student/model.safetensors")
+    refuse("cannot be loaded as a student", "--dry-run")
+
+
+def test_a_conv_stem_student_needs_deit_kd_and_says_so(photo_folder: Path, tmp_path: Path) -> None:
+    options = ["data.img_size=32", "student.model_args={depth: 1, patch_size: 8, embed_dim: 48, num_heads: 3}", "run.workers=0"]
+    options += ["teacher.name=regnety_002", "teacher.weights=random", "global_batch_size=8", "data.train_images=auto"]
+    done = run_script(
+        "train.py", "--recipe", "deit_ti", "--data", photo_folder, "--output", tmp_path / "run", "--max-steps", 1, *options
+    )
+    assert done.returncode == 0, done.stderr
+    code, said = publish(tmp_path / "run", "--dry-run")
+    assert code == 0, said
+    assert "in a clean process with deit_kd registered: the same logits" in said
+    assert "import deit_kd  # registers the architecture" in (tmp_path / "run/student/README.md").read_text()
