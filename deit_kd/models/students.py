@@ -57,8 +57,8 @@ class ConvStemDeiT(VisionTransformerDistilled):
         self.patch_embed.init_weights()
 
     def _pos_embed(self, x: Tensor) -> Tensor:
-        conv_token = x.mean(dim=1, keepdim=True)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), conv_token, x], dim=1)
+        conv_token = x.mean(dim=1, keepdim=True)  # x.shape, not len: an exported program would keep the number
+        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), conv_token, x], dim=1)
         return self.pos_drop(x + self.pos_embed)
 
 
@@ -83,7 +83,7 @@ class TwoTeacherDeiT(VisionTransformerDistilled):
             super().init_weights(*args, **kwargs)
 
     def _pos_embed(self, x: Tensor) -> Tensor:
-        learnt = [token.expand(len(x), -1, -1) for token in (self.cls_token, self.dist_token, self.dist_token_2)]
+        learnt = [token.expand(x.shape[0], -1, -1) for token in (self.cls_token, self.dist_token, self.dist_token_2)]
         return self.pos_drop(torch.cat([*learnt, x], dim=1) + self.pos_embed)
 
     def no_weight_decay(self) -> set[str]:
