@@ -67,6 +67,8 @@ def test_other_classes_and_size(weights: Path, fashion_folder: Path, train_cli: 
     assert "Training went on from **student**" in card
     assert "patch_embed, blocks.0. stayed as they were" in card
     assert "9 Ankle boot" in card
+    for file in (tmp_path / "run/student").iterdir():
+        assert str(weights.parent).encode() not in file.read_bytes(), file
     assert deit_kd.load_student(tmp_path / "run")(torch.zeros(1, 3, 28, 28)).shape == (1, 10)
     code, said = train_cli(
         *("--recipe", "finetune", "--data", fashion_folder, "--output", tmp_path / "run", "--max-steps", 3, *SMALL),

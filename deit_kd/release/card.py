@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -63,8 +64,9 @@ def write_card(run_folder: Path) -> Path:
         labels=json.loads((run_folder / "student" / "config.json").read_text())["label_names"],
         ours=model_entrypoint(recipe.student.name).__module__.startswith("deit_kd."),
     )
-    for file in ("recipe.yaml", "metrics.jsonl"):
-        shutil.copyfile(run_folder / file, run_folder / "student" / file)
+    shutil.copyfile(run_folder / "metrics.jsonl", run_folder / "student" / "metrics.jsonl")
+    stated = (run_folder / "recipe.yaml").read_text()  # public, too: where its author keeps weights is not its business
+    (run_folder / "student" / "recipe.yaml").write_text(re.sub(r"^(\s*\w+: )/.*/", r"\1.../", stated, flags=re.MULTILINE))
     path = run_folder / "student" / "README.md"
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n").save(path)
     return path
