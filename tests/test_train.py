@@ -235,7 +235,8 @@ def test_a_signal_before_training_asks_for_another_start(tmp_path: Path, fashion
         *RANDOM_TEACHER,
     ]
     process = subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    time.sleep(2)  # it imports torch
+    while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():  # it imports torch, seconds before it trains
+        assert process.poll() is None
     process.send_signal(signal.SIGUSR1)
     _, errors = process.communicate(timeout=60)
     assert (process.returncode, "Traceback" in errors) == (75, False), errors
