@@ -19,6 +19,7 @@ from deit_kd.models.distiller import build_lesson_projector
 from deit_kd.models.loading import architecture_of
 from deit_kd.models.taps import TimmModel
 from deit_kd.recipe import Finetune, Lesson, Recipe, nearest
+from deit_kd.recipe.checks import impossible
 from deit_kd.seed import derive_seed
 
 
@@ -75,7 +76,10 @@ def resolve(recipe: Recipe) -> Recipe:
     if recipe.student.name not in ("auto", name):
         raise UserError(f"student.name={recipe.student.name}: {recipe.finetune.weights} is a {name}; set student.name=auto")
     stated = recipe.student.model_args if recipe.student.name == name else arguments
-    return replace(recipe, student=replace(recipe.student, name=name, model_args=stated))
+    resolved = replace(recipe, student=replace(recipe.student, name=name, model_args=stated))
+    if faults := impossible(resolved):
+        raise UserError("\n  ".join([f"with {recipe.finetune.weights}: {len(faults)} faults", *faults]))
+    return resolved
 
 
 def build_distiller(

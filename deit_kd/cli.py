@@ -91,6 +91,7 @@ def main(arguments: list[str] | None = None) -> None:
     verb.add_argument("--recipe", default="finetune", help="finetune (default), finetune_probe, finetune_taught, or another")
     verb.add_argument("--img-size", type=int, help="pixels a side, where they shall differ from the network's own")
     verb.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    verb.add_argument("--max-steps", type=int, help="stop after so many steps; the schedule stays that of the whole run")
     verb.set_defaults(run=finetune)
 
     verb = verbs.add_parser(
@@ -273,6 +274,7 @@ def finetune(options: argparse.Namespace) -> None:
     output = options.output or Path("runs") / f"finetune_{Path(options.weights).stem}"
     script = Path(recipes.FOLDER).parent / "train.py"
     command = [sys.executable, script, "--recipe", options.recipe, "--data", options.data, "--output", output]
+    command += ["--max-steps", options.max_steps] if options.max_steps else []
     command += ["--device", options.device, *(f"{key}={value}" for key, value in ours.items()), *options.overrides]
     sys.stdout.flush()
     os.execv(sys.executable, list(map(str, command)))

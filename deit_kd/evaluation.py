@@ -20,7 +20,10 @@ from deit_kd.models import Distiller, StudentOutput
 def measure_student(distiller: Distiller, loader: EvaluationLoader, accelerator: Accelerator, prefix: str = "") -> dict[str, float]:
     """`measure` of the mean of the heads, and top1 of each head where there are several; leaves the student in evaluation mode."""
     distiller.eval()
-    heads = ["class_head_", "distillation_head_"] if distiller.has_tokens else []
+    classifiers = distiller.student.get_classifier() if distiller.has_tokens else ()
+    if not all(head.weight.any() for head in classifiers):  # fine-tuned with one head alone, the other is 0
+        classifiers = ()
+    heads = ["class_head_", "distillation_head_"] if classifiers else []
     heads += [f"distillation_head_{number}_" for number in range(2, len(distiller.student.get_classifier()))] if heads else []
 
     def predict(images: Tensor) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ import timm
 import torch
 from PIL import Image
 
-from deit_kd.data.sources import rgb
+from deit_kd.data.sources import readable, rgb
 from deit_kd.errors import UserError
 from deit_kd.models.taps import TimmModel
 
@@ -33,7 +33,7 @@ def predict(model: TimmModel, names: Sequence[str], device: torch.device, batch_
         top: how many predictions of each.
 
     Raises:
-        UserError: a folder without images, or an empty standard input.
+        UserError: an empty standard input.
     """
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
     labels = model.pretrained_cfg.get("label_names")
@@ -46,6 +46,8 @@ def predict(model: TimmModel, names: Sequence[str], device: torch.device, batch_
         images = []
         for name, content in some:
             try:
+                if Path(name).is_dir():
+                    raise ValueError("a folder without images")
                 with Image.open(name if content is None else io.BytesIO(content)) as image:
                     images.append(transform(rgb(image)))
                 lines.append({"image": name, "predictions": []})
@@ -69,17 +71,13 @@ def _expand(name: str) -> list[tuple[str, bytes | None]]:
         try:
             Image.open(io.BytesIO(content)).close()
         except UNREADABLE:
-            paths = content.decode(errors="replace").splitlines()
+            paths = [os.fsdecode(line) for line in content.splitlines() if line.strip()]
             if not paths:
                 raise UserError("-: standard input is empty; pipe an image or a path a line into it") from None
-            return [(path, None) for path in paths]
+            return [each for path in paths for each in (_expand(path) if path != "-" else [])]
         return [("-", content)]
     if not Path(name).is_dir():
         return [(name, None)]
-    extensions = tuple(Image.registered_extensions())
-    found = sorted(
-        os.path.join(folder, file) for folder, _, files in os.walk(name) for file in files if file.lower().endswith(extensions)
-    )
-    if not found:
-        raise UserError(f"{name}: holds no images")
-    return [(path, None) for path in found]
+    walked = os.walk(name)
+    found = sorted(os.path.join(folder, file) for folder, _, files in walked for file in files if file.lower().endswith(readable()))
+    return [(path, None) for path in found] or [(name, None)]

@@ -33,27 +33,31 @@ CORRUPTIONS = {  # AlexNet's error in percent, by which ImageNet-C divides (Hend
 }  # fmt: skip
 
 
-def class_names(model: TimmModel) -> tuple[str, ...] | None:
+def class_names(named: Any, number: int) -> tuple[str, ...] | None:
     """Names of the classes that a network knows, ImageNet's synsets for 1000 without names; None where nobody knows."""
-    named = model.pretrained_cfg.get("label_names")
     if isinstance(named, (list, tuple)):
         return tuple(named)
-    return tuple(timm.data.ImageNetInfo("imagenet-1k").label_names()) if model.num_classes == 1000 else None
+    return tuple(timm.data.ImageNetInfo("imagenet-1k").label_names()) if number == 1000 else None
 
 
-def match_labels(model: TimmModel, names: Sequence[str]) -> np.ndarray:
-    """[data's classes] -> the network's class of that name; by their order where the network has no names.
+def match_labels(known: tuple[str, ...] | None, number: int, names: Sequence[str], who: str = "the network") -> np.ndarray:
+    """[data's classes] -> a network's class of that name; by their order where the network has no names.
+
+    Args:
+        known: names of the network's classes.
+        number: of them.
+        names: of the data's.
+        who: whose they are, for messages.
 
     Raises:
         UserError: a class that the network does not know.
     """
-    known = class_names(model)
-    if known is None and len(names) == model.num_classes:
+    if known is None and len(names) == number:
         return np.arange(len(names))
     places = {name: place for place, name in enumerate(known or ())}
     if missing := [name for name in names if name not in places]:
-        knows = f"{model.num_classes} classes, {', '.join((known or ('without names',))[:3])} ..."
-        raise UserError(f"the data's class {missing[0]!r} is none of the network's {knows}; fine-tune it on these data first")
+        knows = f"{number} classes, {', '.join((known or ('without names',))[:3])} ..."
+        raise UserError(f"the data's class {missing[0]!r} is none of {who}'s {knows}; fine-tune it on these data first")
     return np.array([places[name] for name in names])
 
 
@@ -94,7 +98,8 @@ def examine(
     workers = min(16, (os.cpu_count() or 1) - 1)
     loader = EvaluationLoader(source, transform, Placement(device, 1, 0, workers, on_bad_image, tqdm.write), batch_size)
     distiller = Distiller(model.to(device)).eval()
-    classes = match_labels(model, source.class_names)
+    own_names = class_names(model.pretrained_cfg.get("label_names"), model.num_classes)
+    classes = match_labels(own_names, model.num_classes, source.class_names)
     accepted = torch.from_numpy(classes).to(device) if examination.accepted is None else None
     several = None
     if examination.accepted is not None:
@@ -104,7 +109,14 @@ def examine(
     allowed = torch.zeros(model.num_classes, dtype=torch.bool, device=device)
     allowed[torch.from_numpy(classes if examination.among is None else classes[examination.among]).to(device)] = True
     everything = examination.among is None and not restrict
-    same_classes = teacher is not None and teacher.num_classes == model.num_classes
+    if teacher is not None:  # its classes as the student's, -1 where the student has none of that name
+        theirs = class_names(teacher.info.label_names, teacher.num_classes)
+        taught = match_labels(theirs, teacher.num_classes, source.class_names, "the teacher")
+        place_of = {name: place for place, name in enumerate(own_names or ())}
+        as_ours = torch.tensor([place_of.get(name, -1) for name in theirs or ()] or [-1] * teacher.num_classes, device=device)
+        as_ours[torch.from_numpy(taught).to(device)] = torch.from_numpy(classes).to(device)
+        barred = torch.ones(teacher.num_classes, dtype=torch.bool, device=device)
+        barred[torch.from_numpy(taught if examination.among is None else taught[examination.among]).to(device)] = False
 
     heads = (
         ["mean", "class", *(f"distillation{n or ''}" for n in range(distiller.distillation_heads))]
@@ -140,7 +152,8 @@ def examine(
                     nll += F.cross_entropy(logits.double(), accepted[labels], reduction="sum")
                     confusion.view(-1).scatter_add_(0, labels * model.num_classes + top[:, 0], torch.ones_like(labels))
                 if teacher is not None:
-                    agree += (teacher(batch).logits.argmax(1) == top[:, 0]).sum() if same_classes else 0
+                    said = teacher(batch).logits
+                    agree += (as_ours[(said if everything else said.masked_fill(barred, -torch.inf)).argmax(1)] == top[:, 0]).sum()
         images += len(labels)
     seconds, total = time.perf_counter() - start, int(images)
     if not total:
@@ -152,7 +165,7 @@ def examine(
         report["confusion"] = confusion.tolist()
     report |= _calibration(bins)
     report["heads"] = {head: {f"top{k}": 100 * counts[f"{head} {k}"].item() / total for k in (1, 5)} for head in heads[1:]}
-    if same_classes:
+    if teacher is not None:
         report["agreement"] = 100 * agree.item() / total
     return report | {"seconds": seconds, "images_per_second": total / seconds, "images_per_second_network": total / network}
 
@@ -226,7 +239,7 @@ def write(folder: Path, title: str, report: dict[str, Any], names: Sequence[str]
     """report.json, report.md and report.png; the confusion matrix in JSON up to 100 classes."""
     folder.mkdir(parents=True, exist_ok=True)
     kept = {key: value for key, value in report.items() if key != "confusion" or len(names) <= 100}
-    (folder / "report.json").write_text(json.dumps(kept, indent=1) + "\n")
+    (folder / "report.json").write_text(json.dumps(kept, indent=1, allow_nan=False) + "\n")
     (folder / "report.md").write_text(describe(title, report))
     plot_report(report, names, folder / "report.png")
 
@@ -270,6 +283,8 @@ def evaluate(
         parts = {"": Examination(open_source(source or ("image_folder" if data else "fashion_mnist"), data, split))}
     config = timm.data.resolve_model_data_config(model)
     asked = load_teacher(teacher, image_mean=config["mean"], image_std=config["std"]).to(device) if teacher else None
+    if asked is not None:  # it gets the student's images in its own size
+        asked.img_size = timm.data.resolve_model_data_config(asked.model)["input_size"][-1]
     facts = {
         "weights": weights,
         "architecture": ".".join(filter(None, (model.pretrained_cfg["architecture"], model.pretrained_cfg.get("tag")))),

@@ -93,7 +93,7 @@ def describe(output: Path, recipe: Recipe, accelerator: Accelerator, task: Class
         run = {
             "name": output.resolve().name,
             "deit_kd": deit_kd.__version__,
-            "command": shlex.join(["python", *(_without_folders(word) for word in sys.argv)]),
+            "command": shlex.join(["python", Path(sys.argv[0]).name, *(_without_folders(word) for word in sys.argv[1:])]),
             "commit": commit(),
             "versions": {"python": platform.python_version()}
             | {name: version(name) for name in ("torch", "torchvision", "timm", "accelerate", "safetensors", "pillow")},

@@ -93,6 +93,51 @@ def test_a_network_that_knows_gets_everything_right(fashion_folder: Path) -> Non
         report.examine(teacher, Examination(source), CPU)
 
 
+def test_agreement_goes_by_names_and_sizes(fashion_folder: Path, tmp_path: Path) -> None:
+    """The student as its own teacher with its classes in another order, at another size, and with other classes."""
+    source = open_source("image_folder", fashion_folder, "val")
+    names = list(source.class_names)
+    arguments = {"patch_size": 7, "embed_dim": 48, "depth": 2, "num_heads": 3, "img_size": 28}
+    student = timm.create_model("deit_tiny_distilled_patch16_224", num_classes=10, **arguments)
+    cfg = {"input_size": [3, 28, 28]}
+
+    def save(name: str, order: list[int], labels: list[str]) -> Path:
+        weights = {key: value[order] if key.startswith("head") else value for key, value in student.state_dict().items()}
+        other = timm.create_model("deit_tiny_distilled_patch16_224", num_classes=len(order), **arguments)
+        other.load_state_dict(weights)
+        config = {"label_names": labels, "pretrained_cfg": cfg}
+        timm.models._hub.save_for_hf(other, tmp_path / name, model_args=arguments, model_config=config, safe_serialization=True)
+        return tmp_path / name
+
+    backwards = list(range(10))[::-1]
+    own, turned = save("own", list(range(10)), names), save("turned", backwards, names[::-1])
+    same_rows, fewer = save("same rows", list(range(10)), names[::-1]), save("fewer", [0, 1, 2], names[:3])
+
+    def agreement(teacher: Path, *options: str) -> float:
+        main(
+            [
+                "evaluate",
+                str(own),
+                "--data",
+                str(fashion_folder),
+                "--teacher",
+                str(teacher),
+                "--output",
+                str(tmp_path / "out"),
+                *options,
+            ]
+        )
+        return float(json.loads((tmp_path / "out/report.json").read_text())["agreement"])
+
+    assert agreement(own) == 100
+    assert agreement(turned) == 100
+    assert agreement(turned, "--restrict") == 100
+    assert agreement(same_rows) < 50
+    assert 0 <= agreement(own, "--img-size", "42") <= 100, "a teacher of 28 px beside a student of 42"
+    with pytest.raises(SystemExit):
+        agreement(fewer)
+
+
 class Answers(nn.Module):
     """A network that answers what a table says, by the brightness of an image, and else `second`."""
 
@@ -237,8 +282,9 @@ def test_predictions(fashion_folder: Path, tmp_path: Path) -> None:
     Image.open(one).save(buffer, "png")
     assert predictions("-", stdin=buffer.getvalue())[1][0]["predictions"] == alone
     assert predictions("-", stdin=f"{one}\n{one}\n".encode())[1][1]["predictions"] == alone
-    for arguments, message in (([tmp_path / "empty"], "holds no images"), (["-"], "standard input is empty")):
-        (tmp_path / "empty").mkdir(exist_ok=True)
-        code, lines, said = predictions(*arguments)
-        assert (code, lines) == (2, [])
-        assert message in said
+    (tmp_path / "empty").mkdir()
+    code, lines, said = predictions(tmp_path / "empty", one)
+    assert (code, lines[0]["error"], lines[1]["predictions"]) == (1, "a folder without images", alone)
+    code, lines, said = predictions("-")
+    assert (code, lines) == (2, [])
+    assert "standard input is empty" in said

@@ -194,6 +194,7 @@ def test_the_command(weights: Path, fashion_folder: Path, tmp_path: Path) -> Non
         (["finetune.patience_epochs=3"], "needs finetune.holdout"),
         (["finetune=null"], "student.name: auto, but finetune is null"),
         (["student.model_args={depth: 1}"], "are those of finetune.weights"),
+        (["data.img_size=30"], "with .*: 1 faults\n  data.img_size: 30 is not divisible by the patch size 7"),
         (["finetune.layer_decay=1.5"], r"must lie in \[0, 1\]"),
     ],
 )

@@ -6,6 +6,7 @@ import argparse
 import builtins
 import functools
 import hashlib
+import json
 import operator
 import os
 import runpy
@@ -24,6 +25,7 @@ import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
+from timm.models._hub import save_for_hf
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import orthogonal
 from yacs.config import CfgNode
@@ -148,8 +150,6 @@ def test_other_classes_and_sizes(conv_stem: nn.Module, tmp_path: Path) -> None:
 
 @torch.inference_mode()
 def test_folders_and_a_hub_cache(conv_stem: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from timm.models._hub import save_for_hf
-
     folder = tmp_path / "student"
     save_for_hf(conv_stem, folder, safe_serialization=True)
     revision = "1" * 40
@@ -202,14 +202,14 @@ GADGETS = {
 }
 
 
-@pytest.mark.parametrize("modern", [True, False])
+@pytest.mark.parametrize(("modern", "protocol"), [(True, 2), (False, 2), (True, 4), (False, 5)])
 @pytest.mark.parametrize("named", GADGETS)
 def test_pickled_objects_are_refused_by_name_and_never_run(
-    named: str, modern: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    named: str, modern: bool, protocol: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     content = {"model": {"x": torch.ones(2)}, "config": GADGETS[named]}
-    torch.save(content, tmp_path / "evil.pth", _use_new_zipfile_serialization=modern)
+    torch.save(content, tmp_path / "evil.pth", pickle_protocol=protocol, _use_new_zipfile_serialization=modern)
     with pytest.raises(UserError, match=rf"pickled object \S*{named}, which is not built"):
         deit_kd.load_student(tmp_path / "evil.pth")
     assert [path.name for path in tmp_path.iterdir()] == ["evil.pth"]
@@ -235,6 +235,18 @@ def test_files_that_are_no_weights(conv_stem: nn.Module, tmp_path: Path) -> None
     refuse("head.bias claims 1,099,511,627,776 numbers", tmp_path / "wide.pth")
     torch.save({**tensors, "norm.weight": tensors["norm.weight"] * torch.nan}, tmp_path / "nan.pth")
     refuse("norm.weight is not finite", tmp_path / "nan.pth")
+    torch.save({**tensors, "norm.weight": tensors["norm.weight"].double() * 1e39}, tmp_path / "large.pth")
+    refuse("norm.weight is not finite in float32", tmp_path / "large.pth")
+    for name, value in {"meta": torch.ones(192, device="meta"), "sparse": torch.ones(192).to_sparse()}.items():
+        torch.save({**tensors, "norm.weight": value}, tmp_path / f"{name}.pth")
+        refuse("norm.weight is a sparse, quantised or empty", tmp_path / f"{name}.pth")
+    torch.save(tensors, tmp_path / "new.pth", pickle_protocol=4)
+    refuse("no torch checkpoint of pickle protocol 2", tmp_path / "new.pth")
+    (tmp_path / "page.pth").write_text("<html>not found</html>")
+    refuse("no torch checkpoint", tmp_path / "page.pth")
+    save_for_hf(conv_stem, tmp_path / "folder", safe_serialization=True)
+    save_file({**tensors, "norm.weight": tensors["norm.weight"] * torch.nan}, tmp_path / "folder/model.safetensors")
+    refuse("norm.weight is not finite", tmp_path / "folder")
     torch.save({"epoch": 3}, tmp_path / "none.pth")
     refuse("holds no tensors", tmp_path / "none.pth")
     refuse("no such file", tmp_path / "nowhere/model.pth")
@@ -247,6 +259,15 @@ def test_other_networks_are_refused(conv_stem: nn.Module, tmp_path: Path) -> Non
             deit_kd.load_student(tmp_path / "other.pth")
 
     tensors = conv_stem.state_dict()
+    for change in (
+        {"blocks.99999999.norm1.weight": torch.ones(192)},
+        {"pos_embed": torch.ones(0, 10**10, 192)},
+        {"pos_embed": torch.ones(192)},
+        {"head.weight": torch.tensor(1.0)},
+        {"patch_embed.proj.patches.weight": torch.ones(192, 64, 0, 0)},
+    ):
+        refuse("is no DeiT-Ti, S or B", {**tensors, **change})
+    refuse("is no DeiT-Ti, S or B", {number: torch.ones(2) for number in range(3)})  # type: ignore[misc]
     refuse("is no DeiT-Ti, S or B", timm.create_model("resnet10t").state_dict())
     refuse("has no norm.weight", {key: value for key, value in tensors.items() if key != "norm.weight"})
     refuse(r"norm.weight is \[3\] instead of \[192\]", {**tensors, "norm.weight": torch.ones(3)})
@@ -255,6 +276,25 @@ def test_other_networks_are_refused(conv_stem: nn.Module, tmp_path: Path) -> Non
     assert (found.unexpected, found.arguments) == (("blocks.0.ls1.gamma",), {"num_classes": 7, "depth": 2})
     with pytest.raises(UserError, match="cannot be loaded"):
         deit_kd.load_student("hf-hub:nobody/nothing")
+
+
+def test_licences_are_those_that_are_stated(conv_stem: nn.Module, tmp_path: Path) -> None:
+    """Not that of timm's own weights of the architecture."""
+    assert deit_kd.load_student(simple_recipe(conv_stem, tmp_path)).pretrained_cfg["license"] == "unknown"
+    save_for_hf(
+        conv_stem, tmp_path / "folder", safe_serialization=True, model_config={"pretrained_cfg": {"license": "cc-by-nc-4.0"}}
+    )
+    assert deit_kd.load_student(tmp_path / "folder").pretrained_cfg["license"] == "cc-by-nc-4.0"
+    config = json.loads((tmp_path / "folder/config.json").read_text())
+    config["pretrained_cfg"].pop("license")
+    (tmp_path / "folder/config.json").write_text(json.dumps(config))
+    assert deit_kd.load_student(tmp_path / "folder").pretrained_cfg["license"] == "unknown"
+    assert deit_kd.load_student("quickstart").pretrained_cfg["license"] == "apache-2.0"
+
+
+def test_averaged_weights_where_there_are_no_others(conv_stem: nn.Module, tmp_path: Path) -> None:
+    torch.save({"model_ema": conv_stem.state_dict()}, tmp_path / "ema.pth")
+    assert torch.equal(deit_kd.load_student(tmp_path / "ema.pth").pos_embed, conv_stem.get_parameter("pos_embed"))
 
 
 def test_what_is_kept_beside_weights_is_not_built(conv_stem: nn.Module, tmp_path: Path) -> None:

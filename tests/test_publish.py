@@ -187,6 +187,7 @@ def test_one_commit_with_everything(run: Path, hub: Hub, tmp_path: Path) -> None
         student = timm.create_model(f"local-dir:{tmp_path / 'down'}", pretrained=True).eval()
         assert torch.equal(student(images), deit_kd.load_student(run)(images))
     assert ModelCard.load(tmp_path / "down/README.md").data.license == "apache-2.0"
+    assert 'timm.create_model("hf-hub:org/student", pretrained=True)' in files["README.md"].decode()
     assert "in a clean process with timm alone: the same logits" in said
 
 

@@ -102,7 +102,7 @@ class FolderSource:
         label_of = {name: label for label, name in enumerate(self.class_names)}
         if unknown := [name for name in folders if name not in label_of]:
             raise UserError(f"{root}: class {unknown[0]!r} is not among the training classes{nearest(unknown[0], label_of)}")
-        extensions = tuple(Image.registered_extensions())
+        extensions = readable()
         self.paths: list[str] = []
         labels: list[int] = []
         for name in tqdm(folders, desc=f"reading {root}", unit="class", delay=2, leave=False, disable=None):
@@ -128,6 +128,14 @@ class FolderSource:
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         with Image.open(self.paths[index]) as image:
             return rgb(image), int(self.labels[index])
+
+
+def readable() -> tuple[str, ...]:
+    """Endings of files that Pillow can open as pictures: not those that it only writes, nor films and printed pages."""
+    known = Image.registered_extensions()
+    return tuple(
+        end for end, kind in known.items() if kind in Image.OPEN and kind not in ("EPS", "MPEG", "WMF", "HDF5", "GRIB", "BUFR")
+    )
 
 
 def rgb(image: Image.Image) -> Image.Image:

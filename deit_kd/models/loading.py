@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -10,6 +11,7 @@ from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import timm
+import torch
 from safetensors import SafetensorError
 from timm.models._hub import load_model_config_from_hf
 from torch import Tensor
@@ -51,7 +53,7 @@ def load_student(
             raise UserError(
                 f"{source}: is of no student known here: {_list(found.unexpected)} have no place in {found.architecture}"
             )
-        return build_found(found, **changed, **({} if img_size is None else {"img_size": img_size}))
+        return _checked(build_found(found, **changed, **({} if img_size is None else {"img_size": img_size})), source)
     if folder := folder_of(name):
         name = f"local-dir:{folder.resolve()}"
     elif not name.startswith(("hf-hub:", "local-dir:")) and ("/" in name or Path(name).suffix in (".pth", ".tar", ".safetensors")):
@@ -63,17 +65,56 @@ def load_student(
         if img_size is not None and timm.create_model(name, pretrained=False).pretrained_cfg.get("fixed_input_size"):
             changed["img_size"] = img_size
         model = timm.create_model(name, pretrained=True, **changed)
+        stored = config_of(name)
     except (RuntimeError, ValueError, OSError, KeyError, TypeError, UnpicklingError, SafetensorError) as error:
         raise UserError(f"{source}: cannot be loaded as a student ({' '.join(str(error).split())[:300]})") from None
+    if stored is not None:  # else timm fills in the licence of its own weights of this architecture
+        model.pretrained_cfg["license"] = stored.get("pretrained_cfg", stored).get("license") or "unknown"
     if img_size is not None:  # timm leaves the stored size there, and so in the preprocessing
         model.pretrained_cfg["input_size"] = (3, img_size, img_size)
-    return model.eval().float()
+    return _checked(model.eval().float(), source)
+
+
+def _checked(model: TimmModel, source: str | Path) -> TimmModel:
+    for name, value in model.state_dict().items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise UserError(f"{source}: {name} is not finite in float32; these weights are of a run that diverged")
+    channels, side, _ = model.pretrained_cfg["input_size"]
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", (1,))[0]
+    if channels != 3:
+        raise UserError(f"{source}: takes images of {channels} channels; only those of 3 can be used here")
+    if side % patch:
+        raise UserError(f"{source}: {side} pixels are not divisible by its patches of {patch}; give another --img-size")
+    return model
 
 
 def folder_of(name: str) -> Path | None:
     """Where a run, an exported folder or a released name has its weights."""
     places = (Path(name), Path(name) / "student", RELEASED / name)
     return next((path for path in places if (path / "config.json").is_file()), None)
+
+
+def file_hash(source: str) -> str | None:
+    """sha256 of the file of weights that a local source has; None of others."""
+    folder = folder_of(source)
+    file = Path(source) if folder is None else folder / "model.safetensors"
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
+
+
+def config_of(name: str) -> dict[str, Any] | None:
+    """The config.json of a folder, local-dir: or hf-hub: source; None of others.
+
+    Raises:
+        RuntimeError, ValueError, OSError: it cannot be had.
+    """
+    if name.startswith("hf-hub:"):
+        pretrained, architecture, arguments = load_model_config_from_hf(name.removeprefix("hf-hub:"))
+        return {"architecture": architecture, "model_args": arguments, "pretrained_cfg": pretrained}
+    folder = Path(name.removeprefix("local-dir:")) if name.startswith("local-dir:") else folder_of(name)
+    content: Any = None if folder is None else json.loads((folder / "config.json").read_text())
+    if folder is not None and not isinstance(content, dict):
+        raise ValueError("config.json is no mapping")
+    return content
 
 
 def architecture_of(source: str | Path) -> tuple[str, dict[str, Any]]:
@@ -83,19 +124,19 @@ def architecture_of(source: str | Path) -> tuple[str, dict[str, Any]]:
         UserError: as there.
     """
     name = str(source)
+    arguments: dict[str, Any] | None
     if Path(name).is_file():
         found = read_student(Path(name))
         architecture, arguments = found.architecture, dict[str, Any](found.arguments)
-    elif folder := folder_of(name):
-        config = json.loads((folder / "config.json").read_text())
-        architecture, arguments = config["architecture"], config.get("model_args") or {}
-    elif name.startswith("hf-hub:"):
+    else:
         try:
-            _, architecture, arguments = load_model_config_from_hf(name.removeprefix("hf-hub:"))
+            config = config_of(name)
         except Exception as error:  # the hub's client has many
             raise UserError(f"{source}: cannot be loaded as a student ({' '.join(str(error).split())[:300]})") from None
-    else:
-        architecture, arguments = name.partition(".")[0], {}
+        if config is None and ("/" in name or name.partition(".")[0] not in timm.list_models()):
+            raise UserError(f"{source}: no such file, and no folder with a config.json, nor a network that timm knows")
+        architecture = name.partition(".")[0] if config is None else config.get("architecture", "")
+        arguments = {} if config is None else config.get("model_args")
     stated_elsewhere = ("num_classes", "img_size", "in_chans", "global_pool")
     return architecture, {key: value for key, value in (arguments or {}).items() if key not in stated_elsewhere}
 
@@ -129,7 +170,8 @@ def read_student(path: Path) -> Found:
     dropped = tuple(key for key in stored if key.startswith(TRAINING_ONLY))
     tensors = authors_to_timm({key: value for key, value in stored.items() if key not in dropped})
     architecture, arguments = _architecture(tensors, path)
-    with_shapes = timm.create_model(architecture, **arguments).state_dict()
+    with torch.device("meta"):  # shapes alone: a file may claim anything
+        with_shapes = timm.create_model(architecture, **arguments).state_dict()
     if missing := [key for key in with_shapes if key not in tensors]:
         raise UserError(f"{path}: looks like {architecture}, but has no {_list(missing)}; fetch the file again from its authors")
     for key, value in with_shapes.items():
@@ -146,11 +188,16 @@ def _architecture(tensors: Mapping[str, Tensor], path: Path) -> tuple[str, dict[
     position, head = tensors.get("pos_embed"), tensors.get("head.weight")
     convolutional = "patch_embed.proj.stem.0.weight" in tensors
     patches = tensors.get("patch_embed.proj.patches.weight" if convolutional else "patch_embed.proj.weight")
-    if not blocks or position is None or patches is None or head is None or position.shape[-1] not in SIZES:
+    known = position is not None and patches is not None and head is not None and 0 < len(blocks) <= 100
+    known = known and position.ndim == 3 and patches.ndim == 4 and head.ndim == 2 and blocks == set(range(len(blocks)))  # type: ignore[union-attr]
+    if not known or position.shape[-1] not in SIZES or 0 in (position.numel(), patches.numel(), head.numel()):  # type: ignore[union-attr]
         raise UserError(
             f"{path}: is no DeiT-Ti, S or B (its first keys: {_list(list(tensors))}); of another network give a folder with the "
             "config.json that timm wrote"
         )
+    assert position is not None
+    assert patches is not None
+    assert head is not None
     distilled = "head_dist.weight" in tensors
     kind = "_convstem_distilled" if convolutional else "_distilled" if distilled else ""
     patch = patches.shape[-1] * (2 if convolutional else 1)  # the stem halves the image before
@@ -171,7 +218,7 @@ def build_found(found: Found, **changed: Any) -> TimmModel:
         kept = {key: value for key, value in kept.items() if key.rpartition(".")[0] not in heads}
     missing = model.load_state_dict(authors_to_timm(kept, model), strict=False).missing_keys
     assert all(key.rpartition(".")[0] in heads for key in missing), missing
-    model.pretrained_cfg["input_size"] = (3, *model.patch_embed.img_size)
+    model.pretrained_cfg |= {"input_size": (3, *model.patch_embed.img_size), "license": "unknown"}  # else that of timm's weights
     return model.eval().float()
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import io
+import pickletools
 import re
 import zipfile
 from collections import OrderedDict
@@ -19,8 +21,10 @@ from torch.serialization import safe_globals
 from deit_kd.errors import UserError
 
 # Where training scripts keep weights, the first that is there: deit, timm, VkD, torchvision's references
-INSIDE = ("model", "state_dict", "student", "module")
+INSIDE = ("model", "state_dict", "student", "module", "model_ema", "state_dict_ema", "student_ema")
 WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")  # of DataParallel and DDP, of torch.compile
+# What a pickle of tensors and numbers names
+TENSORS = re.compile(r"torch\.\w+|torch\._utils\.\w+|collections\.OrderedDict|numpy\.(dtype|dtypes\.\w+)|_codecs\.encode")
 _NUMBER: Any = np.float64(0).__reduce__()[0]  # builds one of a data type and bytes
 # Settings that training scripts keep beside weights. torch's reader builds a plain dictionary in their place; nothing of them is run.
 HARMLESS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
@@ -53,17 +57,21 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise
     except Exception as error:  # torch and safetensors raise many types for foreign and truncated files
         reason = " ".join(str(error).split())
-        if found := re.search(r"GLOBAL (\S+)|(?:class|function) ([\w.]+)", reason):
-            reason = f"it holds the pickled object {found[1] or found[2]}, which is not built, for it could run anything"
+        if foreign := _foreign_objects(path):
+            reason = f"it holds the pickled object {foreign[0]}, which is not built, for it could run anything"
+        elif "weights_only" in reason:  # torch's advice is the unsafe way
+            reason = "no torch checkpoint of pickle protocol 2, which torch.save writes"
         raise UserError(f"{path}: cannot be read as weights ({reason[:200]}); ask for a safetensors file") from None
     for key in INSIDE:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
     entries = content.items() if isinstance(content, Mapping) else ()
-    tensors = {WRAPPERS.sub("", key): value for key, value in entries if isinstance(value, Tensor)}
+    tensors = {WRAPPERS.sub("", str(key)): value for key, value in entries if isinstance(value, Tensor)}
     if not tensors:
         raise UserError(f"{path}: holds no tensors")
     for key, value in tensors.items():
+        if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
+            raise UserError(f"{path}: {key} is a sparse, quantised or empty (meta) tensor; save plain ones")
         if value.numel() * value.element_size() > value.untyped_storage().nbytes():
             raise UserError(
                 f"{path}: {key} claims {value.numel():,} numbers and stores fewer; fetch the file again from its authors"
@@ -71,6 +79,40 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         if value.is_floating_point() and not value.isfinite().all():
             raise UserError(f"{path}: {key} is not finite; these weights are of a run that diverged")
     return tensors
+
+
+def _foreign_objects(path: Path) -> list[str]:
+    """Names in the pickles of a file that are no part of tensors; read from the opcodes, nothing is built."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            pickles = [archive.read(name) for name in archive.namelist() if name.endswith("data.pkl")]
+    else:
+        pickles = [path.read_bytes()]
+    harmless = {entry[1] for entry in HARMLESS if isinstance(entry, tuple)}
+    foreign = []
+    for content in pickles:
+        stream = io.BytesIO(content)
+        try:
+            while stream.tell() < len(content):  # the format before torch 1.6 has several, one behind the other
+                latest, words = "", list[str]()
+                memory: list[str] = []
+                for opcode, argument, _ in pickletools.genops(stream):
+                    if isinstance(argument, str) and "UNICODE" in opcode.name:
+                        words.append(argument)
+                        latest = argument
+                    elif opcode.name == "MEMOIZE":
+                        memory.append(latest)
+                    elif opcode.name in ("BINGET", "LONG_BINGET") and memory:
+                        words.append(memory[int(str(argument))])
+                    else:
+                        latest = ""
+                    if opcode.name in ("GLOBAL", "INST", "STACK_GLOBAL"):
+                        name = ".".join(words[-2:]) if opcode.name == "STACK_GLOBAL" else str(argument).replace(" ", ".")
+                        if name not in harmless and not TENSORS.fullmatch(name):
+                            foreign.append(name)
+        except (ValueError, IndexError, UnicodeDecodeError):  # no pickle, or what follows the pickles: the tensors' bytes
+            pass
+    return foreign
 
 
 def _refuse_bombs(path: Path) -> None:

@@ -74,7 +74,8 @@ class Finetune(Section):
 
     weights: str  # a run, an exported folder, hf-hub:ORG/NAME, a timm tag, a released name, or an authors' file
     frozen: tuple[str, ...]  # beginnings of names of parameters that stay; backbone: all but the heads (a linear probe)
-    heads: Literal["both", "class", "distillation"]  # of a distilled student; one that is not used is set to 0 and stays
+    heads: Literal["both", "class", "distillation"]  # of a distilled student; one that is not used is set to 0 and stays, so
+    # that the mean of both, which is trained and returned, is half of the other's logits
     layer_decay: float  # the learning rate of a layer is that of the one above it times this; 1 is off
     holdout: float  # share of the training images of each class that is not trained on but measured; 0 is off
     patience_epochs: int | None  # without a better top-1 on the held out images, after which training stops; null: never

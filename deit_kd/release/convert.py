@@ -75,6 +75,6 @@ def _class_names(file: Path | None, number: int) -> list[str] | None:
         names = json.loads(file.read_text()) if file.suffix == ".json" else file.read_text().splitlines()
     except (OSError, ValueError) as error:
         raise UserError(f"{file}: cannot be read ({error}); it holds the class names") from None
-    if len(names) != number or not all(isinstance(name, str) for name in names):
-        raise UserError(f"{file}: holds {len(names)} class names, the student has {number}")
+    if not isinstance(names, list) or len(names) != number or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{file}: is no list of {number} class names, as many as the student has")
     return names

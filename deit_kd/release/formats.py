@@ -88,7 +88,8 @@ def _onnx(student: TimmModel, images: Tensor, path: Path) -> Tensor:
 def _torch_export(student: TimmModel, images: Tensor, path: Path) -> Tensor:
     program = torch.export.export(student, (images[:2].clone(),), dynamic_shapes=({0: torch.export.Dim("batch")},))
     torch.export.save(program, path)
-    reloaded = torch.export.load(path).module()
+    program = torch.export.load(path)
+    reloaded = program.module()
     return torch.cat([reloaded(images[:-1]), reloaded(images[-1:])])
 
 
@@ -97,7 +98,7 @@ def _halved(folder: Path, kind: torch.dtype, path: Path) -> TimmModel:
     from safetensors.torch import load_file
 
     if not (folder / "model.safetensors").is_file():
-        raise UserError(f"{folder}: has no model.safetensors; convert the weights to a folder first, with deit-kd convert")
+        raise UserError("fp16 and bf16 are folders, made of one with a model.safetensors; make one with deit-kd convert first")
     temporary = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     shutil.copytree(folder, temporary)

@@ -72,6 +72,8 @@ def publish(run: Path, repository: str, *, private: bool, dry_run: bool, licence
         if (run / "plots").is_dir():
             shutil.copytree(run / "plots", folder / "plots")
         said.append(_licence(run, folder, licence, despite_teacher))
+        card = (folder / "README.md").read_text()
+        (folder / "README.md").write_text(card.replace("local-dir:PATH/TO/THIS/FOLDER", f"hf-hub:{repository}"))
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         said += [f"file      {path.relative_to(folder)}, {path.stat().st_size:,} bytes" for path in files]
         if dry_run:
