@@ -51,8 +51,14 @@ def test_the_two_commands_come_first() -> None:
     assert BASH[:2] == ["bash launch/quickstart.sh", "bash launch/test.sh"]
 
 
-def test_quick_start_and_what_follows_it(copy: Path) -> None:
-    printed = bash(copy / "launch" / "quickstart.sh", "--max-steps", "4")
+@pytest.fixture(scope="module")
+def quick_start(copy: Path) -> str:
+    """What the quick start prints; its run folder is there afterwards."""
+    return bash(copy / "launch" / "quickstart.sh", "--max-steps", "4")
+
+
+def test_quick_start_and_what_follows_it(copy: Path, quick_start: str) -> None:
+    printed = quick_start
     assert re.search(r"teacher +959,066 +91\.30", printed), printed
     assert re.search(r"student +465,620 +\d", printed), printed
     with Image.open(copy / "runs/quickstart/plots/contact_sheet.png") as sheet:
@@ -63,9 +69,9 @@ def test_quick_start_and_what_follows_it(copy: Path) -> None:
         assert done.returncode == 0, f"{code}\n{done.stderr}"
 
 
+@pytest.mark.usefixtures("quick_start")
 def test_what_is_done_with_students(copy: Path, fashion_folder: Path) -> None:
-    """After the quick start, whose run folder is there: each line that needs neither ImageNet nor an authors' file."""
-    bash(copy / "launch" / "quickstart.sh", "--max-steps", "1")
+    """After the quick start: each line that needs neither ImageNet nor an authors' file."""
     picture = sorted((fashion_folder / "val/9 Ankle boot").iterdir())[0]
     done = []
     for line in BASH:
