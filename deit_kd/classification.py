@@ -34,7 +34,6 @@ from deit_kd.data.transforms import evaluation_transform, train_transform
 from deit_kd.errors import UserError
 from deit_kd.evaluation import measure, measure_student
 from deit_kd.models import Distiller, StudentOutput, Teacher, TeacherOutput, build_student
-from deit_kd.models.loading import file_hash
 from deit_kd.models.projectors import first_matrix
 from deit_kd.models.taps import TimmModel
 from deit_kd.recipe import Lesson, Recipe, fingerprint
@@ -114,7 +113,7 @@ class Classification:
         if recipe.batch_statistics == "global" and accelerator.num_processes > 1 and accelerator.device.type == "cuda":
             distiller = convert_sync_batchnorm(distiller)  # torch has it on CUDA alone
         licence = distiller.student.pretrained_cfg.get("license") or "unknown"
-        self.origin: dict[str, Any] = {"license": licence, "sha256": file_hash(tune.weights)} if tune else {}
+        self.origin = {"license": licence} if tune else {}
         self.student, self.projectors = distiller.student, distiller.projectors
         self.module: nn.Module = distiller
         self.global_batch = GlobalBatch(accelerator, self.accumulation_steps)

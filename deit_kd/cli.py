@@ -12,11 +12,14 @@ from typing import Any
 from deit_kd import recipe as recipes
 from deit_kd.errors import UserError
 
+WEIGHTS = "a run, an exported folder, hf-hub:ORG/NAME, a timm tag, a released name, or an authors' file"
+
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs a verb; user errors end in one line and exit code 2."""
     parser = argparse.ArgumentParser(
-        prog="deit-kd", description="What surrounds training: class means, grids of runs, a look at the machine."
+        prog="deit-kd",
+        description="What surrounds training: grids of runs, data, a look at the machine, and what is done with students.",
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
@@ -80,9 +83,7 @@ def main(arguments: list[str] | None = None) -> None:
         help="go on training a student with other images and classes",
         epilog="example: deit-kd finetune runs/deit_ti --data flowers --output runs/flowers epochs=50 finetune.holdout=0.1",
     )
-    verb.add_argument(
-        "weights", help="a run, an exported folder, hf-hub:ORG/NAME, a timm tag, a released name, or an authors' file"
-    )
+    verb.add_argument("weights", help=WEIGHTS)
     verb.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe")
     verb.add_argument(
         "--data", type=Path, required=True, help="DIR with DIR/train/CLASS/ and DIR/val/CLASS/, or what data.source takes"
@@ -105,9 +106,7 @@ def main(arguments: list[str] | None = None) -> None:
     verb.set_defaults(run=convert)
 
     verb = verbs.add_parser("export", help="a student as ONNX, torch.export program, or with half the bytes; checked numerically")
-    verb.add_argument(
-        "weights", help="a run, an exported folder, hf-hub:ORG/NAME, a timm tag, a released name, or an authors' file"
-    )
+    verb.add_argument("weights", help=WEIGHTS)
     verb.add_argument("--format", required=True, choices=("onnx", "torch-export", "fp16", "bf16"))
     verb.add_argument("--output", type=Path, help="the file or folder to make (default: beside the student)")
     verb.set_defaults(run=export)
@@ -165,9 +164,7 @@ def _recipe_options(verb: argparse.ArgumentParser) -> None:
 
 
 def _weights_options(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument(
-        "weights", help="a run, an exported folder, hf-hub:ORG/NAME, a timm tag, a released name, or an authors' file"
-    )
+    verb.add_argument("weights", help=WEIGHTS)
     verb.add_argument("--img-size", type=int, help="pixels a side, where they shall differ from the network's own")
     verb.add_argument("--batch-size", type=int, default=64)
     verb.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")

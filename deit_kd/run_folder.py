@@ -24,6 +24,7 @@ import deit_kd
 from deit_kd import checkpoint, plan, sharding
 from deit_kd import recipe as recipes
 from deit_kd.errors import UserError
+from deit_kd.models.loading import file_of
 from deit_kd.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -90,6 +91,8 @@ def describe(output: Path, recipe: Recipe, accelerator: Accelerator, task: Class
                 raise UserError(f"{fault}; free some, give another --output, or lower run.keep_checkpoints")
             accelerator.print(f"{fault}; the run goes on without those that do not fit")
         (output / "recipe.yaml").write_text(recipes.dump(recipe))
+        file = file_of(recipe.finetune.weights) if recipe.finetune else None
+        weights = None if file is None else checkpoint.sha256(file)
         run = {
             "name": output.resolve().name,
             "deit_kd": deit_kd.__version__,
@@ -113,7 +116,7 @@ def describe(output: Path, recipe: Recipe, accelerator: Accelerator, task: Class
                 "num_classes": task.num_classes,
             },
             "student": {"parameters": counted.student_parameters, "gmacs": counted.student_gmacs},
-            "finetuned_from": recipe.finetune and {"source": recipe.finetune.weights, **task.origin},
+            "finetuned_from": recipe.finetune and {"source": recipe.finetune.weights, "sha256": weights, **task.origin},
             "held_out_images": len(task.holdout_loader.source) if task.holdout_loader else 0,
             "projector_parameters": counted.projector_parameters,
             "teachers": [

@@ -54,7 +54,7 @@ MAY_IMPORT = {
     "__main__": {"cli"},
     "release": {"__init__", "release", "checkpoint", "models", "recipe", "tracking"},
     "analysis": {"tracking"},
-    "run_folder": {"checkpoint", "plan", "sharding", "recipe", "classification", "__init__"},
+    "run_folder": {"models", "checkpoint", "plan", "sharding", "recipe", "classification", "__init__"},
 }
 # third-party packages that only these may import
 ONLY = {

@@ -110,6 +110,11 @@ def test_verbs_name_recipes_and_keys_that_exist() -> None:
 
     documents = [README, *(path.read_text() for path in (ROOT / "results").glob("*.md"))]
     commands = [shlex.split(line) for text in documents for line in re.findall(r"^`?(deit-kd [^`#\n]+)", text, re.MULTILINE)]
+    assert {command[1] for command in commands} == {
+        "grid",
+        "class-means",
+        *("convert", "evaluate", "predict", "finetune", "publish", "export", "card"),
+    }
     for _, verb, recipe, *words in commands:
         if verb == "finetune":
             recipes.load("finetune", [word for word in words if "=" in word])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -94,11 +93,11 @@ def folder_of(name: str) -> Path | None:
     return next((path for path in places if (path / "config.json").is_file()), None)
 
 
-def file_hash(source: str) -> str | None:
-    """sha256 of the file of weights that a local source has; None of others."""
+def file_of(source: str) -> Path | None:
+    """The file of weights that a local source has; None of others."""
     folder = folder_of(source)
     file = Path(source) if folder is None else folder / "model.safetensors"
-    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
+    return file if file.is_file() else None
 
 
 def config_of(name: str) -> dict[str, Any] | None:
