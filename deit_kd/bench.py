@@ -126,7 +126,7 @@ class Rig:
         if any(lesson.distill.class_means == "auto" for lesson in recipe.lessons()):
             raise UserError("distill.class_means=auto: takes a pass over the data first; make a file with deit-kd class-means")
         script, sharded = _train_script(), sharding.take_over()
-        self.recipe, nowhere = recipe, Path("runs")
+        self.recipe, nowhere = (recipe := build.resolve(recipe)), Path("runs")
         self.accelerator = make_accelerator(recipe, device, nowhere)
         with self.accelerator.main_process_first():
             self.sources: tuple[Source, Source] = build.open_data(recipe, data)
@@ -169,9 +169,10 @@ class Rig:
         ready = 1 + 2 * self.loader.placement.workers
         for _ in tqdm(range(ready), desc="workers start", unit="batch", delay=2, leave=False):
             next(stream)
-        started = time.perf_counter()
-        for taken in tqdm(range(1, steps * micro + 1), desc="data alone", unit="batch", delay=2, leave=False):
+        started, taken = time.perf_counter(), 0
+        for _ in tqdm(range(steps * micro), desc="data alone", unit="batch", delay=2, leave=False):
             next(stream)
+            taken += 1
             if time.perf_counter() - started > most_seconds:
                 break
         self._wait()

@@ -6,57 +6,23 @@ seen to reach, plus what starting an operation costs where that is more. Of GPUs
 
 from __future__ import annotations
 
-import os
-import platform
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
-
 from deit_kd.build import accumulation
+from deit_kd.devices import Device
 from deit_kd.errors import UserError
 from deit_kd.plan import Plan
-from deit_kd.recipe import Recipe, nearest
+from deit_kd.recipe import Recipe
 from deit_kd.work import Operation, Work
 
-
-@dataclass(frozen=True)
-class Device:
-    """What one device gives to half precision (a CPU: to float32)."""
-
-    name: str
-    flops: float  # a second, matrix products
-    bandwidth: float  # bytes a second of its memory
-    memory: float  # bytes
-    inside: float = 25e9  # bytes a second to the other devices of its machine, assumed
-    between: float = 25e9  # bytes a second to other machines, assumed: 400 Gbit/s for two devices
-    launch: float = 7e-6  # seconds that the host needs for one operation
-    is_gpu: bool = True
-    threads: int = 0
-
-
-# Peaks are dense bf16 with float32 accumulation, bandwidths and memory those of the vendor's data sheets: NVIDIA H200, H100 SXM, A100 80GB SXM, L40S;
-# NVIDIA Ada (4090), Ampere GA102 (3090) and Blackwell (5090, RTX PRO 6000) architecture papers.
-GPUS = {
-    device.name: device
-    for device in (
-        Device("h200", 989e12, 4.8e12, 141e9, inside=150e9),
-        Device("h100", 989e12, 3.35e12, 80e9, inside=150e9),
-        Device("a100", 312e12, 2.039e12, 80e9, inside=100e9),
-        Device("l40s", 362e12, 0.864e12, 48e9),
-        Device("5090", 209.5e12, 1.792e12, 32e9),
-        Device("4090", 165.2e12, 1.008e12, 24e9),
-        Device("3090", 71e12, 0.936e12, 24e9),
-    )
-}
 # The share of the roofline that is reached, from published images a second, not from a measurement here. Teachers: RegNetY-160 inference in timm's results
 # tables, eager 1,070 (3090), 1,664 (4090), 2,299 (5090), 2,377 (RTX PRO 6000): 0.77, 0.75, 0.68, 0.53; compiled 2,152, 2,848, 3,093: 0.97, 0.84, 0.69.
 # Students: timm's training table, 3090, DeiT-Ti and DeiT-S, eager 2,253 and 1,033: 0.48, 0.62; compiled one ViT-5-S on an H100 in nvSubquadratic's
 # documentation, 7,716, taken as a DeiT-S: 0.71. No datacentre GPU is among the teachers'.
 EFFICIENCY = {"teacher": {False: 0.71, True: 0.84}, "student": {False: 0.55, True: 0.71}}
-CPU_EFFICIENCY = {"teacher": 0.70, "student": 0.70}
-IMAGENET_IMAGES, IMAGENET_VAL_IMAGES = 1_281_167, 50_000
+# Of a CPU: measured, RegNetY-160, DeiT-Ti and DeiT-S in batches of 8 on one thread of a 2.5 GHz Cascade Lake core that was not alone: 0.93, 0.65, 0.85.
+CPU_EFFICIENCY = {"teacher": 0.85, "student": 0.70}
 USABLE = 0.9  # of a device's memory; the rest goes to the driver and to gaps
 
 
@@ -87,51 +53,6 @@ class Prediction:
     def step_seconds(self) -> float:
         """Of everything, nothing hidden behind anything."""
         return self.teacher_seconds + self.student_seconds + self.all_reduce_seconds + self.gather_seconds
-
-
-def find_device(name: str) -> Device:
-    """A GPU of the table, or `cpu`: this machine's.
-
-    Raises:
-        UserError: a name that is not there.
-    """
-    if name == "cpu":
-        return this_cpu()
-    if name.lower() not in GPUS:
-        raise UserError(f"--gpu {name}: not in the table{nearest(name.lower(), [*GPUS, 'cpu'])}; known are {', '.join(GPUS)}, cpu")
-    return GPUS[name.lower()]
-
-
-def this_cpu() -> Device:
-    """This machine's processor with the threads that torch has: a matrix product, a copy and small operations are timed for a second."""
-    a, b, out = (torch.randn(768, 768) for _ in range(3))
-    source, target = torch.empty(32 << 20, dtype=torch.uint8), torch.empty(32 << 20, dtype=torch.uint8)
-    x = torch.ones(8, requires_grad=True)
-
-    def chain() -> None:
-        y = x
-        for _ in range(50):
-            y = y * x
-        y.sum().backward()  # type: ignore[no-untyped-call]
-
-    return Device(
-        name="cpu",
-        flops=2 * 768**3 / _best(lambda: torch.mm(a, b, out=out)),
-        bandwidth=2 * source.numel() / _best(lambda: target.copy_(source)),
-        memory=float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) if platform.system() == "Linux" else 16e9,
-        launch=_best(chain) / 150,  # 50 forward, 100 backward
-        is_gpu=False,
-        threads=torch.get_num_threads(),
-    )
-
-
-def _best(function: Callable[[], object], seconds: float = 0.3) -> float:
-    times: list[float] = []
-    while sum(times) < seconds:
-        started = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - started)
-    return min(times)
 
 
 def seconds_of(operations: Iterable[Operation], batch: int, device: Device, efficiency: float) -> float:
@@ -181,6 +102,7 @@ def predict(
     gpus: int = 1,
     nodes: int = 1,
     compiled: bool = False,
+    device_batch: int | None = None,
 ) -> Prediction:
     """Hours of the recipe, data not counted.
 
@@ -194,6 +116,7 @@ def predict(
         gpus: processes of a machine.
         nodes: machines.
         compiled: with the efficiency of torch.compile.
+        device_batch: the largest micro-batch; None for what fits.
 
     Raises:
         UserError: a global batch that does not divide, or a device on which no image fits.
@@ -204,7 +127,7 @@ def predict(
         raise UserError(f"--gpu {device.name}: not one image of {recipe.data.img_size} px fits in {device.memory / 1e9:.0f} GB")
     total = min(recipe.global_batch_size, train_images // processes * processes)
     share = total // processes
-    micro = max((n for n in range(1, share + 1) if share % n == 0 and n <= fits), default=1)
+    micro = max((n for n in range(1, share + 1) if share % n == 0 and n <= (device_batch or fits)), default=1)
     micro_steps = accumulation(total, processes, micro)
     slower = 1 if device.is_gpu else gpus
     efficiency = {name: by[compiled] for name, by in EFFICIENCY.items()} if device.is_gpu else CPU_EFFICIENCY
@@ -241,14 +164,16 @@ def predict(
         images_per_second=total / seconds,
         evaluation_hours=evaluation / 3600,
         hours=hours,
-        device_hours=hours * processes,
+        device_hours=hours * (processes if device.is_gpu else nodes),
     )
 
 
 def cache_bytes(plan: Plan, views: int) -> dict[str, int]:
     """Disk for what the first teacher says of so many views, by form: its pooled features, its logits, or the 100 largest of them."""
     shapes = dict(plan.shapes)
-    width, classes = (int(shapes[name].rstrip("]").split(", ")[1]) for name in (_first(shapes, "features"), _first(shapes, "logits")))
+    width, classes = (
+        int(shapes[name].rstrip("]").split(", ")[1]) for name in (_first(shapes, "features"), _first(shapes, "logits"))
+    )
     top = min(100, classes)
     return {
         "features bf16": views * 2 * width,

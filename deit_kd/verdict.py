@@ -48,20 +48,18 @@ def advise(recipe: Recipe, bench: Bench, machine: Machine) -> list[str]:
 
 def _on_data(recipe: Recipe, bench: Bench, machine: Machine) -> list[str]:
     image = bench.read + bench.transform
-    images = bench.images_per_step / bench.processes
     busy = machine.threads if bench.device == "cpu" else 1
     spare = max(0, machine.cores // bench.processes - busy)
     # Where images wait and do not compute (a slow disk or network), more workers than cores help.
-    waits = bench.read > 3 * bench.transform and bench.workers < 16
-    needed = min(64, math.ceil(image * images / bench.step_only))
+    most = 32 if bench.read > 3 * bench.transform else spare
+    needed = max(1, math.ceil(max(1, bench.workers) * bench.data_only / bench.step_only))
     given = []
-    if bench.workers < max(needed, 1) and (bench.workers < spare or waits):
-        chosen = max(1, needed if waits else min(needed, spare))
-        given.append(f"run.workers={chosen}: an image takes {1000 * image:.2g} ms of one worker, {needed} keep up with the step")
-    elif needed > spare:
+    if bench.workers < min(needed, most):
         given.append(
-            f"{needed} cores are needed for this rate and {spare} are free here: take a machine with more, or cheaper images"
+            f"run.workers={min(needed, most)}: with {bench.workers} the loader alone takes {1000 * bench.data_only:.3g} ms a step"
         )
+    if needed > most:
+        given.append(f"{needed} cores keep up with the step and {spare} are free here: take more of them, or cheaper images")
     if bench.transform > bench.read and bench.device == "cuda" and getattr(recipe.run, "augment_on", "cpu") != "device":
         given.append(f"run.augment_on=device: {bench.transform / image:.0%} of an image's cost is its augmentation")
     if bench.read >= bench.transform and recipe.data.source in ("image_folder", "shards", "hf_datasets"):
@@ -69,7 +67,7 @@ def _on_data(recipe: Recipe, bench: Bench, machine: Machine) -> list[str]:
             f"deit-kd pack --short-side {round(recipe.data.img_size * 8 / 7)}: {bench.read / image:.0%} of an image's cost is reading "
             "it; smaller files are read faster (the images change a little, and small crops are blurred)"
         )
-    return given
+    return given or ["the loader alone keeps up: it wants for cores beside the step; lower OMP_NUM_THREADS, or take more cores"]
 
 
 def _on_communication(recipe: Recipe, bench: Bench, machine: Machine) -> list[str]:
@@ -99,9 +97,11 @@ def _on_student(recipe: Recipe, bench: Bench, machine: Machine) -> list[str]:
     given = _compute(recipe, bench)
     if machine.accumulation_steps > 1:
         given.append("a larger --device-batch-size, if memory allows: a global batch in pieces runs the student twice")
-    if bench.device == "cpu" and machine.threads * bench.processes < machine.cores:
-        free = machine.cores - machine.threads * bench.processes
-        given.append(f"{free} cores compute nothing: launch more processes (launch/cpu2.yaml), or raise OMP_NUM_THREADS")
+    free = machine.cores - (machine.threads + bench.workers) * bench.processes
+    if bench.device == "cpu" and free > 0:
+        given.append(
+            f"{free} of {machine.cores} cores compute nothing: launch more processes (launch/cpu2.yaml), or raise OMP_NUM_THREADS"
+        )
     return given
 
 

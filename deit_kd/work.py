@@ -138,9 +138,7 @@ def _step(
     with cast_to_half:
         with _Counter() as teaching:
             outputs = {teacher: teacher(images) for teacher in each_teacher}
-        tapped = [
-            None if tap is None else outputs[teacher].tapped[tap] for tap, teacher in zip(taps, teachers, strict=True)
-        ]
+        tapped = [None if tap is None else outputs[teacher].tapped[tap] for tap, teacher in zip(taps, teachers, strict=True)]
         with _Counter() as forward, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             output = distiller(images, tapped)
     results = [t for t in tree_leaves(tuple(output)) if isinstance(t, Tensor) and t.requires_grad]
