@@ -6,6 +6,7 @@ import importlib.util
 import itertools
 import math
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -126,7 +127,9 @@ class Rig:
         if any(lesson.distill.class_means == "auto" for lesson in recipe.lessons()):
             raise UserError("distill.class_means=auto: takes a pass over the data first; make a file with deit-kd class-means")
         script, sharded = _train_script(), sharding.take_over()
-        self.recipe, nowhere = (recipe := build.resolve(recipe)), Path("runs")
+        self.recipe = recipe = build.resolve(recipe)
+        self.folder = tempfile.TemporaryDirectory()  # for what an interruption saves
+        nowhere = Path(self.folder.name)
         self.accelerator = make_accelerator(recipe, device, nowhere)
         with self.accelerator.main_process_first():
             self.sources: tuple[Source, Source] = build.open_data(recipe, data)
@@ -157,8 +160,11 @@ class Rig:
             on_full_disk="stop",
         )
         tracker = _Kept(self.accelerator, "step alone" if same_batch else "end to end", steps)
-        engine.fit(task, self.accelerator, self.optimizer, self.schedule, loop, tracker, Path("runs"), self.ema)
+        folder = Path(self.folder.name)
+        over = engine.fit(task, self.accelerator, self.optimizer, self.schedule, loop, tracker, folder, self.ema)
         tracker.bar.close()
+        if not over:  # a signal
+            raise KeyboardInterrupt
         timed = tracker.kept[1:]
         parts = {name: median(line.get(f"seconds_{name}", 0.0) for line in timed) for name in ("data", "teacher", "student")}
         return {"whole": self.loader.global_batch_size / median(line["images_per_second"] for line in timed), **parts}
