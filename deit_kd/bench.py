@@ -142,7 +142,10 @@ class Rig:
         self.optimizer, self.ema = script.prepare(self.task, recipe, self.accelerator, sharded)
 
     def time(self, steps: int, same_batch: bool = False) -> dict[str, float]:
-        """Seconds a step of the real loop: `whole`, and `data`, `teacher`, `student` of it. A fifth more steps warm up."""
+        """Seconds a step of the real loop: `whole`, and `data`, `teacher`, `student` of it. A fifth more steps warm up.
+
+        Beside them `processor`: of all threads of this process, warm-up included, whatever else the machine does.
+        """
         every = max(1, steps // 5)
         steps = -(-steps // every) * every + every
         task: Any = self.task
@@ -161,13 +164,16 @@ class Rig:
         )
         tracker = _Kept(self.accelerator, "step alone" if same_batch else "end to end", steps)
         folder = Path(self.folder.name)
+        busy = time.process_time()
         over = engine.fit(task, self.accelerator, self.optimizer, self.schedule, loop, tracker, folder, self.ema)
+        busy = (time.process_time() - busy) / steps
         tracker.bar.close()
         if not over:  # a signal
             raise KeyboardInterrupt
         timed = tracker.kept[1:]
         parts = {name: median(line.get(f"seconds_{name}", 0.0) for line in timed) for name in ("data", "teacher", "student")}
-        return {"whole": self.loader.global_batch_size / median(line["images_per_second"] for line in timed), **parts}
+        rate = median(line["images_per_second"] for line in timed)
+        return {"whole": self.loader.global_batch_size / rate, **parts, "processor": busy}
 
     def time_data(self, steps: int, most_seconds: float = 60.0) -> float:
         """Seconds a step of the loader alone, after what its workers had ready."""

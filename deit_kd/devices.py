@@ -6,11 +6,15 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import median
 
 import torch
 
 from deit_kd.errors import UserError
 from deit_kd.recipe import nearest
+
+
+MEMORY_THREADS = 8  # about as many fill a socket's memory channels; assumed
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,6 @@ class Device:
     between: float = 25e9  # bytes a second to other machines, assumed: 400 Gbit/s for two devices
     launch: float = 7e-6  # seconds that the host needs for one operation
     is_gpu: bool = True
-    threads: int = 0
 
 
 # Peaks are dense bf16 with float32 accumulation, bandwidths and memory those of the vendor's data sheets: NVIDIA H200, H100 SXM, A100 80GB SXM, L40S;
@@ -66,7 +69,11 @@ def device_here(kind: str) -> Device | None:
 
 
 def this_cpu() -> Device:
-    """This machine's processor with the threads that torch has: a matrix product, a copy and small operations are timed for a second."""
+    """This machine's processor with the threads that torch has, by a second of matrix products, copies and small operations on one thread.
+
+    It is processor time that counts, so that what else the machine does is left out. Threads are taken to add up, in memory up to `MEMORY_THREADS`.
+    """
+    threads = torch.get_num_threads()
     a, b, out = (torch.randn(768, 768) for _ in range(3))
     source, target = torch.empty(32 << 20, dtype=torch.uint8), torch.empty(32 << 20, dtype=torch.uint8)
     x = torch.ones(8, requires_grad=True)
@@ -77,21 +84,24 @@ def this_cpu() -> Device:
             y = y * x
         y.sum().backward()  # type: ignore[no-untyped-call]
 
-    return Device(
-        name="cpu",
-        flops=2 * 768**3 / _best(lambda: torch.mm(a, b, out=out)),
-        bandwidth=2 * source.numel() / _best(lambda: target.copy_(source)),
-        memory=float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")),
-        launch=_best(chain) / 150,  # 50 forward, 100 backward
-        is_gpu=False,
-        threads=torch.get_num_threads(),
-    )
+    torch.set_num_threads(1)
+    try:
+        return Device(
+            name="cpu",
+            flops=threads * 2 * 768**3 / _median(lambda: torch.mm(a, b, out=out)),
+            bandwidth=min(threads, MEMORY_THREADS) * 2 * source.numel() / _median(lambda: target.copy_(source)),
+            memory=float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")),
+            launch=_median(chain) / 150,  # 50 forward, 100 backward
+            is_gpu=False,
+        )
+    finally:
+        torch.set_num_threads(threads)
 
 
-def _best(function: Callable[[], object], seconds: float = 0.3) -> float:
+def _median(function: Callable[[], object], seconds: float = 0.3) -> float:
     times: list[float] = []
     while sum(times) < seconds:
-        started = time.perf_counter()
+        started = time.process_time()
         function()
-        times.append(time.perf_counter() - started)
-    return min(times)
+        times.append(time.process_time() - started)
+    return median(times)
