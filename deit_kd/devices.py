@@ -13,7 +13,6 @@ import torch
 from deit_kd.errors import UserError
 from deit_kd.recipe import nearest
 
-
 MEMORY_THREADS = 8  # about as many fill a socket's memory channels; assumed
 
 
