@@ -93,10 +93,12 @@ class Worker:
 def _resized_crop(step: RandomResizedCropAndInterpolation, pixels: Tensor) -> Tensor:
     """As timm crops. The antialiased filter is Pillow's, with weights of 16 instead of 22 bits."""
     top, left, height, width = step.get_params(pixels, step.scale, step.ratio)
-    modes = step.interpolation
+    modes, size = step.interpolation, step.size[0]
     mode = random.choice(modes) if isinstance(modes, (list, tuple)) else modes
     crop = pixels[None, :, top : top + height, left : left + width]
-    return F.interpolate(crop, step.size, mode=mode.value, antialias=True)[0]
+    if size < height and 2 * width < height + size:  # Pillow 13 shrinks such columns before rows, and rounds in between
+        crop = F.interpolate(crop, (size, width), mode=mode.value, antialias=True)
+    return F.interpolate(crop, (size, size), mode=mode.value, antialias=True)[0]
 
 
 def _jitter(step: ColorJitter, drawn: list[Any]) -> list[Any]:
