@@ -29,8 +29,9 @@ from deit_kd.build import accumulation, build_distiller, placement, tokens
 from deit_kd.class_means import load_or_compute
 from deit_kd.collective import GlobalBatch
 from deit_kd.data import Batch, EvaluationLoader, Source, TrainLoader
+from deit_kd.data.device import choose_augmentation
 from deit_kd.data.sources import hold_out
-from deit_kd.data.transforms import evaluation_transform, train_transform
+from deit_kd.data.transforms import evaluation_transform
 from deit_kd.errors import UserError
 from deit_kd.evaluation import measure, measure_student
 from deit_kd.models import Distiller, StudentOutput, Teacher, TeacherOutput, build_student
@@ -86,7 +87,7 @@ class Classification:
         here = placement(recipe, accelerator, warn)
         self.train_loader = TrainLoader(
             train,
-            train_transform(recipe),
+            choose_augmentation(recipe, accelerator.device),
             recipe.augmentation,
             here,
             num_classes=self.num_classes,

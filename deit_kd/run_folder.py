@@ -112,6 +112,7 @@ def describe(
             "hardware": hardware(accelerator.device),
             "earlier_sessions": _earlier_sessions(output) if resumed else [],
             "precision": accelerator.mixed_precision,
+            "augmented_on": loader.augments_on,
             "processes": accelerator.num_processes,
             "sharded": cut,
             "speed": asdict(quickened),
@@ -162,8 +163,8 @@ def _earlier_sessions(output: Path) -> list[dict[str, Any]]:
     before = json.loads(file.read_text()) if file.exists() else None
     if before is None:
         return []
-    told = ("command", "commit", "hardware", "processes", "micro_batch_size", "precision")
-    return [*before["earlier_sessions"], {key: before[key] for key in told}]
+    told = ("command", "commit", "hardware", "processes", "micro_batch_size", "precision", "augmented_on")
+    return [*before["earlier_sessions"], {key: before[key] for key in told if key in before}]
 
 
 def commit() -> str:

@@ -185,10 +185,11 @@ class Optim(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class Run(Section):
-    """Operations: nothing here moves a number, but for precision, and beyond the errors that the start of a run reports."""
+    """Operations: nothing here moves a number, but for precision, for augment_on within a grey level, and for what the start reports."""
 
     precision: Literal["auto", "no", "bf16", "fp16"] = "auto"  # auto: bf16 on a GPU that has it, else none
     workers: int | Literal["auto"] = "auto"
+    augment_on: Literal["auto", "cpu", "device"] = "auto"  # device: workers only decode, crop and flip; auto: that on a GPU
     log_every_steps: int = 50
     eval_every_epochs: int = 1
     save_every_steps: int | Literal["epoch"] = "epoch"
