@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -19,11 +20,12 @@ from accelerate import Accelerator
 from torch import nn
 from tqdm import tqdm
 
-from deit_kd import build, engine, optim, plan, sharding
+from deit_kd import build, engine, optim, plan, sharding, speed
 from deit_kd import recipe as recipes
 from deit_kd.classification import Classification
 from deit_kd.data import Batch, Source
-from deit_kd.data.transforms import train_transform
+from deit_kd.data.device import OnDevice, choose_augmentation
+from deit_kd.data.sources import pixels
 from deit_kd.errors import UserError
 from deit_kd.processes import make_accelerator
 from deit_kd.recipe import Recipe
@@ -51,7 +53,9 @@ class Bench:
     all_reduce: float  # of the gradients, alone; 0 of one process
     gather: float  # of what losses of the whole batch compare, alone
     read: float  # seconds of one core to read and decode one image
-    transform: float  # seconds of one core to augment it
+    transform: float  # seconds of one core for what workers do to it then
+    augments_on: str  # cpu or device
+    compiled: str | None  # torch.compile's mode
 
     @property
     def images_per_second(self) -> float:
@@ -136,9 +140,13 @@ class Rig:
         teachers = build.build_teachers(recipe, self.sources[0].class_names)
         teachers = [teacher.to(self.accelerator.device) for teacher in teachers]
         say = self.accelerator.print
-        self.task = _Timed(recipe, self.accelerator, self.sources, teachers, nowhere, device_batch_size, say)
+        example = partial(build.example_images, recipe, self.sources[1])
+        self.quickened = speed.prepare(recipe.run, teachers, example, self.accelerator)
+        compiled = self.quickened.compiled
+        self.task = _Timed(recipe, self.accelerator, self.sources, teachers, nowhere, device_batch_size, say, compiled)
         self.loader, self.stream = self.task.train_loader, _Endless(self.task.train_loader.epoch)
         self.schedule = optim.build_schedule(recipe, self.task.steps_per_epoch)
+        self.reads_every_step = sharded or self.accelerator.device.type == "cpu"  # as train.py has it
         self.optimizer, self.ema = script.prepare(self.task, recipe, self.accelerator, sharded)
 
     def time(self, steps: int, same_batch: bool = False) -> dict[str, float]:
@@ -161,6 +169,7 @@ class Rig:
             save_every_steps=NEVER,
             keep_checkpoints=1,
             on_full_disk="stop",
+            reads_every_step=self.reads_every_step,
         )
         tracker = _Kept(self.accelerator, "step alone" if same_batch else "end to end", steps)
         folder = Path(self.folder.name)
@@ -221,7 +230,7 @@ def bench(rig: Rig, steps: int) -> Bench:
     """Times every part; all processes call it."""
     alone, whole = rig.time(steps, same_batch=True), rig.time(steps)
     all_reduce, gather = rig.time_communication()
-    read, transform = image_seconds(rig.sources[0], rig.recipe)
+    read, transform = image_seconds(rig.sources[0], rig.recipe, rig.accelerator.device)
     return Bench(
         device=rig.accelerator.device.type,
         processes=rig.accelerator.num_processes,
@@ -239,19 +248,24 @@ def bench(rig: Rig, steps: int) -> Bench:
         gather=gather,
         read=read,
         transform=transform,
+        augments_on=rig.loader.augments_on,
+        compiled=rig.quickened.compiled,
     )
 
 
-def image_seconds(source: Source, recipe: Recipe, images: int = 64, most_seconds: float = 1.5) -> tuple[float, float]:
-    """Seconds of one core to read and decode an image, and to augment it: means over images spread over the source."""
-    transform, taken, reading, augmenting = train_transform(recipe), 0, 0.0, 0.0
+def image_seconds(
+    source: Source, recipe: Recipe, device: torch.device, images: int = 64, most_seconds: float = 1.5
+) -> tuple[float, float]:
+    """Seconds of one core to read and decode an image, and for what else a worker does to it: means over images spread over the source."""
+    chosen, taken, reading, augmenting = choose_augmentation(recipe, device), 0, 0.0, 0.0
+    transform: Callable[[Any], Any] = chosen.worker if isinstance(chosen, OnDevice) else chosen
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in a worker
     try:
         for index in range(0, len(source), max(1, len(source) // images)):
             before = time.perf_counter()
             try:
-                image, _ = source[index]
+                image: Any = pixels(source, index) if isinstance(chosen, OnDevice) else source[index][0]
             except Exception:  # an image that cannot be read is the loader's business
                 continue
             between = time.perf_counter()

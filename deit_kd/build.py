@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from deit_kd.data import Placement, Source, open_source
+from deit_kd.data.transforms import evaluation_transform
 from deit_kd.errors import UserError
 from deit_kd.models import Distiller, Teacher, build_student, load_student, load_teacher
 from deit_kd.models.distiller import build_lesson_projector
@@ -200,6 +201,25 @@ def open_data(recipe: Recipe, data: Path | None) -> tuple[Source, Source]:
             "pass --data DIR of the whole set, or set data.train_images=auto"
         )
     return train, val
+
+
+def example_images(recipe: Recipe, source: Source, count: int = 4) -> Tensor:
+    """[count,3,H,W]: the first images that can be read, as in evaluation.
+
+    Raises:
+        UserError: not one can be read.
+    """
+    transform, images = evaluation_transform(recipe), []
+    for index in range(min(len(source), 100)):
+        try:
+            images.append(transform(source[index][0]))
+        except Exception:  # PIL raises many types for broken files; the loaders tell of them
+            continue
+        if len(images) == count:
+            break
+    if not images:
+        raise UserError(f"{source.origin}: none of its first images can be read; mend them, or give other data")
+    return torch.stack(images)
 
 
 def placement(recipe: Recipe, accelerator: Accelerator, warn: Callable[[str], None]) -> Placement:

@@ -29,8 +29,9 @@ from deit_kd.build import accumulation, build_distiller, placement, tokens
 from deit_kd.class_means import load_or_compute
 from deit_kd.collective import GlobalBatch
 from deit_kd.data import Batch, EvaluationLoader, Source, TrainLoader
+from deit_kd.data.device import choose_augmentation
 from deit_kd.data.sources import hold_out
-from deit_kd.data.transforms import evaluation_transform, train_transform
+from deit_kd.data.transforms import evaluation_transform
 from deit_kd.errors import UserError
 from deit_kd.evaluation import measure, measure_student
 from deit_kd.models import Distiller, StudentOutput, Teacher, TeacherOutput, build_student
@@ -55,6 +56,7 @@ class Classification:
         output: the run folder, where class means are kept.
         device_batch_size: the largest micro-batch of one device; None for no accumulation.
         warn: tells people something.
+        compiled: torch.compile's mode for student, projectors and losses; None for none.
 
     Raises:
         UserError: a batch that does not divide, or what `build_distiller` and `class_means.load_or_compute` refuse.
@@ -69,6 +71,7 @@ class Classification:
         output: Path,
         device_batch_size: int | None,
         warn: Callable[[str], None],
+        compiled: str | None = None,
     ):
         self.recipe, self.accelerator, self.teachers = recipe, accelerator, tuple(teachers)
         train, val = sources
@@ -84,7 +87,7 @@ class Classification:
         here = placement(recipe, accelerator, warn)
         self.train_loader = TrainLoader(
             train,
-            train_transform(recipe),
+            choose_augmentation(recipe, accelerator.device),
             recipe.augmentation,
             here,
             num_classes=self.num_classes,
@@ -114,7 +117,9 @@ class Classification:
             distiller = convert_sync_batchnorm(distiller)  # torch has it on CUDA alone
         licence = distiller.student.pretrained_cfg.get("license") or "unknown"
         self.origin = {"license": licence} if tune else {}
-        self.student, self.projectors = distiller.student, distiller.projectors
+        if compiled:
+            distiller.compile_forward(compiled)
+        self.distiller, self.student, self.projectors = distiller, distiller.student, distiller.projectors
         self.module: nn.Module = distiller
         self.global_batch = GlobalBatch(accelerator, self.accumulation_steps)
 
@@ -128,7 +133,7 @@ class Classification:
             return load_or_compute(file, recipe, teacher, train, accelerator, here)
 
         self.terms = [
-            Terms(lesson, number, token or 0, teacher, recipe, means(lesson, teacher), self.global_batch)
+            Terms(lesson, number, token or 0, teacher, recipe, means(lesson, teacher), self.global_batch, compiled)
             for number, (lesson, token, teacher) in enumerate(
                 zip(lessons, tokens(lessons, distiller.distillation_heads), teachers, strict=True)
             )
@@ -158,9 +163,9 @@ class Classification:
         self.global_batch.advance()
         return terms
 
-    def sample_names(self, batch: Batch) -> list[str]:
+    def sample_names(self, indices: Tensor) -> list[str]:
         """See `engine.Task`."""
-        return [self.train_loader.source.where(index) for index in batch.indices.tolist()]
+        return [self.train_loader.source.where(index) for index in indices.tolist()]
 
     def _ask(self, batch: Batch, clock: Clock) -> _Taught:
         """What each teacher says; before the student runs, so that their activations are gone when its are kept."""
@@ -206,7 +211,7 @@ class Classification:
     @torch.no_grad()
     def evaluate(self, ema: nn.Module | None = None) -> dict[str, float]:
         """top1 and top5 in percent and nll of the mean of the heads, each head's top1, over every validation image once."""
-        distiller = Distiller(self.whole(self.student))
+        distiller = Distiller(self.whole(self.student)) if sharding.is_sharded(self.student) else self.distiller
         ema = None if ema is None else self.whole(ema)
         if self.accelerator.num_processes > 1:  # running statistics differ by process; what is exported are those of the first
             for model in (distiller, ema) if ema is not None else (distiller,):

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from deit_kd import build, devices, roofline
 from deit_kd.bench import Rig, image_seconds
 from deit_kd.devices import GPUS, Device
@@ -58,7 +60,10 @@ def forecast(recipe: Recipe, data: Path | None, images: int | None, gpu: str | N
     if data or (recipe.data.source == "fashion_mnist" and images is None):
         train, val = build.open_data(recipe, data)
         train_images, val_images, images_from, classes = len(train), len(val), train.origin, len(train.class_names)
-        core_seconds, core_from = sum(image_seconds(train, recipe)), "measured on this machine"
+        core_seconds, core_from = (
+            sum(image_seconds(train, recipe, torch.device("cpu"))),
+            "measured on this machine, all augmentation in workers",
+        )
     else:
         train_images, val_images, images_from = _stated(recipe, images)
         if "ImageNet" in images_from:

@@ -14,7 +14,8 @@ import timm
 import torch
 from PIL import Image
 
-from deit_kd.data.sources import readable, rgb
+from deit_kd.data.decode import rgb
+from deit_kd.data.sources import readable
 from deit_kd.errors import UserError
 from deit_kd.models.taps import TimmModel
 

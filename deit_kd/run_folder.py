@@ -29,6 +29,7 @@ from deit_kd.recipe import Recipe
 
 if TYPE_CHECKING:
     from deit_kd.classification import Classification
+    from deit_kd.speed import Quickened
 
 
 def prepare(output: Path, recipe: Recipe, resume: str, accelerator: Accelerator) -> Path | None:
@@ -75,7 +76,15 @@ def prepare(output: Path, recipe: Recipe, resume: str, accelerator: Accelerator)
     return Path(chosen[0]) if chosen[0] else None
 
 
-def describe(output: Path, recipe: Recipe, accelerator: Accelerator, task: Classification, total_steps: int, resumed: bool) -> None:
+def describe(
+    output: Path,
+    recipe: Recipe,
+    accelerator: Accelerator,
+    task: Classification,
+    total_steps: int,
+    quickened: Quickened,
+    resumed: bool,
+) -> None:
     """Writes recipe.yaml and run.json, says what will happen, checks the disk, and starts the trackers."""
     counted = plan.make_plan(recipe, task.num_classes)
     needed = counted.checkpoint_bytes * (recipe.run.keep_checkpoints + 1) + 4 * counted.student_parameters
@@ -103,8 +112,10 @@ def describe(output: Path, recipe: Recipe, accelerator: Accelerator, task: Class
             "hardware": hardware(accelerator.device),
             "earlier_sessions": _earlier_sessions(output) if resumed else [],
             "precision": accelerator.mixed_precision,
+            "augmented_on": loader.augments_on,
             "processes": accelerator.num_processes,
             "sharded": cut,
+            "speed": asdict(quickened),
             "accumulation_steps": task.accumulation_steps,
             "micro_batch_size": loader.micro_batch_size,
             "global_batch_size": loader.global_batch_size,
@@ -129,7 +140,10 @@ def describe(output: Path, recipe: Recipe, accelerator: Accelerator, task: Class
     accelerator.print(
         f"train   {len(loader.source):,} images of {loader.source.origin}; validation {len(val):,} images\n"
         f"student {recipe.student.name}, {counted.student_parameters:,} parameters; projector {counted.projector_parameters:,}\n"
-        + "".join(f"teacher {name}, {parameters:,} parameters\n" for name, parameters, _ in counted.teachers)
+        + "".join(
+            f"teacher {name}, {parameters:,} parameters, {quick}\n"
+            for (name, parameters, _), quick in zip(counted.teachers, quickened.teachers, strict=True)
+        )
         + "".join(f"tap     {tap}\n" for tap in counted.taps)
         + f"steps   {total_steps:,} of {loader.global_batch_size} = {loading} images "
         f"(processes x accumulation x device), {'each with its part of the weights, ' if cut else ''}on {hardware(accelerator.device)}, precision {accelerator.mixed_precision}"
@@ -149,8 +163,8 @@ def _earlier_sessions(output: Path) -> list[dict[str, Any]]:
     before = json.loads(file.read_text()) if file.exists() else None
     if before is None:
         return []
-    told = ("command", "commit", "hardware", "processes", "micro_batch_size", "precision")
-    return [*before["earlier_sessions"], {key: before[key] for key in told}]
+    told = ("command", "commit", "hardware", "processes", "micro_batch_size", "precision", "augmented_on")
+    return [*before["earlier_sessions"], {key: before[key] for key in told if key in before}]
 
 
 def commit() -> str:

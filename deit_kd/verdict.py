@@ -60,7 +60,7 @@ def _on_data(recipe: Recipe, bench: Bench, machine: Machine) -> list[str]:
         )
     if needed > most:
         given.append(f"{needed} cores keep up with the step and {spare} are free here: take more of them, or cheaper images")
-    if bench.transform > bench.read and bench.device == "cuda" and getattr(recipe.run, "augment_on", "cpu") != "device":
+    if bench.transform > bench.read and bench.device == "cuda" and bench.augments_on != "device":
         given.append(f"run.augment_on=device: {bench.transform / image:.0%} of an image's cost is its augmentation")
     if bench.read >= bench.transform and recipe.data.source in ("image_folder", "shards", "hf_datasets"):
         given.append(
@@ -107,8 +107,8 @@ def _on_student(recipe: Recipe, bench: Bench, machine: Machine) -> list[str]:
 
 def _compute(recipe: Recipe, bench: Bench) -> list[str]:
     given = []
-    if bench.device == "cuda" and getattr(recipe.run, "compile", False) in (False, "no", "off"):
-        given.append("run.compile: fewer passes over memory, which bounds both networks on current GPUs")
+    if bench.device == "cuda" and bench.compiled is None:
+        given.append("run.compile=true: fewer passes over memory, which bounds both networks on current GPUs")
     if bench.device == "cuda" and recipe.run.precision == "no":
         given.append("run.precision=bf16: half the bytes and faster matrix products")
     return given

@@ -39,6 +39,8 @@ def timed(**changes: Any) -> Bench:
         gather=0.0,
         read=0.001,
         transform=0.0005,
+        augments_on="cpu",
+        compiled=None,
     )
     return replace(made, **changes)
 
@@ -110,8 +112,9 @@ def test_advice_fits_the_measurement() -> None:
     assert first_words(timed(**{**waits, "data_only": 0.05}, transform=0.004), replace(MACHINE, cores=5)) == [
         "run.augment_on=device"
     ]
-    assert first_words(timed(teacher=0.06, student=0.039))[:2] == ["run.compile", "teacher.cache"]
-    assert first_words(timed()) == ["run.compile"]
+    assert first_words(timed(teacher=0.06, student=0.039))[:2] == ["run.compile=true", "teacher.cache"]
+    assert first_words(timed()) == ["run.compile=true"]
+    assert first_words(timed(compiled="default")) == []
     two = replace(MACHINE, gpus=2)
     assert first_words(timed(), two)[-1].startswith("1 of 2 GPUs work")
     talks = timed(processes=8, all_reduce=0.02, gather=0.03)

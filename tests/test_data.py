@@ -17,6 +17,7 @@ from timm.data.mixup import Mixup
 from deit_kd import recipe as recipes
 from deit_kd.build import open_data
 from deit_kd.data import EvaluationLoader, Placement, TrainLoader, open_source
+from deit_kd.data.device import choose_augmentation
 from deit_kd.data.mixing import mix, partner, smooth_one_hot
 from deit_kd.data.sources import EMBEDDED
 from deit_kd.data.transforms import evaluation_transform, train_transform
@@ -41,11 +42,12 @@ def train_loader(
     workers: int = 0,
     bad: str = "refuse",
     source: str = "image_folder",
+    on: str = "cpu",
 ) -> TrainLoader:
-    recipe = recipes.load("quickstart", HEAVY)
+    recipe = recipes.load("quickstart", [*HEAVY, f"run.augment_on={on}"])
     return TrainLoader(
         open_source(source, folder, "train"),
-        train_transform(recipe),
+        choose_augmentation(recipe, CPU),
         recipe.augmentation,
         Placement(CPU, processes, process, workers, bad, print),
         num_classes=10,
@@ -55,24 +57,27 @@ def train_loader(
     )
 
 
-def stream(folder: Path, epoch: int, start: int = 0, source: str = "image_folder", **layout: int) -> set[tuple[str, str]]:
+def stream(
+    folder: Path, epoch: int, start: int = 0, source: str = "image_folder", on: str = "cpu", **layout: int
+) -> set[tuple[str, str]]:
     """Hashes of all (image, target) pairs of an epoch, over all processes of a layout."""
     seen = []
     for process in range(layout.get("processes", 1)):
-        for batch in train_loader(folder, process=process, source=source, **layout).epoch(epoch, start):
+        for batch in train_loader(folder, process=process, source=source, on=on, **layout).epoch(epoch, start):
             for image, target in zip(batch.images, batch.targets, strict=True):
                 seen.append((hashlib.sha1(image.numpy().tobytes()).hexdigest(), hashlib.sha1(target.numpy().tobytes()).hexdigest()))
     assert len(set(seen)) == len(seen)
     return set(seen)
 
 
-def test_the_stream_depends_on_seed_epoch_and_index_alone(fashion_folder: Path) -> None:
-    whole = stream(fashion_folder, 1)
+@pytest.mark.parametrize("on", ["cpu", "device"])
+def test_the_stream_depends_on_seed_epoch_and_index_alone(on: str, fashion_folder: Path) -> None:
+    whole = stream(fashion_folder, 1, on=on)
     assert len(whole) == 240
     for layout in ({"workers": 3}, {"workers": 1, "processes": 2}, {"processes": 2, "accumulation": 2}, {"accumulation": 3}):
-        assert stream(fashion_folder, 1, **layout) == whole, layout
-    assert not stream(fashion_folder, 2) & whole
-    resumed = stream(fashion_folder, 1, start=7)
+        assert stream(fashion_folder, 1, on=on, **layout) == whole, layout
+    assert not stream(fashion_folder, 2, on=on) & whole
+    resumed = stream(fashion_folder, 1, start=7, on=on)
     assert len(resumed) == 72
     assert resumed < whole
 
@@ -177,22 +182,23 @@ def damaged(fashion_folder: Path, tmp_path: Path) -> tuple[Path, list[Path]]:
     return root, victims
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_broken_images_are_refused_by_name(damaged: tuple[Path, list[Path]], workers: int) -> None:
+@pytest.mark.parametrize(("workers", "on"), [(0, "cpu"), (2, "cpu"), (2, "device")])
+def test_broken_images_are_refused_by_name(damaged: tuple[Path, list[Path]], workers: int, on: str) -> None:
     root, victims = damaged
     with pytest.raises(UserError) as raised:
-        list(train_loader(root, workers=workers).epoch(0))
+        list(train_loader(root, workers=workers, on=on).epoch(0))
     message = str(raised.value)
     assert any(str(victim) in message for victim in victims)
     assert message.endswith("remove it, or set data.on_bad_image=skip")
     assert "\n" not in message
 
 
+@pytest.mark.parametrize("on", ["cpu", "device"])
 def test_broken_images_are_skipped_when_the_recipe_says_so(
-    damaged: tuple[Path, list[Path]], capsys: pytest.CaptureFixture[str]
+    damaged: tuple[Path, list[Path]], capsys: pytest.CaptureFixture[str], on: str
 ) -> None:
     root, victims = damaged
-    assert sum(len(batch.images) for batch in train_loader(root, bad="skip").epoch(0)) == 240
+    assert sum(len(batch.images) for batch in train_loader(root, bad="skip", on=on).epoch(0)) == 240
     printed = capsys.readouterr().out
     assert f"{victims[0]}: cannot be read (empty file); the next image takes its place" in printed
     assert str(victims[1]) in printed

@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "stop": set(),
     "vote": {"stop"},
     "processes": {"recipe"},
+    "speed": {"models", "recipe"},
     "run_state": {"checkpoint", "sharding", "tracking"},
     "engine": {"run_state", "stop", "tracking", "vote"},
     "build": {"data", "models", "recipe"},
@@ -45,7 +46,7 @@ MAY_IMPORT = {
         "tracking",
     },
     "plan": {"build", "models", "recipe", "terms"},
-    "work": {"build", "recipe"},
+    "work": {"build", "models", "recipe"},
     "devices": {"recipe"},
     "roofline": {"build", "devices", "plan", "recipe", "work"},
     "bench": {
@@ -59,6 +60,7 @@ MAY_IMPORT = {
         "processes",
         "recipe",
         "sharding",
+        "speed",
         "tracking",
     },
     "verdict": {"bench", "recipe"},
@@ -87,7 +89,7 @@ MAY_IMPORT = {
     "__main__": {"cli"},
     "release": {"__init__", "release", "checkpoint", "models", "recipe", "tracking"},
     "analysis": {"tracking"},
-    "run_folder": {"models", "checkpoint", "plan", "sharding", "recipe", "classification", "__init__"},
+    "run_folder": {"models", "checkpoint", "plan", "sharding", "speed", "recipe", "classification", "__init__"},
 }
 # third-party packages that only these may import
 ONLY = {
@@ -106,6 +108,7 @@ ONLY = {
         "cli",
         "doctor",
         "bench",
+        "speed",
     },
     "timm": {"predict", "report", "data", "models", "optim", "engine", "run_state", "release", "classification"},
     "torchvision": {"data"},
@@ -182,7 +185,7 @@ def test_the_path_to_backward_is_short() -> None:
         nodes = [node for node in ast.parse((PACKAGE / f"{leaf}.py").read_text()).body if getattr(node, "name", None) in names]
         assert len(nodes) == len(names)
         lines += sum((node.end_lineno or 0) - node.lineno + 1 for node in nodes)
-    assert lines <= 1250, lines
+    assert lines <= 1350, lines
 
 
 def test_the_project_names_no_machine() -> None:

@@ -5,7 +5,6 @@ The library keeps what it read as Arrow files in its cache, from where rows are 
 
 from __future__ import annotations
 
-import io
 import re
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from deit_kd.data.sources import Source, Split, rgb
+from deit_kd.data.decode import decode_image
+from deit_kd.data.sources import Source, Split
 from deit_kd.errors import UserError
 
 VALIDATION = ("validation", "val", "valid", "test")  # the first that is there
@@ -43,9 +43,11 @@ class RowSource:
         return f"row {index} of {self.origin}, split {self.rows.split}"
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return decode_image(self.encoded(index)), int(self.labels[index])
+
+    def encoded(self, index: int) -> bytes:  # noqa: D102
         cell = self.rows[index][self.image]
-        with Image.open(cell["path"] if cell["bytes"] is None else io.BytesIO(cell["bytes"])) as image:
-            return rgb(image), int(self.labels[index])
+        return Path(cell["path"]).read_bytes() if cell["bytes"] is None else cell["bytes"]
 
 
 def open_rows(data: Path | None, split: Split) -> Source:

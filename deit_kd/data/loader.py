@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from deit_kd.data.device import OnDevice
+from deit_kd.data.draws import Drawn, Plan, Worker, make_plan
 from deit_kd.data.mixing import mix, smooth_one_hot
-from deit_kd.data.sources import Source
+from deit_kd.data.sources import Source, pixels
 from deit_kd.data.transforms import Transform
 from deit_kd.errors import UserError
 from deit_kd.recipe import Augmentation
@@ -52,7 +54,7 @@ _Key = tuple[int, int, int]  # epoch, index of the image, and which view of it i
 
 
 class _Item(NamedTuple):
-    image: Tensor | None  # None: cannot be read
+    image: Tensor | Drawn | None  # None: cannot be read
     label: int
     fault: str | None  # where and why an image was refused or skipped
 
@@ -60,9 +62,10 @@ class _Item(NamedTuple):
 class _SeededDataset(Dataset[_Item]):
     """Item (epoch, index, view): the transform's randomness depends on nothing else, so any worker gives the same tensor."""
 
-    def __init__(self, source: Source, transform: Transform, seed: int, on_bad_image: str, training: bool):
+    def __init__(self, source: Source, transform: Transform | Worker, seed: int, on_bad_image: str, training: bool):
         self.source, self.transform, self.seed = source, transform, seed
         self.on_bad_image, self.training = on_bad_image, training
+        self.draws = isinstance(transform, Worker)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -73,7 +76,7 @@ class _SeededDataset(Dataset[_Item]):
         for candidate in range(index, index + 100):
             candidate %= len(self.source)
             try:
-                image, label = self.source[candidate]
+                image: Any = pixels(self.source, candidate) if self.draws else self.source[candidate][0]
             except Exception as error:  # PIL raises many types for broken files; each means that this image cannot be read
                 reason = "empty file" if _is_empty(self.source.where(candidate)) else str(error) or type(error).__name__
                 fault = fault or f"{self.source.where(candidate)}: cannot be read ({reason})"
@@ -81,7 +84,7 @@ class _SeededDataset(Dataset[_Item]):
                     return _Item(None, SKIPPED, fault)
                 continue
             with _seeded(derive_seed(self.seed, "sample", epoch, index, *([view] if view else []))):
-                return _Item(self.transform(image), label, fault)
+                return _Item(self.transform(image), int(self.source.labels[candidate]), fault)
         return _Item(None, SKIPPED, fault)
 
 
@@ -91,26 +94,30 @@ def _is_empty(path: str) -> bool:
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Seeds the generators that transforms use, and puts the caller's streams back."""
-    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    """Seeds the generators that transforms use, and puts the caller's streams back, if there is a caller beside the loader."""
+    alone = torch.utils.data.get_worker_info() is not None
+    before = None if alone else (random.getstate(), np.random.get_state(), torch.get_rng_state())
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.default_generator.manual_seed(seed)
     try:
         yield
     finally:
-        random.setstate(before[0])
-        np.random.set_state(before[1])
-        torch.set_rng_state(before[2])
+        if before:
+            random.setstate(before[0])
+            np.random.set_state(before[1])
+            torch.set_rng_state(before[2])
 
 
-def _collate(items: list[_Item]) -> tuple[Tensor | None, Tensor, list[str], bool]:
-    """(images, labels, faults, refused): unreadable images become zeros with the label SKIPPED."""
-    images = [item.image for item in items]
-    shape = next((image.shape for image in images if image is not None), None)
-    stacked = None if shape is None else torch.stack([torch.zeros(shape) if image is None else image for image in images])
+def _collate(items: list[_Item]) -> tuple[Tensor | None, Plan | None, Tensor, list[str], bool]:
+    """(images, plan of what the device does to them, labels, faults, refused): unreadable images become zeros with the label SKIPPED."""
+    drawn = [item.image if isinstance(item.image, Drawn) else None for item in items]
+    images = [item.image.image if isinstance(item.image, Drawn) else item.image for item in items]
+    first = next((image for image in images if image is not None), None)
+    stacked = None if first is None else torch.stack([torch.zeros_like(first) if image is None else image for image in images])
     faults = [item.fault for item in items if item.fault]
-    return stacked, torch.tensor([item.label for item in items]), faults, any(image is None for image in images)
+    refused = any(image is None for image in images)
+    return stacked, make_plan(drawn) if any(drawn) else None, torch.tensor([item.label for item in items]), faults, refused
 
 
 class _EpochBatches(Sampler[list[_Key]]):
@@ -153,7 +160,7 @@ class TrainLoader:
     def __init__(
         self,
         source: Source,
-        transform: Transform,
+        transform: Transform | OnDevice,
         augmentation: Augmentation,
         placement: Placement,
         *,
@@ -178,7 +185,10 @@ class TrainLoader:
         self.accumulation_steps = accumulation_steps
         self.steps_per_epoch = len(source) // self.global_batch_size
         self._batches = _EpochBatches()
-        self._loader = _data_loader(_SeededDataset(source, transform, seed, placement.on_bad_image, True), self._batches, placement)
+        in_worker = transform.worker if isinstance(transform, OnDevice) else transform
+        self._finish = transform.finish if isinstance(transform, OnDevice) else None
+        self.augments_on = "device" if self._finish else "cpu"
+        self._loader = _data_loader(_SeededDataset(source, in_worker, seed, placement.on_bad_image, True), self._batches, placement)
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """Micro-batches of an epoch from optimiser step `start_step` (within the epoch) on.
@@ -196,14 +206,15 @@ class TrainLoader:
         self._batches.batches = [
             [(epoch, int(index), int(view)) for index, view in order[start : start + self.micro_batch_size]] for start in starts
         ]
-        for start, (images, labels, faults, refused) in zip(starts, self._loader, strict=True):
+        for start, (images, plan, labels, faults, refused) in zip(starts, self._loader, strict=True):
             for fault in faults:
                 if refused:
                     raise UserError(f"{fault}; remove it, or set data.on_bad_image=skip")
                 if fault not in self._warned:
                     self._warned.add(fault)
                     place.warn(f"{fault}; the next image takes its place")
-            images, labels = images.to(place.device, non_blocking=True), labels.to(place.device, non_blocking=True)
+            images = self._finish(images, plan) if self._finish else images.to(place.device, non_blocking=True)
+            labels = labels.to(place.device, non_blocking=True)
             targets = smooth_one_hot(labels, self.num_classes, self.augmentation.label_smoothing)
             rng = np.random.default_rng(derive_seed(self.seed, "mix", epoch, start // self.global_batch_size))
             images, targets = mix(images, targets, self.augmentation, rng)
@@ -243,7 +254,7 @@ class EvaluationLoader:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for images, labels, faults, _ in self._loader:
+        for images, _, labels, faults, _ in self._loader:
             for fault in faults:
                 if self.placement.on_bad_image == "refuse":
                     raise UserError(f"{fault}; remove it, or set data.on_bad_image=skip")

@@ -18,7 +18,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from deit_kd.data.sources import FolderSource, Source, Split, open_source, rgb
+from deit_kd.data.decode import decode_image
+from deit_kd.data.sources import FolderSource, Source, Split, open_source
 from deit_kd.errors import UserError
 
 INDEX = "index_{split}.npz"  # where each image lies; made by `pack`, and by reading the shards through where it is not there
@@ -67,12 +68,13 @@ class ShardSource:
         return f"{self.files[self.shard[index]]}:{self.keys[index].decode()}"
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return decode_image(self.encoded(index)), int(self.labels[index])
+
+    def encoded(self, index: int) -> bytes:  # noqa: D102
         shard = int(self.shard[index])
         if shard not in self._open:
             self._open[shard] = os.open(self.files[shard], os.O_RDONLY)
-        content = os.pread(self._open[shard], int(self.size[index]), int(self.offset[index]))
-        with Image.open(io.BytesIO(content)) as image:
-            return rgb(image), int(self.labels[index])
+        return os.pread(self._open[shard], int(self.size[index]), int(self.offset[index]))
 
 
 def _read_through(files: Sequence[Path]) -> dict[str, np.ndarray]:

@@ -11,8 +11,10 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 from tqdm import tqdm
 
+from deit_kd.data.decode import as_pixels, decode, decode_image
 from deit_kd.errors import UserError
 from deit_kd.recipe import nearest
 
@@ -39,6 +41,15 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         """An RGB image and its label."""
 
+    def encoded(self, index: int) -> bytes | None:
+        """The file of an image; None where pixels are held."""
+
+
+def pixels(source: Source, index: int) -> Tensor:
+    """[3,H,W] uint8 of an image, which `source[index]` would give as an image of Pillow's."""
+    content = source.encoded(index)
+    return as_pixels(source[index][0] if content is None else decode(content))
+
 
 class ArraySource:
     """Images held in memory: uint8 [N,H,W] or [N,H,W,3]."""
@@ -56,6 +67,9 @@ class ArraySource:
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         return Image.fromarray(self.images[index]).convert("RGB"), int(self.labels[index])
 
+    def encoded(self, index: int) -> None:  # noqa: D102
+        return None
+
 
 class PartSource:
     """Some images of another source."""
@@ -72,6 +86,9 @@ class PartSource:
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         return self.whole[int(self.indices[index])]
+
+    def encoded(self, index: int) -> bytes | None:  # noqa: D102
+        return self.whole.encoded(int(self.indices[index]))
 
 
 def hold_out(source: Source, share: float, seed: int) -> tuple[Source, Source]:
@@ -126,8 +143,10 @@ class FolderSource:
         return self.paths[index]
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        with Image.open(self.paths[index]) as image:
-            return rgb(image), int(self.labels[index])
+        return decode_image(self.encoded(index)), int(self.labels[index])
+
+    def encoded(self, index: int) -> bytes:  # noqa: D102
+        return Path(self.paths[index]).read_bytes()
 
 
 def readable() -> tuple[str, ...]:
@@ -136,15 +155,6 @@ def readable() -> tuple[str, ...]:
     return tuple(
         end for end, kind in known.items() if kind in Image.OPEN and kind not in ("EPS", "MPEG", "WMF", "HDF5", "GRIB", "BUFR")
     )
-
-
-def rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB; Pillow alone would clip 16-bit grey at 255, and has no scale for 32-bit integers and floats."""
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    elif image.mode in ("I", "F"):
-        raise ValueError(f"32-bit pixels (mode {image.mode}) have no known range; convert it to 8 or 16 bits")
-    return image.convert("RGB")
 
 
 def _label_space(folders: Sequence[str]) -> Sequence[str]:

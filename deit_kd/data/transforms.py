@@ -42,11 +42,17 @@ def train_transform(recipe: Recipe) -> Transform:
         crop = [RandomCrop(data.img_size, padding=aug.crop_padding)]
         transform.transforms[:1] = [Resize(data.img_size), CenterCrop(data.img_size), *crop]  # the first two leave CIFAR as it is
     for step in transform.transforms:
-        operations = step.ops if isinstance(step, RandAugment) else sum(step.policy, []) if isinstance(step, AutoAugment) else ()
-        for operation in operations:
-            if isinstance(operation, AugmentOp) and operation.name.startswith("Posterize"):
+        for operation in augment_operations(step):
+            if operation.name.startswith("Posterize"):
                 _keep_one_bit(operation)
     return transform
+
+
+def augment_operations(step: Any) -> list[AugmentOp]:
+    """The single operations of timm's RandAugment or AutoAugment; none of any other step."""
+    if isinstance(step, AutoAugment):
+        return [operation for choice in step.policy for operation in choice]
+    return list(step.ops) if isinstance(step, RandAugment) else []
 
 
 def evaluation_transform(recipe: Recipe) -> Transform:

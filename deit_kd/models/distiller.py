@@ -61,6 +61,13 @@ class Distiller(nn.Module):
             images: [B,3,H,W], normalised as the student wants them.
             teachers: what each lesson's teacher gave at its tap; None leaves that lesson out. Nothing at all: logits only.
         """
+        return self._compute(images, teachers)
+
+    def compile_forward(self, mode: str) -> None:
+        """Compiles `forward`, for each shape of images that comes; names of parameters stay."""
+        self._compute = torch.compile(self._compute, dynamic=False, mode=mode)  # type: ignore[method-assign]
+
+    def _compute(self, images: Tensor, teachers: Sequence[Tapped | None]) -> StudentOutput:
         student = self.student
         hidden = run(student, images, self.stages if teachers else [])
         if self.has_tokens:  # timm's forward_head would average the heads outside of its own training mode

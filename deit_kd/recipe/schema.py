@@ -185,16 +185,25 @@ class Optim(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class Run(Section):
-    """Operations: nothing here moves a number, but for precision."""
+    """Operations: nothing here moves a number, but for precision, for augment_on within a grey level, and for what the start reports."""
 
     precision: Literal["auto", "no", "bf16", "fp16"] = "auto"  # auto: bf16 on a GPU that has it, else none
     workers: int | Literal["auto"] = "auto"
+    augment_on: Literal["auto", "cpu", "device"] = "auto"  # device: workers only decode, crop and flip; auto: that on a GPU
     log_every_steps: int = 50
     eval_every_epochs: int = 1
     save_every_steps: int | Literal["epoch"] = "epoch"
     keep_checkpoints: int = 2
     on_full_disk: Literal["stop", "go_on"] = "stop"  # go_on: without the checkpoint that did not fit
     trackers: tuple[str, ...] = ()  # names Accelerate knows: tensorboard, wandb, ...
+    speed: Literal["auto", "plain"] = (
+        "auto"  # plain: networks as timm builds them, run as PyTorch runs them; each key below wins over it
+    )
+    fold_teacher: bool | Literal["auto"] = (
+        "auto"  # the teacher's batch norms into its convolutions; auto: yes, if the error is small
+    )
+    teacher_layout: Literal["auto", "contiguous", "channels_last"] = "auto"  # auto: channels_last on a CPU; on a GPU what is faster
+    compile: bool | Literal["auto", "reduce-overhead", "max-autotune"] = "auto"  # teacher, student, losses; auto: on a GPU
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,88 @@
+"""Augmentation of whole batches on the device, by what the workers drew for each sample."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from deit_kd.data.draws import CannotBeDrawnError, Plan, Worker
+from deit_kd.data.operations import OPERATIONS, affine
+from deit_kd.data.transforms import Transform, train_transform
+from deit_kd.errors import UserError
+from deit_kd.recipe import Recipe
+
+
+class OnDevice(NamedTuple):
+    """Augmentation in two parts: workers decode, crop, flip and draw what else is done; the device does that to whole batches."""
+
+    worker: Worker
+    finish: Finish
+
+
+def choose_augmentation(recipe: Recipe, device: torch.device) -> Transform | OnDevice:
+    """The training transform for where `run.augment_on` says: of auto the device if it is a GPU and can do it.
+
+    Raises:
+        UserError: the recipe says device, and its augmentation cannot be done there; or what `train_transform` refuses.
+    """
+    stated = recipe.run.augment_on
+    if stated == "cpu" or (stated == "auto" and device.type != "cuda"):
+        return train_transform(recipe)
+    try:
+        return OnDevice(Worker(recipe), Finish(recipe, device))
+    except CannotBeDrawnError as error:
+        if stated == "auto":
+            return train_transform(recipe)
+        raise UserError(f"run.augment_on=device: {error}; use run.augment_on=cpu") from None
+
+
+class Finish:
+    """The device's part: the plan's operations, normalisation, erasing. Nothing in it waits for the device."""
+
+    def __init__(self, recipe: Recipe, device: torch.device):
+        self.device, size = device, recipe.data.img_size
+        self.mean, self.std = (torch.tensor(each, device=device).view(-1, 1, 1) for each in (recipe.data.mean, recipe.data.std))
+        self.fill = torch.tensor([min(255, round(255 * each)) for each in recipe.data.mean], dtype=torch.uint8, device=device)
+        levels = (torch.arange(65536, dtype=torch.float64) + 0.5) / 65536
+        self.normal = torch.special.ndtri(levels).float().to(device)
+        self.places = _scramble(torch.arange(3 * size * size, dtype=torch.int32)).view(3, size, size).to(device)
+
+    def __call__(self, images: Tensor, plan: Plan) -> Tensor:
+        """Images [B,3,H,W] uint8 -> float32, normalised, on the device."""
+        moved = (each.to(self.device, non_blocking=True) for each in (images, *plan[1:]))
+        images, members, arguments, erased, boxes, noise = moved
+        for name, start, end in plan.groups:
+            group = members[start:end]
+            chosen, values = images.index_select(0, group), arguments[start:end]
+            if name in OPERATIONS:
+                chosen = OPERATIONS[name](chosen, values[:, 0])
+            else:
+                chosen = affine(chosen, values, self.fill, bicubic=name == "bicubic")
+            images.index_copy_(0, group, chosen)
+        normalised = images.float().div_(255).sub_(self.mean).div_(self.std)
+        if len(erased):
+            filled = self._erase(normalised.index_select(0, erased), boxes, noise)
+            normalised.index_copy_(0, erased, filled)
+        return normalised
+
+    def _erase(self, images: Tensor, boxes: Tensor, noise: Tensor) -> Tensor:
+        """Boxes filled with standard normal noise: a function of seed and place, so the same however a batch is cut, on any device.
+
+        It has 65,536 values, those in the middle of equal shares of the distribution.
+        """
+        top, left, height, width = boxes.view(-1, 4, 1, 1, 1).unbind(1)
+        row = torch.arange(images.shape[2], device=self.device).view(1, 1, -1, 1)
+        column = torch.arange(images.shape[3], device=self.device).view(1, 1, 1, -1)
+        inside = (row >= top) & (row < top + height) & (column >= left) & (column < left + width)
+        drawn = _scramble(self.places + noise.view(-1, 1, 1, 1)) & 0xFFFF
+        return torch.where(inside, self.normal[drawn.long()], images)
+
+
+def _scramble(number: Tensor) -> Tensor:
+    """A bijection of int32 whose result looks random (the constants are those of Chris Wellons' lowbias32)."""
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B - 2**32)):
+        number = number ^ ((number >> shift) & (2 ** (32 - shift) - 1))
+        number = number * factor
+    return number ^ ((number >> 16) & 0xFFFF)
