@@ -30,6 +30,21 @@ def main(arguments: list[str] | None = None) -> None:
     verb.set_defaults(run=class_means)
 
     verb = verbs.add_parser(
+        "cache-teacher",
+        help="what the teacher says of the training images, written down for the next students",
+        epilog="example: deit-kd cache-teacher deit_ti --data IMAGENET --output caches/regnety --views 50 --features int8 --logits top:100",
+    )
+    _recipe_options(verb)
+    verb.add_argument("--output", type=Path, required=True, help="the folder to make, or to go on with")
+    verb.add_argument("--views", type=int, help="of each image; epochs beyond them show them again (default: the recipe's epochs)")
+    verb.add_argument("--features", help="float32, bf16, int8, pca:R or none (default: bf16 if the recipe compares features)")
+    verb.add_argument("--logits", help="float32, full (float16), top:K or none (default: full if the recipe compares logits)")
+    verb.add_argument("--shard-mb", type=int, default=64, help="where a file ends (default: 64)")
+    verb.add_argument("--device-batch-size", type=int, help="most images on a device at once (default: 256, on a CPU 64)")
+    verb.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    verb.set_defaults(run=cache_teacher)
+
+    verb = verbs.add_parser(
         "grid",
         help="every combination of overrides as a run; a table and a plot",
         epilog="example: deit-kd grid quickstart distill.power=1,2,4,5 seed=0,1,2 --output runs/power",
@@ -190,6 +205,42 @@ def class_means(options: argparse.Namespace) -> None:
         options.output, recipe, teacher, source, accelerator, build.placement(recipe, accelerator, accelerator.print)
     )
     accelerator.print(f"{options.output}: {means.shape[0]} classes x {means.shape[1]}; pass distill.class_means={options.output}")
+
+
+def cache_teacher(options: argparse.Namespace) -> None:
+    """Writes a cache of the teacher, or the rest of it."""
+    recipe = recipes.load(options.recipe, options.overrides)
+    if reasons := recipes.beyond_a_cache(recipe):
+        raise UserError(f"recipe {options.recipe}: {reasons[0]}")
+    (teacher,) = {lesson.teacher for lesson in recipe.lessons()}
+    if teacher.cache:
+        raise UserError(f"teacher.cache={teacher.cache}: caching asks the teacher itself; set it to null")
+    views = recipe.epochs if options.views is None else options.views
+    if min(views, options.shard_mb, 1 if options.device_batch_size is None else options.device_batch_size) < 1:
+        raise UserError("--views, --shard-mb and --device-batch-size are at least 1")
+    from deit_kd import build, processes
+    from deit_kd.models import Teacher
+    from deit_kd.teacher_cache import write_cache
+
+    compared = [lesson.distill for lesson in recipe.lessons()]
+    features = options.features or ("bf16" if any(distill.feature_weight for distill in compared) else "none")
+    logits = options.logits or ("full" if any(distill.kd_weight for distill in compared) else "none")
+    accelerator = processes.make_accelerator(recipe, options.device, options.output)
+    with accelerator.main_process_first():
+        sources = build.open_data(recipe, options.data)
+    asked = build.build_teachers(recipe, sources[0].class_names)[0]
+    assert isinstance(asked, Teacher), "no cache was stated"
+    settings = {"views": views, "formats": (features, logits), "device_batch_size": options.device_batch_size}
+    write_cache(
+        recipe,
+        asked.to(accelerator.device),
+        sources,
+        options.output,
+        accelerator,
+        shard_bytes=options.shard_mb * 1_000_000,
+        **settings,
+    )
+    accelerator.end_training()
 
 
 def grid(options: argparse.Namespace) -> None:

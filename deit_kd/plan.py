@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from deit_kd.build import build_distiller, build_teachers, resolve
 from deit_kd.errors import UserError
 from deit_kd.models.distiller import Distiller, shape_of
 from deit_kd.models.taps import Tapped, run, take
-from deit_kd.recipe import Distill, Lesson, Recipe
+from deit_kd.recipe import Distill, Lesson, Recipe, Teacher
 from deit_kd.terms import COUPLED
 
 
@@ -140,6 +141,14 @@ def _tap_line(lesson: Lesson, distiller: Distiller, image: torch.Tensor, project
     )
 
 
+def _teacher_lines(teacher: Teacher) -> Iterator[str]:
+    """What a recipe asks of a teacher beside its name."""
+    if teacher.img_size:
+        yield f"           {teacher.name} sees images of {teacher.img_size} x {teacher.img_size}"
+    if teacher.cache:
+        yield f"           {teacher.name} is not run: its answers are read from {teacher.cache}"
+
+
 def _forward(module: nn.Module, who: str, image: torch.Tensor, *more: Any) -> Any:
     try:
         return module(image, *more)
@@ -156,6 +165,7 @@ def describe(recipe: Recipe, plan: Plan, train_images: int | None) -> str:
         f"student    {recipe.student.name}  {plan.student_parameters:,} parameters  {plan.student_gmacs:.3f} GMACs",
         *(f"teacher    {name}  {parameters:,} parameters  {gmacs:.3f} GMACs" for name, parameters, gmacs in plan.teachers or ()),
         *([] if plan.teachers else ["teacher    none"]),
+        *dict.fromkeys(line for lesson in recipe.lessons() for line in _teacher_lines(lesson.teacher)),
         f"projector  {plan.projector_parameters:,} parameters",
         "",
         *(f"{name:<22}{shape}" for name, shape in plan.shapes),
