@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
     verb.add_argument("--views", type=int, help="of each image; epochs beyond them show them again (default: the recipe's epochs)")
     verb.add_argument("--features", help="float32, bf16, int8, pca:R or none (default: bf16 if the recipe compares features)")
     verb.add_argument("--logits", help="float32, full (float16), top:K or none (default: full if the recipe compares logits)")
-    verb.add_argument("--shard-mb", type=int, default=64, help="where a file ends (default: 64)")
+    verb.add_argument("--shard-mb", type=float, default=64, help="where a file ends (default: 64)")
     verb.add_argument("--device-batch-size", type=int, help="most images on a device at once (default: 256, on a CPU 64)")
     verb.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     verb.set_defaults(run=cache_teacher)
@@ -216,8 +216,8 @@ def cache_teacher(options: argparse.Namespace) -> None:
     if teacher.cache:
         raise UserError(f"teacher.cache={teacher.cache}: caching asks the teacher itself; set it to null")
     views = recipe.epochs if options.views is None else options.views
-    if min(views, options.shard_mb, 1 if options.device_batch_size is None else options.device_batch_size) < 1:
-        raise UserError("--views, --shard-mb and --device-batch-size are at least 1")
+    if min(views, 1 if options.device_batch_size is None else options.device_batch_size) < 1 or options.shard_mb <= 0:
+        raise UserError("--views and --device-batch-size are at least 1, --shard-mb is above 0")
     from deit_kd import build, processes
     from deit_kd.models import Teacher
     from deit_kd.teacher_cache import write_cache
@@ -237,7 +237,7 @@ def cache_teacher(options: argparse.Namespace) -> None:
         sources,
         options.output,
         accelerator,
-        shard_bytes=options.shard_mb * 1_000_000,
+        shard_bytes=round(options.shard_mb * 1e6),
         **settings,
     )
     accelerator.end_training()

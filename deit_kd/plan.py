@@ -27,6 +27,7 @@ class Plan:
     student_gmacs: float
     projector_parameters: int
     teachers: tuple[tuple[str, int, float], ...]  # (name, parameters, GMACs) of each network, as often as it is run
+    cached: bool  # the teacher's answers are read, and it is not run
     shapes: tuple[tuple[str, str], ...]  # (what, shape)
     taps: tuple[str, ...]  # for each lesson: student's tap -> projector -> teacher's tap, and the loss between them
     gathered_per_image: int  # numbers that processes exchange for losses that couple samples
@@ -48,8 +49,8 @@ class Plan:
 
     @property
     def training_gflop_per_image(self) -> float:
-        """Student forward and backward (three forwards' worth), teacher forward; two operations a multiply-accumulate."""
-        return 2 * (3 * self.student_gmacs + self.teacher_gmacs)
+        """Student forward and backward (three forwards' worth), teacher forward unless it is cached; two operations a multiply-accumulate."""
+        return 2 * (3 * self.student_gmacs + (0 if self.cached else self.teacher_gmacs))
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -112,6 +113,7 @@ def make_plan(recipe: Recipe, num_classes: int | None) -> Plan:
         student_gmacs=student_gmacs,
         projector_parameters=count(distiller.projectors),
         teachers=tuple(counted),
+        cached=any(lesson.teacher.cache for lesson in recipe.lessons()),
         shapes=tuple((name, str(["B", *shape[1:]]).replace("'", "")) for name, shape in shapes),
         taps=tuple(taps),
     )
