@@ -177,6 +177,7 @@ def _measured(
         basis = teacher_formats.fit_basis(features[:fitted], teacher_formats.number_of(formats[0]))
         write_whole(basis._asdict(), folder / "basis.safetensors", {"format": "pt"})
         told["basis_sha256"] = sha256(folder / "basis.safetensors")
+    others = slice(fitted if len(features) - fitted > 1 else 0, None)
     rows = teacher_formats.encode(features, logits, formats, basis)
     if not all(value.isfinite().all() for value in rows.values()):
         raise UserError(
@@ -186,7 +187,7 @@ def _measured(
     return {
         "bytes_per_image": row_bytes,
         "seconds_per_image": seconds,
-        "errors": teacher_formats.errors(features[fitted:], logits[fitted:], formats, basis),
+        "errors": teacher_formats.errors(features[others], logits[others], formats, basis),
         "steps_per_shard": max(1, min(loader.steps_per_epoch, shard_bytes // (row_bytes * loader.global_batch_size))),
         **told,
     }
