@@ -51,10 +51,14 @@ def build_teachers(recipe: Recipe, class_names: Sequence[str] | int, pretrained:
         teacher: AnyTeacher
         if config.cache and pretrained:
             teacher = CachedTeacher(Path(config.cache), any(each.distill.feature_weight for each in same), compares_logits)
+            if compares_logits and teacher.num_classes != number:
+                raise UserError(
+                    f"teacher.cache={config.cache}: its teacher knows {teacher.num_classes} classes, the data has {number}; distil "
+                    "features only with distill.kd_weight=0"
+                )
         else:
-            torch.manual_seed(
-                derive_seed(recipe.seed, "teacher", *([first] if first else []))
-            )  # random weights: as in every process
+            # Random weights are the same in every process.
+            torch.manual_seed(derive_seed(recipe.seed, "teacher", *([first] if first else [])))
             teacher = load_teacher(
                 config.name,
                 number if compares_logits or config.weights == "random" or not pretrained else None,

@@ -11,6 +11,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -156,18 +157,12 @@ def _measured(
     lost is measured on the others.
     """
     wanted = max(4 * teacher_formats.number_of(formats[0]) * 4 // 3, MEASURED_BATCHES * loader.micro_batch_size)
-    steps = min(-(-wanted // loader.global_batch_size), loader.steps_per_epoch)
+    count = min(-(-wanted // loader.micro_batch_size), loader.steps_per_epoch * loader.accumulation_steps)
+    batches = islice(_answers(teacher, loader, accelerator, 0, range(loader.steps_per_epoch)), count)
     answers, started, timed = [], time.perf_counter(), 0
-    for features, logits in tqdm(
-        _answers(teacher, loader, accelerator, 0, range(steps)),
-        "measuring",
-        steps * loader.accumulation_steps,
-        delay=2,
-        leave=False,
-        disable=None,
-    ):
+    for features, logits in tqdm(batches, "measuring", count, delay=2, leave=False, disable=None):
         answers.append((features.cpu(), logits.cpu()))
-        if len(answers) == 1 < steps * loader.accumulation_steps:  # the first batch also starts workers
+        if len(answers) == 1 < count:  # the first batch also starts workers
             started = time.perf_counter()
         else:
             timed += len(features)

