@@ -24,7 +24,7 @@ from accelerate.utils import broadcast
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 
-from deit_kd import sharding
+from deit_kd import sharding, stream
 from deit_kd.build import accumulation, build_distiller, placement, tokens
 from deit_kd.class_means import load_or_compute
 from deit_kd.collective import GlobalBatch
@@ -34,7 +34,7 @@ from deit_kd.data.sources import hold_out
 from deit_kd.data.transforms import evaluation_transform
 from deit_kd.errors import UserError
 from deit_kd.evaluation import measure, measure_student
-from deit_kd.models import Distiller, StudentOutput, Teacher, TeacherOutput, build_student
+from deit_kd.models import AnyTeacher, CachedTeacher, Distiller, StudentOutput, TeacherOutput, build_student
 from deit_kd.models.projectors import first_matrix
 from deit_kd.models.taps import TimmModel
 from deit_kd.recipe import Lesson, Recipe, fingerprint
@@ -42,7 +42,7 @@ from deit_kd.seed import derive_seed
 from deit_kd.terms import Terms
 from deit_kd.tracking import Clock
 
-_Taught = dict[Teacher, TeacherOutput]
+_Taught = dict[AnyTeacher, TeacherOutput]
 
 
 class Classification:
@@ -59,7 +59,7 @@ class Classification:
         compiled: torch.compile's mode for student, projectors and losses; None for none.
 
     Raises:
-        UserError: a batch that does not divide, or what `build_distiller` and `class_means.load_or_compute` refuse.
+        UserError: a batch that does not divide, a cache of other images, or what `build_distiller` and `class_means.load_or_compute` refuse.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Classification:
         recipe: Recipe,
         accelerator: Accelerator,
         sources: tuple[Source, Source],
-        teachers: Sequence[Teacher],
+        teachers: Sequence[AnyTeacher],
         output: Path,
         device_batch_size: int | None,
         warn: Callable[[str], None],
@@ -85,6 +85,7 @@ class Classification:
             raise UserError(f"{val.origin}: {len(val)} validation images are fewer than the {accelerator.num_processes} processes")
         self.accumulation_steps = accumulation(recipe.global_batch_size, accelerator.num_processes, device_batch_size)
         here = placement(recipe, accelerator, warn)
+        cached = next((teacher for teacher in teachers if isinstance(teacher, CachedTeacher)), None)
         self.train_loader = TrainLoader(
             train,
             choose_augmentation(recipe, accelerator.device),
@@ -94,7 +95,10 @@ class Classification:
             seed=recipe.seed,
             global_batch_size=recipe.global_batch_size,
             accumulation_steps=self.accumulation_steps,
+            memory=cached,
         )
+        if cached is not None:
+            stream.must_fit(cached, recipe, self.train_loader, accelerator.mixed_precision, warn)
         micro = self.train_loader.micro_batch_size
         if micro < 2 and any(lesson.distill.feature_weight for lesson in lessons):
             raise UserError(
@@ -123,7 +127,7 @@ class Classification:
         self.module: nn.Module = distiller
         self.global_batch = GlobalBatch(accelerator, self.accumulation_steps)
 
-        def means(lesson: Lesson, teacher: Teacher) -> Tensor | None:
+        def means(lesson: Lesson, teacher: AnyTeacher) -> Tensor | None:
             stated = lesson.distill.class_means
             if stated is None or not lesson.distill.feature_weight:
                 return None
@@ -171,7 +175,7 @@ class Classification:
         """What each teacher says; before the student runs, so that their activations are gone when its are kept."""
         teachers = dict.fromkeys(terms.teacher for terms in self.terms if terms.active(batch.epoch))
         with clock.span("teacher"), self.accelerator.autocast():
-            return {teacher: teacher(batch.images) for teacher in teachers}
+            return {each: each(batch.remembered if isinstance(each, CachedTeacher) else batch.images) for each in teachers}
 
     def _equation(self, batch: Batch, taught: _Taught, clock: Clock, detailed: bool) -> dict[str, Tensor]:
         asked = {number: terms for number, terms in enumerate(self.terms) if terms.active(batch.epoch)}
@@ -236,7 +240,10 @@ class Classification:
         """top1 and top5 over the same images of each teacher that knows their labels."""
         metrics: dict[str, float] = {}
         for number, teacher in enumerate(dict.fromkeys(self.teachers)):
-            if self.knows_labels[self.teachers.index(teacher)]:
+            if isinstance(teacher, CachedTeacher):  # it was measured when it was cached, on what was then evaluated
+                same = teacher.manifest["validation"] == stream.of_validation(self.recipe, self.val_loader.source)
+                metrics |= teacher.manifest["accuracy"] if same else {}
+            elif self.knows_labels[self.teachers.index(teacher)]:
                 prefix = f"teacher_{number}_" if number else "teacher_"
                 metrics |= measure(partial(_teacher_logits, teacher), self.val_loader, self.accelerator, prefix)
         return metrics
@@ -278,5 +285,5 @@ def _frozen_statistics(module: nn.Module) -> Iterator[None]:
             norm.track_running_stats = True
 
 
-def _teacher_logits(teacher: Teacher, images: Tensor) -> dict[str, Tensor]:
+def _teacher_logits(teacher: AnyTeacher, images: Tensor) -> dict[str, Tensor]:
     return {"": teacher(images).logits}

@@ -134,7 +134,7 @@ def describe(told: Forecast) -> str:
     recipe, plan, first = told.recipe, told.plan, told.predictions[0]
     views = _views(told)
     student = (*told.half.student_forward, *told.half.student_backward)
-    operations = (_sum(student, "flops") + _sum(told.half.teacher, "flops")) * views
+    operations = (_sum(student, "flops") + (0 if plan.cached else _sum(told.half.teacher, "flops"))) * views
     batches = [1 << n for n in range(5, 11)]
     kept = recipe.run.keep_checkpoints + 1
     checkpoint = plan.checkpoint_bytes + (4 * plan.student_parameters if recipe.ema_decay else 0)

@@ -72,7 +72,7 @@ def state_bytes(recipe: Recipe, plan: Plan, work: Work) -> float:
     moments = 1 if recipe.optim.momentum is not None else 2
     frozen = plan.student_parameters + plan.projector_parameters - work.trained_parameters
     ema = plan.student_parameters if recipe.ema_decay else 0
-    return 4.0 * ((2 + moments) * work.trained_parameters + frozen + ema + work.teacher_parameters)
+    return 4.0 * ((2 + moments) * work.trained_parameters + frozen + ema + (0 if plan.cached else work.teacher_parameters))
 
 
 def memory_bytes(recipe: Recipe, plan: Plan, work: Work, batch: int) -> float:
@@ -82,7 +82,11 @@ def memory_bytes(recipe: Recipe, plan: Plan, work: Work, batch: int) -> float:
     """
     student = work.saved_bytes_per_image + max(each.bytes_per_image for each in work.student_backward)
     images = 3 * recipe.data.img_size**2 * 4
-    return state_bytes(recipe, plan, work) + work.fixed_saved_bytes + batch * (images + max(student, work.teacher_peak_per_image))
+    return (
+        state_bytes(recipe, plan, work)
+        + work.fixed_saved_bytes
+        + batch * (images + max(student, 0 if plan.cached else work.teacher_peak_per_image))
+    )
 
 
 def largest_batch(recipe: Recipe, plan: Plan, work: Work, device: Device) -> int:
@@ -131,7 +135,7 @@ def predict(
     micro_steps = accumulation(total, processes, micro)
     slower = 1 if device.is_gpu else gpus
     efficiency = {name: by[compiled] for name, by in EFFICIENCY.items()} if device.is_gpu else CPU_EFFICIENCY
-    teacher = slower * seconds_of(work.teacher, micro, device, efficiency["teacher"])
+    teacher = 0.0 if plan.cached else slower * seconds_of(work.teacher, micro, device, efficiency["teacher"])
     forward = slower * seconds_of(work.student_forward, micro, device, efficiency["student"])
     backward = slower * seconds_of(work.student_backward, micro, device, efficiency["student"])
     update = slower * (28 + (12 if recipe.ema_decay else 0)) * work.trained_parameters / device.bandwidth

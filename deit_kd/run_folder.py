@@ -24,6 +24,7 @@ import deit_kd
 from deit_kd import checkpoint, plan, sharding
 from deit_kd import recipe as recipes
 from deit_kd.errors import UserError
+from deit_kd.models import CachedTeacher
 from deit_kd.models.loading import file_of
 from deit_kd.recipe import Recipe
 
@@ -131,7 +132,12 @@ def describe(
             "held_out_images": len(task.holdout_loader.source) if task.holdout_loader else 0,
             "projector_parameters": counted.projector_parameters,
             "teachers": [
-                {**asdict(teacher.info), "gmacs": gmacs}
+                {
+                    **asdict(teacher.info),
+                    "gmacs": gmacs,
+                    "img_size": teacher.img_size or recipe.data.img_size,
+                    "cache": teacher.told() if isinstance(teacher, CachedTeacher) else None,
+                }
                 for teacher, (_, _, gmacs) in zip(dict.fromkeys(task.teachers), counted.teachers, strict=True)
             ],
         }
@@ -141,8 +147,10 @@ def describe(
         f"train   {len(loader.source):,} images of {loader.source.origin}; validation {len(val):,} images\n"
         f"student {recipe.student.name}, {counted.student_parameters:,} parameters; projector {counted.projector_parameters:,}\n"
         + "".join(
-            f"teacher {name}, {parameters:,} parameters, {quick}\n"
-            for (name, parameters, _), quick in zip(counted.teachers, quickened.teachers, strict=True)
+            f"teacher {name}, {parameters:,} parameters, {teacher.describe() if isinstance(teacher, CachedTeacher) else quick}\n"
+            for (name, parameters, _), teacher, quick in zip(
+                counted.teachers, dict.fromkeys(task.teachers), quickened.teachers, strict=True
+            )
         )
         + "".join(f"tap     {tap}\n" for tap in counted.taps)
         + f"steps   {total_steps:,} of {loader.global_batch_size} = {loading} images "

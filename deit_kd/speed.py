@@ -17,7 +17,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from deit_kd.errors import UserError
-from deit_kd.models import Teacher
+from deit_kd.models import AnyTeacher, Teacher
 from deit_kd.models.folding import fold_batch_norms
 from deit_kd.recipe import Run
 
@@ -47,11 +47,11 @@ class QuickTeacher:
 class Quickened:
     """What was done to the networks of a run."""
 
-    teachers: tuple[QuickTeacher, ...]
+    teachers: tuple[QuickTeacher | None, ...]  # each network once; None for one that is read from a cache
     compiled: str | None  # torch.compile's mode; None: they are not
 
 
-def prepare(run: Run, teachers: Sequence[Teacher], example: Callable[[], Tensor], accelerator: Accelerator) -> Quickened:
+def prepare(run: Run, teachers: Sequence[AnyTeacher], example: Callable[[], Tensor], accelerator: Accelerator) -> Quickened:
     """Makes the teachers of a run fast, and says which mode of torch.compile it takes.
 
     Args:
@@ -64,12 +64,12 @@ def prepare(run: Run, teachers: Sequence[Teacher], example: Callable[[], Tensor]
         UserError: what was asked for changes a teacher's outputs too much.
     """
     compiled = _compile_mode(run, accelerator.device)
-    different = list(dict.fromkeys(teachers))
-    images = example().to(accelerator.device) if different else torch.empty(0)
-    quick = tuple(_quicken(teacher, run, images, accelerator) for teacher in different)
-    if compiled:
-        for teacher in different:
-            teacher.compile_forward(compiled)
+    networks = [each if isinstance(each, Teacher) else None for each in dict.fromkeys(teachers)]
+    images = example().to(accelerator.device) if any(networks) else torch.empty(0)
+    quick = tuple(None if each is None else _quicken(each, run, images, accelerator) for each in networks)
+    for each in networks:
+        if compiled and each:
+            each.compile_forward(compiled)
     return Quickened(quick, compiled)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from deit_kd import losses
 from deit_kd.collective import GlobalBatch
 from deit_kd.data import Batch
-from deit_kd.models import StudentOutput, Teacher, TeacherOutput
+from deit_kd.models import AnyTeacher, StudentOutput, TeacherOutput
 from deit_kd.models.contrast import ContrastiveMemory
 from deit_kd.recipe import READS, Lesson, Recipe
 from deit_kd.seed import derive_seed
@@ -41,7 +41,7 @@ class Terms:
         lesson: Lesson,
         number: int,
         token: int,
-        teacher: Teacher,
+        teacher: AnyTeacher,
         recipe: Recipe,
         class_means: Tensor | None,
         global_batch: GlobalBatch,

@@ -85,9 +85,9 @@ def _on_communication(recipe: Recipe, bench: Bench, machine: Machine) -> list[st
 def _on_teacher(recipe: Recipe, bench: Bench, machine: Machine) -> list[str]:
     given = _compute(recipe, bench)
     without = bench.step_only / max(bench.step_only - bench.teacher, 1e-9)
-    if getattr(recipe.teacher, "cache", None) is None:
+    if not recipe.teachers:
         given.append(
-            f"teacher.cache: a second student on the same views does not ask the teacher, and takes 1/{without:.1f} of the time"
+            f"deit-kd cache-teacher, and teacher.cache: a second student on the same views does not ask the teacher, and takes 1/{without:.1f} of the time"
         )
     given.append("a smaller teacher.img_size: fewer operations, but other targets; try it as an ablation")
     return given

@@ -88,7 +88,7 @@ def count_work(recipe: Recipe, num_classes: int | None, half: bool) -> Work:
         UserError: as `build.build_models`.
     """
     _, teachers, distiller = build_models(recipe, num_classes)
-    each_teacher = list(dict.fromkeys(teachers))
+    each_teacher: list[Any] = list(dict.fromkeys(teachers))
     # On a GPU not: the published rates that give its efficiency are of teachers as timm builds them, compiled or not.
     if not half and (recipe.run.fold_teacher is True or (recipe.run.fold_teacher == "auto" and recipe.run.speed == "auto")):
         for teacher in each_teacher:

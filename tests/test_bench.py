@@ -112,7 +112,7 @@ def test_advice_fits_the_measurement() -> None:
     assert first_words(timed(**{**waits, "data_only": 0.05}, transform=0.004), replace(MACHINE, cores=5)) == [
         "run.augment_on=device"
     ]
-    assert first_words(timed(teacher=0.06, student=0.039))[:2] == ["run.compile=true", "teacher.cache"]
+    assert first_words(timed(teacher=0.06, student=0.039))[:2] == ["run.compile=true", "deit-kd cache-teacher, and teacher.cache"]
     assert first_words(timed()) == ["run.compile=true"]
     assert first_words(timed(compiled="default")) == []
     two = replace(MACHINE, gpus=2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -137,6 +138,9 @@ def test_more_gpus_take_fewer_hours_and_never_fewer_gpu_hours() -> None:
     assert rows[0].images_per_second == pytest.approx(1024 / rows[0].step_seconds)
     apart = roofline.predict(recipe, plan, work, GPUS["h200"], train_images=1_281_167, gpus=4, nodes=2)
     assert apart.gather_seconds > rows[3].gather_seconds
+    cached = roofline.predict(recipe, replace(plan, cached=True), work, GPUS["h200"], train_images=1_281_167)
+    assert cached.teacher_seconds == 0
+    assert cached.memory_bytes < rows[0].memory_bytes
     compiled = roofline.predict(recipe, plan, work, GPUS["h200"], train_images=1_281_167, compiled=True)
     assert compiled.hours < rows[0].hours
 

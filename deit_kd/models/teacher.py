@@ -95,6 +95,11 @@ class Teacher(nn.Module):
         """Stays in evaluation mode: a teacher's batch statistics must never move."""
         return super().train(False)
 
+    def probe(self, image: Tensor) -> TeacherOutput:
+        """What has the shapes of its output for an image [1,3,H,W] that may be on another device."""
+        output: TeacherOutput = self(image.to(self.scale.device))
+        return output
+
     def forward(self, images: Tensor) -> TeacherOutput:
         """Images [B,3,H,W] -> logits, pooled and spatial features, from one forward."""
         precision = nullcontext() if self.follows_autocast else torch.autocast(images.device.type, enabled=False)
