@@ -188,6 +188,6 @@ def describe(recipe: Recipe, plan: Plan, train_images: int | None) -> str:
         hours = operations / 100e12 / 3600
         lines.append(
             f"{steps:,} steps over {recipe.epochs} epochs of {train_images:,} images: {operations / 1e15:,.3g} PFLOP, "
-            f"which is {hours:,.3g} hours for each 100 TFLOP/s that the hardware sustains on it"
+            f"which is {hours:,.3g} hours for each 100 TFLOP/s that the hardware sustains on it; deit-kd plan says hours on known devices"
         )
     return "\n".join(lines)

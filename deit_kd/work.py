@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from deit_kd.build import build_models
+from deit_kd.build import build_models, resolve
 from deit_kd.models.folding import fold_batch_norms
 from deit_kd.recipe import Recipe
 
@@ -87,6 +87,7 @@ def count_work(recipe: Recipe, num_classes: int | None, half: bool) -> Work:
     Raises:
         UserError: as `build.build_models`.
     """
+    recipe = resolve(recipe)
     _, teachers, distiller = build_models(recipe, num_classes)
     each_teacher: list[Any] = list(dict.fromkeys(teachers))
     # On a GPU not: the published rates that give its efficiency are of teachers as timm builds them, compiled or not.
