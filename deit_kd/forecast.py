@@ -160,8 +160,14 @@ def describe(told: Forecast) -> str:
         + "   with autocast; predicted",
         f"disk       {kept} checkpoints of {checkpoint / 1e6:.0f} MB, one while it is written",
         *_cache_lines(told, views),
-        f"network    a device sends and receives {first.all_reduce_bytes / 1e6:.3g} MB of gradients a step and gathers "
-        f"{first.gather_bytes / 1e6:.3g} MB for losses of the whole batch",
+        *(
+            [
+                f"network    a device sends and receives {first.all_reduce_bytes / 1e6:.3g} MB of gradients a step and gathers "
+                f"{first.gather_bytes / 1e6:.3g} MB for losses of the whole batch"
+            ]
+            if first.processes > 1
+            else []
+        ),
         "data       "
         + ("the cores they need: " if math.isnan(told.core_seconds) else f"{1 / told.core_seconds:.3g} images/s of one core, ")
         + told.core_seconds_from
@@ -199,9 +205,14 @@ def _cache_lines(told: Forecast, views: int) -> list[str]:
     few = min(views, 16 * told.train_images)
     return [
         f"  cache    {count:,} views: "
-        + ", ".join(f"{name} {size / 1e9:,.3g} GB" for name, size in roofline.cache_bytes(told.plan, count).items())
+        + ", ".join(f"{name} {_size(size)}" for name, size in roofline.cache_bytes(told.plan, count).items())
         for count in dict.fromkeys((views, few))
     ]
+
+
+def _size(count: float) -> str:
+    unit, name = next((unit, name) for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")) if count >= unit or name == "MB")
+    return f"{count / unit:.3g} {name}"
 
 
 def measure(told: Forecast, data: Path | None, device: str, device_batch_size: int | None, steps: int) -> dict[str, Any]:
