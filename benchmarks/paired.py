@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import random
 import time
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
 from statistics import median
+from typing import Any
 
 import numpy as np
+import torch
 from tqdm import tqdm
+
+from deit_kd.run_folder import commit, hardware
 
 
 def paired_rounds(arms: dict[str, Callable[[], None]], rounds: int, seed: int = 0) -> dict[str, list[float]]:
@@ -29,3 +37,19 @@ def ratio(times_a: Sequence[float], times_b: Sequence[float]) -> tuple[float, fl
     drawn = np.random.default_rng(0).choice(ratios, (2000, len(ratios)))
     low, high = np.percentile(np.median(drawn, axis=1), (2.5, 97.5))
     return float(median(ratios)), float(low), float(high)
+
+
+def facts() -> dict[str, Any]:
+    """What a number depends on beside the code: machine, versions, how busy it was."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    return {
+        "hardware": hardware(device),
+        "processor": next(
+            (line.partition(": ")[2] for line in cpu.splitlines() if line.startswith("model name")), platform.processor()
+        ),
+        "load": os.getloadavg()[0],
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in ("torch", "torchvision", "timm", "pillow")},
+        "commit": commit(),
+    }
