@@ -8,12 +8,15 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
+
+from deit_kd.run_folder import commit, hardware
 
 
 def paired_rounds(arms: dict[str, Callable[[], Any]], rounds: int, seed: int = 0) -> dict[str, list[float]]:
@@ -54,17 +57,18 @@ def cuda_rounds(arms: dict[str, Callable[[], Any]], rounds: int, steps: int, see
     return times
 
 
-def environment(device: torch.device) -> dict[str, Any]:
-    """Versions and hardware, for a result."""
-    packages = ("torch", "torchvision", "timm", "accelerate", "pillow")
-    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    return {"hardware": hardware, "threads": torch.get_num_threads(), "versions": {name: version(name) for name in packages}}
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo") as lines:
-            model = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        model = platform.machine()
-    return f"{model}, {os.cpu_count()} cores"
+def facts() -> dict[str, Any]:
+    """What a number depends on beside the code: machine, versions, how busy it was."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    return {
+        "hardware": hardware(device),
+        "processor": next(
+            (line.partition(": ")[2] for line in cpu.splitlines() if line.startswith("model name")), platform.processor()
+        ),
+        "threads": torch.get_num_threads(),
+        "load": os.getloadavg()[0],
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in ("torch", "torchvision", "timm", "pillow")},
+        "commit": commit(),
+    }

@@ -34,7 +34,7 @@ from timm.task import FeatureDistillationTask, TokenDistillationTask
 from timm.utils import dispatch_clip_grad
 from torch import Tensor, nn
 
-from benchmarks.paired import cuda_rounds, environment, paired_rounds, ratio
+from benchmarks.paired import cuda_rounds, facts, paired_rounds, ratio
 from deit_kd import build, engine, optim, speed
 from deit_kd import recipe as recipes
 from deit_kd.classification import Classification
@@ -288,7 +288,7 @@ def main() -> None:
     batches = [measure(options, size, device) for size in options.batch_sizes]
     output = options.output or ROOT / "results" / f"speed_step_{options.device}.json"
     if options.output or not options.quick:
-        content = {"command": "python -m benchmarks.step " + " ".join(sys.argv[1:]), **environment(device)}
+        content = {"command": "python -m benchmarks.step " + " ".join(sys.argv[1:]), **facts()}
         content |= {"student": options.student, "teacher": options.teacher, "img_size": options.img_size, "rounds": options.rounds}
         output.write_text(json.dumps({**content, "matrix_product_flops": peak, "batches": batches}, indent=1) + "\n")
 

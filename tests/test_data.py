@@ -182,7 +182,7 @@ def damaged(fashion_folder: Path, tmp_path: Path) -> tuple[Path, list[Path]]:
     return root, victims
 
 
-@pytest.mark.parametrize(("workers", "on"), [(0, "cpu"), (2, "cpu"), (2, "device")])
+@pytest.mark.parametrize(("workers", "on"), [(0, "cpu"), (2, "cpu"), (0, "device")])
 def test_broken_images_are_refused_by_name(damaged: tuple[Path, list[Path]], workers: int, on: str) -> None:
     root, victims = damaged
     with pytest.raises(UserError) as raised:

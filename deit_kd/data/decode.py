@@ -1,4 +1,4 @@
-"""Encoded images to pixels, by the fastest decoder that gives Pillow's pixels."""
+"""Encoded images to pixels: Pillow's, by a faster decoder where pixels are wanted as a tensor."""
 
 from __future__ import annotations
 
@@ -11,37 +11,37 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
 
-def decode(content: bytes) -> Tensor | Image.Image:
-    """RGB pixels [3,H,W] uint8 of a JPEG in colour or grey, whose memory is [H,W,3]; of all else Pillow's image.
-
-    Pillow opens every file, so that what it refuses (a damaged header, too many pixels) is refused alike; torchvision's decoder only
-    takes its pixels, bit for bit the same and about 1.4 times as fast, and leaves damaged files to Pillow.
+def decode_image(content: bytes) -> Image.Image:
+    """The file of an image as Pillow's image in mode RGB.
 
     Raises:
         Exception: of many types, what Pillow has against the file.
     """
-    try:
-        opened = Image.open(io.BytesIO(content))
-    except UnidentifiedImageError:  # Pillow names the buffer, which says nothing
-        raise UnidentifiedImageError("cannot identify image file") from None
-    with opened as image:
+    with _open(content) as image:
+        return rgb(image)
+
+
+def decode(content: bytes) -> Tensor:
+    """Pixels [3,H,W] uint8 of `decode_image`, whose memory is [H,W,3].
+
+    Pillow opens every file, so that what it refuses (a damaged header, too many pixels) is refused alike. Of a JPEG in colour or grey
+    torchvision's decoder then takes the pixels: bit for bit the same, faster, and without Pillow's copy. Damaged files are left to Pillow.
+
+    Raises:
+        Exception: as `decode_image`.
+    """
+    with _open(content) as image:
         if image.format == "JPEG" and image.mode in ("RGB", "L"):
             try:
                 return decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), mode=ImageReadMode.RGB)
             except RuntimeError:
                 pass
-        return rgb(image)
+        return as_pixels(rgb(image))
 
 
-def decode_image(content: bytes) -> Image.Image:
-    """`decode` as a Pillow image in mode RGB."""
-    pixels = decode(content)
-    return pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels.permute(1, 2, 0).numpy())
-
-
-def as_pixels(image: Tensor | Image.Image) -> Tensor:
+def as_pixels(image: Image.Image) -> Tensor:
     """[3,H,W] uint8, whose memory is [H,W,3]."""
-    return image if isinstance(image, Tensor) else torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def rgb(image: Image.Image) -> Image.Image:
@@ -51,3 +51,10 @@ def rgb(image: Image.Image) -> Image.Image:
     elif image.mode in ("I", "F"):
         raise ValueError(f"32-bit pixels (mode {image.mode}) have no known range; convert it to 8 or 16 bits")
     return image.convert("RGB")
+
+
+def _open(content: bytes) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(content))
+    except UnidentifiedImageError:  # Pillow names the buffer, which says nothing
+        raise UnidentifiedImageError("cannot identify image file") from None

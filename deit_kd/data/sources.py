@@ -48,7 +48,7 @@ class Source(Protocol):
 def pixels(source: Source, index: int) -> Tensor:
     """[3,H,W] uint8 of an image, which `source[index]` would give as an image of Pillow's."""
     content = source.encoded(index)
-    return as_pixels(source[index][0] if content is None else decode(content))
+    return as_pixels(source[index][0]) if content is None else decode(content)
 
 
 class ArraySource:
