@@ -62,12 +62,18 @@ def row(what: str, part: str, measured: float, expected: float) -> dict[str, Any
 
 
 def of_results() -> list[dict[str, Any]]:
-    """results/*.json with seconds of steps: those of scaling.py (one thread a process) and objectives.py (all cores)."""
+    """results/*.json with seconds of steps: scaling.py and teacher_cache.py on one thread a process, objectives.py on all cores."""
     recipe, rows = recipes.load("deit_ti_plain", ["global_batch_size=32"]), []
     for each in json.loads((RESULTS / "scaling.json").read_text())["measured"]:
         share = each["images"] // each["processes"]
         what = f"scaling.json, DeiT-Ti, {each['images']} images on {each['processes']} processes"
         rows.append(row(what, "student", each["seconds"], student_only(recipe, share, 1)))
+    torch.set_num_threads(1)
+    eight = predicted(recipes.load("deit_ti_plain", ["global_batch_size=8"]), 8, devices.this_cpu())
+    arms = {each["teacher"]: each["seconds"] for each in json.loads((RESULTS / "speed_teacher_cache.json").read_text())["arms"]}
+    rows.append(row("speed_teacher_cache.json, DeiT-Ti, 8 images, live teacher", "whole", arms["live"], eight["whole"]))
+    name = "speed_teacher_cache.json, DeiT-Ti, 8 images, cached teacher"
+    rows.append(row(name, "student", arms["bf16 and full logits"], eight["student"]))
     conv_stem = recipes.load("deit_ti", ["global_batch_size=32"])
     found = json.loads((RESULTS / "objectives.json").read_text())["results"][
         "DeiT-Ti step, batch 32: orthonormal / linear projector"
