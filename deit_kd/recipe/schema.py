@@ -204,6 +204,9 @@ class Run(Section):
         "auto"  # the teacher's batch norms into its convolutions; auto: yes, if the error is small
     )
     teacher_layout: Literal["auto", "contiguous", "channels_last"] = "auto"  # auto: channels_last on a CPU; on a GPU what is faster
+    overlap_teacher: bool = (
+        False  # on a GPU: the next step's teacher beside this step's backward pass, at the price of memory for both
+    )
     compile: bool | Literal["auto", "reduce-overhead", "max-autotune"] = "auto"  # teacher, student, losses; auto: on a GPU
 
 
