@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -18,7 +20,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from deit_kd import engine, speed
+from deit_kd import recipe as recipes
 from deit_kd.classification import Classification
+from deit_kd.data import Placement, TrainLoader, open_source
+from deit_kd.data.device import choose_augmentation
 from deit_kd.errors import UserError
 from deit_kd.models import Teacher, load_teacher
 from deit_kd.models.folding import fold_batch_norms
@@ -249,3 +254,38 @@ def test_steps_that_are_not_logged_read_nothing_from_the_device(
     (first, asked_first), *_, (last, asked_last) = seen[1:6]  # the beginnings of the steps 2 to 6
     assert (last - first, asked_last - asked_first) == (0, 4)
     assert seen[6][0] > last, "the sixth step is logged"
+
+
+@pytest.mark.parametrize("on", ["cpu", "device"])
+def test_the_main_thread_does_nothing_for_each_image(on: str, fashion_folder: Path) -> None:
+    """The calls of this package that one batch takes are as many for twice the images, up to kinds of operations not drawn before."""
+    overrides = [f"run.augment_on={on}", "augmentation.auto_augment=rand-m9-mstd0.5-inc1", "augmentation.random_erasing=0.5"]
+    recipe = recipes.load("quickstart", [*overrides, "augmentation.mixup=0.8", "augmentation.mixup_prob=1.0"])
+    cpu, calls = torch.device("cpu"), []
+    for size in (60, 120):
+        batches = TrainLoader(
+            open_source("image_folder", fashion_folder, "train"),
+            choose_augmentation(recipe, cpu),
+            recipe.augmentation,
+            Placement(cpu, 1, 0, 1, "refuse", print),
+            num_classes=10,
+            seed=5,
+            global_batch_size=size,
+            accumulation_steps=1,
+        ).epoch(0)
+        next(batches)
+        seen: Counter[str] = Counter()
+
+        def note(frame: FrameType, event: str, _: Any, seen: Counter[str] = seen) -> None:
+            if event == "call" and "deit_kd" in frame.f_code.co_filename:
+                seen[frame.f_code.co_name] += 1
+
+        sys.setprofile(note)
+        try:
+            batch = next(batches)
+        finally:
+            sys.setprofile(None)
+        assert len(batch.images) == size
+        calls.append(seen)
+    assert sum(calls[0].values()) > 0
+    assert sum(calls[1].values()) - sum(calls[0].values()) <= (20 if on == "device" else 0), calls

@@ -60,7 +60,7 @@ class Placement:
     warn: Callable[[str], None]
 
 
-_Key = tuple[int, int, int]  # epoch, index of the image, and which view of it in this epoch
+_Keys = tuple[int, np.ndarray]  # epoch, and [B,2]: index of each image of a batch, and which view of it in this epoch
 
 
 class _Item(NamedTuple):
@@ -70,7 +70,7 @@ class _Item(NamedTuple):
 
 
 class _SeededDataset(Dataset[_Item]):
-    """Item (epoch, index, view): the transform's randomness depends on nothing else, so any worker gives the same tensor."""
+    """Batches of items (epoch, index, view): the transform's randomness depends on nothing else, so any worker gives the same tensor."""
 
     def __init__(self, source: Source, transform: Transform | Worker, seed: int, on_bad_image: str, training: bool):
         self.source, self.transform, self.seed = source, transform, seed
@@ -80,8 +80,11 @@ class _SeededDataset(Dataset[_Item]):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, key: _Key) -> _Item:
-        epoch, index, view = key
+    def __getitems__(self, keys: _Keys) -> list[_Item]:
+        """A whole batch by one key: what is done for each image is a worker's business."""
+        return [self._item(keys[0], index, view) for index, view in keys[1].tolist()]
+
+    def _item(self, epoch: int, index: int, view: int) -> _Item:
         fault = None
         for candidate in range(index, index + 100):
             candidate %= len(self.source)
@@ -130,13 +133,13 @@ def _collate(items: list[_Item]) -> tuple[Tensor | None, Plan | None, Tensor, li
     return stacked, make_plan(drawn) if any(drawn) else None, torch.tensor([item.label for item in items]), faults, refused
 
 
-class _EpochBatches(Sampler[list[_Key]]):
+class _EpochBatches(Sampler[Any]):
     """This process's micro-batches, in order."""
 
     def __init__(self) -> None:
-        self.batches: list[list[_Key]] = []
+        self.batches: list[_Keys] = []
 
-    def __iter__(self) -> Iterator[list[_Key]]:
+    def __iter__(self) -> Iterator[_Keys]:
         return iter(self.batches)
 
     def __len__(self) -> int:
@@ -216,9 +219,7 @@ class TrainLoader:
             for step in range(start_step, self.steps_per_epoch if stop_step is None else stop_step)
             for micro in range(self.accumulation_steps)
         ]
-        self._batches.batches = [
-            [(view, int(index), int(repeat)) for index, repeat in order[start : start + self.micro_batch_size]] for start in starts
-        ]
+        self._batches.batches = [(view, order[start : start + self.micro_batch_size]) for start in starts]
         for start, (images, plan, labels, faults, refused) in zip(starts, self._loader, strict=True):
             for fault in faults:
                 if refused:
@@ -266,9 +267,9 @@ class EvaluationLoader:
 
     def __init__(self, source: Source, transform: Transform, placement: Placement, batch_size: int, seed: int = 0):
         self.source, self.placement, self._warned = source, placement, set[str]()
-        mine: list[_Key] = [(0, index, 0) for index in range(placement.process_index, len(source), placement.num_processes)]
-        batches = _EpochBatches()
-        batches.batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
+        mine = np.arange(placement.process_index, len(source), placement.num_processes)
+        mine, batches = np.stack([mine, np.zeros_like(mine)], axis=1), _EpochBatches()
+        batches.batches = [(0, mine[start : start + batch_size]) for start in range(0, len(mine), batch_size)]
         self._loader = _data_loader(_SeededDataset(source, transform, seed, placement.on_bad_image, False), batches, placement)
 
     def __len__(self) -> int:
