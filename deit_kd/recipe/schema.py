@@ -185,7 +185,7 @@ class Optim(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class Run(Section):
-    """Operations: nothing here moves a number, but for precision, and augment_on within a grey level."""
+    """Operations: nothing here moves a number, but for precision, and augment_on by roundings and the noise of erased boxes."""
 
     precision: Literal["auto", "no", "bf16", "fp16"] = "auto"  # auto: bf16 on a GPU that has it, else none
     workers: int | Literal["auto"] = "auto"
