@@ -149,9 +149,9 @@ def main() -> None:
         fill(Path(folder), images)
         measure_here = partial(measure, Path(folder), images // batch * batch, batch)
         results = {f"{workers} workers": measure_here(workers, rounds) for workers in options.workers}
-    words = ["--quick"] if options.quick else []
-    command = " ".join(["python benchmarks/loader.py", *words, "--workers", *map(str, options.workers), f"--batch {options.batch}"])
-    content = {"command": command, **facts(), "images": images, "rounds": rounds, "results": results}
+    told = {"workers": " ".join(map(str, options.workers)), "batch": batch, "images": images, "rounds": rounds}
+    command = "python benchmarks/loader.py " + " ".join(f"--{name} {value}" for name, value in told.items())
+    content = {"command": command, **facts(), "results": results}
     options.output.write_text(json.dumps(content, indent=2) + "\n")
     print(options.output)
 
