@@ -11,6 +11,7 @@ import argparse
 import errno
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -95,7 +96,7 @@ def dry_run(recipe: recipes.Recipe, data: Path | None) -> None:
 
 
 def train(recipe: recipes.Recipe, options: argparse.Namespace, output: Path) -> None:
-    from deit_kd import analysis, build, classification, engine, optim, processes, release, run_folder, sharding, tracking
+    from deit_kd import analysis, build, classification, engine, optim, processes, release, run_folder, sharding, speed, tracking
 
     sharded = sharding.take_over()
     accelerator = processes.make_accelerator(recipe, options.device, output)
@@ -105,12 +106,15 @@ def train(recipe: recipes.Recipe, options: argparse.Namespace, output: Path) -> 
     with accelerator.main_process_first():  # one process downloads, the others find it
         sources = build.open_data(recipe, options.data)
     teachers = [teacher.to(accelerator.device) for teacher in build.build_teachers(recipe, sources[0].class_names)]
-    task = classification.Classification(recipe, accelerator, sources, teachers, output, options.device_batch_size, say)
+    quickened = speed.prepare(recipe.run, teachers, partial(build.example_images, recipe, sources[1]), accelerator)
+    task = classification.Classification(
+        recipe, accelerator, sources, teachers, output, options.device_batch_size, say, quickened.compiled
+    )
     optimizer, ema = prepare(task, recipe, accelerator, sharded)
 
     total_steps = recipe.epochs * task.steps_per_epoch
     stop_at = min(total_steps, options.max_steps or total_steps)
-    run_folder.describe(output, recipe, accelerator, task, total_steps, resumed=resume is not None)
+    run_folder.describe(output, recipe, accelerator, task, total_steps, quickened, resumed=resume is not None)
     tracker = tracking.Tracker(accelerator, output, stop_at, goes_on=recipe.run.on_full_disk == "go_on")
     if resume is None and any(task.knows_labels):
         tracker.log("teacher", 0, task.evaluate_teachers())
@@ -124,10 +128,13 @@ def train(recipe: recipes.Recipe, options: argparse.Namespace, output: Path) -> 
         save_every_steps=task.steps_per_epoch if recipe.run.save_every_steps == "epoch" else recipe.run.save_every_steps,
         keep_checkpoints=recipe.run.keep_checkpoints,
         on_full_disk=recipe.run.on_full_disk,
+        reads_every_step=sharded or accelerator.device.type == "cpu",
     )
     schedule = optim.build_schedule(recipe, task.steps_per_epoch)
     complete = engine.fit(task, accelerator, optimizer, schedule, loop, tracker, output, ema, resume)
-    student = task.whole(task.student if ema is None else ema.module)
+    if quickened.compiled:
+        tracker.log("compiled", stop_at, speed.compiled_graphs())
+    student = task.whole(task.student if ema is None else ema.module) if complete else None
     if complete and accelerator.is_main_process:
         licences = [teacher.info.license for teacher in teachers]
         licences += [task.origin["license"]] if recipe.finetune else []

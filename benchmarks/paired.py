@@ -19,7 +19,7 @@ from tqdm import tqdm
 from deit_kd.run_folder import commit, hardware
 
 
-def paired_rounds(arms: dict[str, Callable[[], None]], rounds: int, seed: int = 0) -> dict[str, list[float]]:
+def paired_rounds(arms: dict[str, Callable[[], Any]], rounds: int, seed: int = 0) -> dict[str, list[float]]:
     """CPU seconds of this process, of each arm in each round; one round before the first warms up and is not counted."""
     rng, times = random.Random(seed), {name: list[float]() for name in arms}
     for counted in tqdm(range(rounds + 1), "rounds", delay=2, disable=None):
@@ -39,6 +39,24 @@ def ratio(times_a: Sequence[float], times_b: Sequence[float]) -> tuple[float, fl
     return float(median(ratios)), float(low), float(high)
 
 
+def cuda_rounds(arms: dict[str, Callable[[], Any]], rounds: int, steps: int, seed: int = 0) -> dict[str, list[float]]:
+    """Seconds a call of each arm in each round of `steps` calls, by events at the ends of the round; 30 calls warm up."""
+    rng, times = random.Random(seed), {name: list[float]() for name in arms}
+    for arm in arms.values():
+        for _ in range(30):
+            arm()
+    for _ in tqdm(range(rounds), "rounds", delay=2, disable=None):
+        for name in rng.sample(list(arms), len(arms)):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            for _ in range(steps):
+                arms[name]()
+            end.record()
+            end.synchronize()
+            times[name].append(start.elapsed_time(end) / 1000 / steps)
+    return times
+
+
 def facts() -> dict[str, Any]:
     """What a number depends on beside the code: machine, versions, how busy it was."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -48,6 +66,7 @@ def facts() -> dict[str, Any]:
         "processor": next(
             (line.partition(": ")[2] for line in cpu.splitlines() if line.startswith("model name")), platform.processor()
         ),
+        "threads": torch.get_num_threads(),
         "load": os.getloadavg()[0],
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in ("torch", "torchvision", "timm", "pillow")},

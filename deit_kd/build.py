@@ -13,8 +13,9 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from deit_kd.data import Placement, Source, open_source
+from deit_kd.data.transforms import evaluation_transform
 from deit_kd.errors import UserError
-from deit_kd.models import Distiller, Teacher, build_student, load_student, load_teacher
+from deit_kd.models import AnyTeacher, CachedTeacher, Distiller, build_student, load_student, load_teacher
 from deit_kd.models.distiller import build_lesson_projector
 from deit_kd.models.loading import architecture_of
 from deit_kd.models.taps import TimmModel
@@ -23,10 +24,11 @@ from deit_kd.recipe.checks import impossible
 from deit_kd.seed import derive_seed
 
 
-def build_teachers(recipe: Recipe, class_names: Sequence[str] | int, pretrained: bool = True) -> list[Teacher]:
+def build_teachers(recipe: Recipe, class_names: Sequence[str] | int, pretrained: bool = True) -> list[AnyTeacher]:
     """The teacher of each lesson of the recipe, the same object where two lessons name the same.
 
-    A teacher gets the images that the student gets, and must know the data's classes if its logits are distilled.
+    A teacher gets the images that the student gets, and must know the data's classes if its logits are distilled. One with a cache is
+    not built: the cache is opened.
 
     Args:
         recipe: names them.
@@ -34,9 +36,9 @@ def build_teachers(recipe: Recipe, class_names: Sequence[str] | int, pretrained:
         pretrained: False counts only: random weights, whatever the recipe says.
 
     Raises:
-        UserError: see `load_teacher`; or labels of other names.
+        UserError: see `load_teacher` and `CachedTeacher`; or labels of other names.
     """
-    teachers: list[Teacher] = []
+    teachers: list[AnyTeacher] = []
     lessons = recipe.lessons()
     for lesson in lessons:
         config, same = lesson.teacher, [other for other in lessons if other.teacher == lesson.teacher]
@@ -45,19 +47,29 @@ def build_teachers(recipe: Recipe, class_names: Sequence[str] | int, pretrained:
             teachers.append(teachers[first])
             continue
         compares_logits = any(each.distill.kd_weight or each.distill.teacher_tap == "dense_logits" for each in same)
-        torch.manual_seed(derive_seed(recipe.seed, "teacher", *([first] if first else [])))  # random weights: as in every process
         number = class_names if isinstance(class_names, int) else len(class_names)
-        teacher = load_teacher(
-            config.name,
-            number if compares_logits or config.weights == "random" or not pretrained else None,
-            weights=config.weights if pretrained else "random",
-            image_mean=recipe.data.mean,
-            image_std=recipe.data.std,
-            precision=config.precision if pretrained else "auto",
-            img_size=config.img_size,
-            taps=[tap for each in same if (tap := each.distill.teacher_tap) is not None and each.distill.feature_weight],
-        )
-        teacher.gives_feature_map = False  # nothing but its taps is read in training
+        teacher: AnyTeacher
+        if config.cache and pretrained:
+            teacher = CachedTeacher(Path(config.cache), any(each.distill.feature_weight for each in same), compares_logits)
+            if compares_logits and teacher.num_classes != number:
+                raise UserError(
+                    f"teacher.cache={config.cache}: its teacher knows {teacher.num_classes} classes, the data has {number}; distil "
+                    "features only with distill.kd_weight=0"
+                )
+        else:
+            # Random weights are the same in every process.
+            torch.manual_seed(derive_seed(recipe.seed, "teacher", *([first] if first else [])))
+            teacher = load_teacher(
+                config.name,
+                number if compares_logits or config.weights == "random" or not pretrained else None,
+                weights=config.weights if pretrained else "random",
+                image_mean=recipe.data.mean,
+                image_std=recipe.data.std,
+                precision=config.precision if pretrained else "auto",
+                img_size=config.img_size,
+                taps=[tap for each in same if (tap := each.distill.teacher_tap) is not None and each.distill.feature_weight],
+            )
+            teacher.gives_feature_map = False  # nothing but its taps is read in training
         if compares_logits and teacher.info.label_names and not isinstance(class_names, int):
             _same_labels(teacher.info.label_names, class_names)
         teachers.append(teacher)
@@ -83,7 +95,7 @@ def resolve(recipe: Recipe) -> Recipe:
 
 
 def build_distiller(
-    recipe: Recipe, num_classes: int, teachers: Sequence[Teacher], labels: Tensor | None = None, pretrained: bool = True
+    recipe: Recipe, num_classes: int, teachers: Sequence[AnyTeacher], labels: Tensor | None = None, pretrained: bool = True
 ) -> Distiller:
     """Student and a projector for each lesson; fresh weights that depend on the recipe's seed alone, or those to go on from.
 
@@ -184,6 +196,25 @@ def open_data(recipe: Recipe, data: Path | None) -> tuple[Source, Source]:
             "pass --data DIR of the whole set, or set data.train_images=auto"
         )
     return train, val
+
+
+def example_images(recipe: Recipe, source: Source, count: int = 4) -> Tensor:
+    """[count,3,H,W]: the first images that can be read, as in evaluation.
+
+    Raises:
+        UserError: not one can be read.
+    """
+    transform, images = evaluation_transform(recipe), []
+    for index in range(min(len(source), 100)):
+        try:
+            images.append(transform(source[index][0]))
+        except Exception:  # PIL raises many types for broken files; the loaders tell of them
+            continue
+        if len(images) == count:
+            break
+    if not images:
+        raise UserError(f"{source.origin}: none of its first images can be read; mend them, or give other data")
+    return torch.stack(images)
 
 
 def placement(recipe: Recipe, accelerator: Accelerator, warn: Callable[[str], None]) -> Placement:

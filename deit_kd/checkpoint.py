@@ -70,6 +70,15 @@ def write_tensors(tensors: Tensors, file: Path, metadata: dict[str, str] | None 
     file.chmod(0o644)  # safetensors makes files that only their owner can read
 
 
+def write_whole(tensors: Tensors, file: Path, metadata: dict[str, str]) -> None:
+    """Writes a file that is there whole or not at all, also after a crash of the machine."""
+    part = file.with_name(f".{file.name}.tmp")
+    write_tensors(tensors, part, metadata)
+    _flush(part)
+    part.replace(file)
+    _flush(file.parent)
+
+
 def replace_folder(temporary: Path, final: Path) -> None:
     """Renames `temporary` to `final`; what was there before goes only after that."""
     before = final.with_name(f".{final.name}.before")

@@ -20,18 +20,18 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from deit_kd.checkpoint import write_tensors
+from deit_kd.checkpoint import write_whole
 from deit_kd.data import EvaluationLoader, Placement, Source
 from deit_kd.data.loader import SKIPPED
 from deit_kd.data.transforms import train_transform
 from deit_kd.errors import UserError
-from deit_kd.models import Teacher
+from deit_kd.models import AnyTeacher, Teacher
 from deit_kd.recipe import Recipe, dump
 from deit_kd.seed import derive_seed
 
 
 def load_or_compute(
-    file: Path, recipe: Recipe, teacher: Teacher, source: Source, accelerator: Accelerator, placement: Placement
+    file: Path, recipe: Recipe, teacher: AnyTeacher, source: Source, accelerator: Accelerator, placement: Placement
 ) -> Tensor:
     """[K,E] float32 from `file` when it is there, else computed and written to it.
 
@@ -39,14 +39,13 @@ def load_or_compute(
         UserError: the file is of another teacher, label set, data or crop; or a class has no readable image.
     """
     if not file.exists():
+        assert isinstance(teacher, Teacher), "a cache has no answers to these images; a recipe with one names a file"
         accelerator.print(f"computing the class means of {teacher.info.name} over {len(source):,} images, into {file}")
         means = _compute(recipe, teacher, source, accelerator, placement)
         if accelerator.is_main_process:
             file.parent.mkdir(parents=True, exist_ok=True)
-            part = file.with_name(f".{file.name}.tmp")
             told = {**_identity(recipe, teacher, source), "recipe": dump(recipe)}
-            write_tensors({"class_means": means}, part, {"deit_kd": json.dumps(told)})  # one entry: several come in any order
-            part.replace(file)
+            write_whole({"class_means": means}, file, {"deit_kd": json.dumps(told)})  # one entry: several come in any order
         accelerator.wait_for_everyone()
     return _read(file, _identity(recipe, teacher, source)).to(accelerator.device)
 
@@ -70,7 +69,7 @@ def _compute(recipe: Recipe, teacher: Teacher, source: Source, accelerator: Acce
     return (sums / counts.clamp_min(1)[:, None]).float()
 
 
-def _identity(recipe: Recipe, teacher: Teacher, source: Source) -> dict[str, Any]:
+def _identity(recipe: Recipe, teacher: AnyTeacher, source: Source) -> dict[str, Any]:
     """What a file must agree on."""
     aug = recipe.augmentation
     crop = aug.crop_scale, aug.crop_padding, aug.horizontal_flip

@@ -24,7 +24,7 @@ from accelerate.utils import broadcast
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 
-from deit_kd import sharding
+from deit_kd import sharding, stream
 from deit_kd.build import accumulation, build_distiller, placement, tokens
 from deit_kd.class_means import load_or_compute
 from deit_kd.collective import GlobalBatch
@@ -34,7 +34,7 @@ from deit_kd.data.sources import hold_out
 from deit_kd.data.transforms import evaluation_transform
 from deit_kd.errors import UserError
 from deit_kd.evaluation import measure, measure_student
-from deit_kd.models import Distiller, StudentOutput, Teacher, TeacherOutput, build_student
+from deit_kd.models import AnyTeacher, CachedTeacher, Distiller, StudentOutput, TeacherOutput, build_student
 from deit_kd.models.projectors import first_matrix
 from deit_kd.models.taps import TimmModel
 from deit_kd.recipe import Lesson, Recipe, fingerprint
@@ -42,7 +42,7 @@ from deit_kd.seed import derive_seed
 from deit_kd.terms import Terms
 from deit_kd.tracking import Clock
 
-_Taught = dict[Teacher, TeacherOutput]
+_Taught = dict[AnyTeacher, TeacherOutput]
 
 
 class Classification:
@@ -56,9 +56,10 @@ class Classification:
         output: the run folder, where class means are kept.
         device_batch_size: the largest micro-batch of one device; None for no accumulation.
         warn: tells people something.
+        compiled: torch.compile's mode for student, projectors and losses; None for none.
 
     Raises:
-        UserError: a batch that does not divide, or what `build_distiller` and `class_means.load_or_compute` refuse.
+        UserError: a batch that does not divide, a cache of other images, or what `build_distiller` and `class_means.load_or_compute` refuse.
     """
 
     def __init__(
@@ -66,10 +67,11 @@ class Classification:
         recipe: Recipe,
         accelerator: Accelerator,
         sources: tuple[Source, Source],
-        teachers: Sequence[Teacher],
+        teachers: Sequence[AnyTeacher],
         output: Path,
         device_batch_size: int | None,
         warn: Callable[[str], None],
+        compiled: str | None = None,
     ):
         self.recipe, self.accelerator, self.teachers = recipe, accelerator, tuple(teachers)
         train, val = sources
@@ -83,6 +85,7 @@ class Classification:
             raise UserError(f"{val.origin}: {len(val)} validation images are fewer than the {accelerator.num_processes} processes")
         self.accumulation_steps = accumulation(recipe.global_batch_size, accelerator.num_processes, device_batch_size)
         here = placement(recipe, accelerator, warn)
+        cached = next((teacher for teacher in teachers if isinstance(teacher, CachedTeacher)), None)
         self.train_loader = TrainLoader(
             train,
             choose_augmentation(recipe, accelerator.device),
@@ -92,7 +95,10 @@ class Classification:
             seed=recipe.seed,
             global_batch_size=recipe.global_batch_size,
             accumulation_steps=self.accumulation_steps,
+            memory=cached,
         )
+        if cached is not None:
+            stream.must_fit(cached, recipe, self.train_loader, accelerator.mixed_precision, warn)
         micro = self.train_loader.micro_batch_size
         if micro < 2 and any(lesson.distill.feature_weight for lesson in lessons):
             raise UserError(
@@ -115,11 +121,13 @@ class Classification:
             distiller = convert_sync_batchnorm(distiller)  # torch has it on CUDA alone
         licence = distiller.student.pretrained_cfg.get("license") or "unknown"
         self.origin = {"license": licence} if tune else {}
-        self.student, self.projectors = distiller.student, distiller.projectors
+        if compiled:
+            distiller.compile_forward(compiled)
+        self.distiller, self.student, self.projectors = distiller, distiller.student, distiller.projectors
         self.module: nn.Module = distiller
         self.global_batch = GlobalBatch(accelerator, self.accumulation_steps)
 
-        def means(lesson: Lesson, teacher: Teacher) -> Tensor | None:
+        def means(lesson: Lesson, teacher: AnyTeacher) -> Tensor | None:
             stated = lesson.distill.class_means
             if stated is None or not lesson.distill.feature_weight:
                 return None
@@ -129,7 +137,7 @@ class Classification:
             return load_or_compute(file, recipe, teacher, train, accelerator, here)
 
         self.terms = [
-            Terms(lesson, number, token or 0, teacher, recipe, means(lesson, teacher), self.global_batch)
+            Terms(lesson, number, token or 0, teacher, recipe, means(lesson, teacher), self.global_batch, compiled)
             for number, (lesson, token, teacher) in enumerate(
                 zip(lessons, tokens(lessons, distiller.distillation_heads), teachers, strict=True)
             )
@@ -159,15 +167,15 @@ class Classification:
         self.global_batch.advance()
         return terms
 
-    def sample_names(self, batch: Batch) -> list[str]:
+    def sample_names(self, indices: Tensor) -> list[str]:
         """See `engine.Task`."""
-        return [self.train_loader.source.where(index) for index in batch.indices.tolist()]
+        return [self.train_loader.source.where(index) for index in indices.tolist()]
 
     def _ask(self, batch: Batch, clock: Clock) -> _Taught:
         """What each teacher says; before the student runs, so that their activations are gone when its are kept."""
         teachers = dict.fromkeys(terms.teacher for terms in self.terms if terms.active(batch.epoch))
         with clock.span("teacher"), self.accelerator.autocast():
-            return {teacher: teacher(batch.images) for teacher in teachers}
+            return {each: each(batch.remembered if isinstance(each, CachedTeacher) else batch.images) for each in teachers}
 
     def _equation(self, batch: Batch, taught: _Taught, clock: Clock, detailed: bool) -> dict[str, Tensor]:
         asked = {number: terms for number, terms in enumerate(self.terms) if terms.active(batch.epoch)}
@@ -207,7 +215,7 @@ class Classification:
     @torch.no_grad()
     def evaluate(self, ema: nn.Module | None = None) -> dict[str, float]:
         """top1 and top5 in percent and nll of the mean of the heads, each head's top1, over every validation image once."""
-        distiller = Distiller(self.whole(self.student))
+        distiller = Distiller(self.whole(self.student)) if sharding.is_sharded(self.student) else self.distiller
         ema = None if ema is None else self.whole(ema)
         if self.accelerator.num_processes > 1:  # running statistics differ by process; what is exported are those of the first
             for model in (distiller, ema) if ema is not None else (distiller,):
@@ -232,7 +240,10 @@ class Classification:
         """top1 and top5 over the same images of each teacher that knows their labels."""
         metrics: dict[str, float] = {}
         for number, teacher in enumerate(dict.fromkeys(self.teachers)):
-            if self.knows_labels[self.teachers.index(teacher)]:
+            if isinstance(teacher, CachedTeacher):  # it was measured when it was cached, on what was then evaluated
+                same = teacher.manifest["validation"] == stream.of_validation(self.recipe, self.val_loader.source)
+                metrics |= teacher.manifest["accuracy"] if same else {}
+            elif self.knows_labels[self.teachers.index(teacher)]:
                 prefix = f"teacher_{number}_" if number else "teacher_"
                 metrics |= measure(partial(_teacher_logits, teacher), self.val_loader, self.accelerator, prefix)
         return metrics
@@ -274,5 +285,5 @@ def _frozen_statistics(module: nn.Module) -> Iterator[None]:
             norm.track_running_stats = True
 
 
-def _teacher_logits(teacher: Teacher, images: Tensor) -> dict[str, Tensor]:
+def _teacher_logits(teacher: AnyTeacher, images: Tensor) -> dict[str, Tensor]:
     return {"": teacher(images).logits}

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,21 @@ def main(arguments: list[str] | None = None) -> None:
     verb.add_argument("--output", type=Path, required=True, help="the file to write, .safetensors")
     verb.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     verb.set_defaults(run=class_means)
+
+    verb = verbs.add_parser(
+        "cache-teacher",
+        help="what the teacher says of the training images, written down for the next students",
+        epilog="example: deit-kd cache-teacher deit_ti --data IMAGENET --output caches/regnety --views 50 --features int8 --logits top:100",
+    )
+    _recipe_options(verb)
+    verb.add_argument("--output", type=Path, required=True, help="the folder to make, or to go on with")
+    verb.add_argument("--views", type=int, help="of each image; epochs beyond them show them again (default: the recipe's epochs)")
+    verb.add_argument("--features", help="float32, bf16, int8, pca:R or none (default: bf16 if the recipe compares features)")
+    verb.add_argument("--logits", help="float32, full (float16), top:K or none (default: full if the recipe compares logits)")
+    verb.add_argument("--shard-mb", type=float, default=64, help="where a file ends (default: 64)")
+    verb.add_argument("--device-batch-size", type=int, help="most images on a device at once (default: 256, on a CPU 64)")
+    verb.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    verb.set_defaults(run=cache_teacher)
 
     verb = verbs.add_parser(
         "grid",
@@ -190,6 +206,45 @@ def class_means(options: argparse.Namespace) -> None:
         options.output, recipe, teacher, source, accelerator, build.placement(recipe, accelerator, accelerator.print)
     )
     accelerator.print(f"{options.output}: {means.shape[0]} classes x {means.shape[1]}; pass distill.class_means={options.output}")
+
+
+def cache_teacher(options: argparse.Namespace) -> None:
+    """Writes a cache of the teacher, or the rest of it."""
+    recipe = recipes.load(options.recipe, options.overrides)
+    if reasons := recipes.beyond_a_cache(recipe):
+        raise UserError(f"recipe {options.recipe}: {reasons[0]}")
+    (teacher,) = {lesson.teacher for lesson in recipe.lessons()}
+    if teacher.cache:
+        raise UserError(f"teacher.cache={teacher.cache}: caching asks the teacher itself; set it to null")
+    views = recipe.epochs if options.views is None else options.views
+    if min(views, 1 if options.device_batch_size is None else options.device_batch_size) < 1 or options.shard_mb <= 0:
+        raise UserError("--views and --device-batch-size are at least 1, --shard-mb is above 0")
+    from deit_kd import build, processes, speed
+    from deit_kd.models import Teacher
+    from deit_kd.teacher_cache import write_cache
+
+    compared = [lesson.distill for lesson in recipe.lessons()]
+    features = options.features or ("bf16" if any(distill.feature_weight for distill in compared) else "none")
+    logits = options.logits or ("full" if any(distill.kd_weight for distill in compared) else "none")
+    accelerator = processes.make_accelerator(recipe, options.device, options.output)
+    with accelerator.main_process_first():
+        sources = build.open_data(recipe, options.data)
+    asked = build.build_teachers(recipe, sources[0].class_names)[0]
+    assert isinstance(asked, Teacher), "no cache was stated"
+    example = partial(build.example_images, recipe, sources[1])
+    for quick in speed.prepare(recipe.run, [asked.to(accelerator.device)], example, accelerator).teachers:
+        accelerator.print(f"teacher {asked.info.name}, {quick}")
+    settings = {"views": views, "formats": (features, logits), "device_batch_size": options.device_batch_size}
+    write_cache(
+        recipe,
+        asked,
+        sources,
+        options.output,
+        accelerator,
+        shard_bytes=round(options.shard_mb * 1e6),
+        **settings,
+    )
+    accelerator.end_training()
 
 
 def grid(options: argparse.Namespace) -> None:

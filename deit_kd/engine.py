@@ -40,8 +40,8 @@ class Task(Protocol):
     def compute_terms(self, batch: Any, clock: Clock, detailed: bool) -> dict[str, Tensor]:
         """0-d tensors: `loss`, each of its terms, and on detailed steps what else is worth knowing."""
 
-    def sample_names(self, batch: Any) -> list[str]:
-        """Where the samples of a micro-batch come from, for people."""
+    def sample_names(self, indices: Tensor) -> list[str]:
+        """Where the samples of a micro-batch, its `indices`, come from, for people."""
 
     def evaluate(self, ema: nn.Module | None) -> dict[str, float]:
         """Metrics over the validation data, those of `ema` under names that begin with ema_."""
@@ -66,6 +66,9 @@ class Loop:
     save_every_steps: int
     keep_checkpoints: int
     on_full_disk: str  # stop or go_on
+    reads_every_step: (
+        bool  # whether the host learns at each step if it counts; on a GPU it would wait, and learns when it logs or saves
+    )
 
 
 def fit(
@@ -110,7 +113,8 @@ def fit(
     }:  # stopped between saving and evaluating
         _evaluate(task, tracker, step, ema)
     over = _is_over(task, tracker, accelerator)
-    window, skipped_in_a_row, buffers = _Window(step), 0, _Buffers(task.module)
+    window, buffers, unread = _Window(step), _Buffers(task.module), _Unread(task, tracker)
+    lazily = not loop.reads_every_step and _can_skip_by_itself(optimizer, accelerator)
     task.module.train()
 
     with Stop() as stop:
@@ -125,38 +129,34 @@ def fit(
             log = step % loop.log_every_steps == 0 or step == loop.total_steps
             buffers.keep()
             done = _backward(task, accelerator, batches, loop.accumulation_steps, clock, log, partial(vote.cast, stop))
-            counts, stopping = vote.result()
+            unread.steps.append((step, done, vote.skip))
+            due = step % loop.save_every_steps == 0 or step == loop.total_steps or vote.stopping
+            counts = lazily or unread.read()
             with clock.span("student"):
-                if counts:
-                    _update(task, accelerator, optimizer, loop, ema)
+                if lazily or not counts:
+                    buffers.restore(vote.skip)
+                _update(task, accelerator, optimizer, loop, ema, vote.skip if lazily else None, counts)
                 optimizer.zero_grad(set_to_none=True)
             tracker.advance()
-            if counts:
-                skipped_in_a_row = 0
-                for _, values in done:
-                    tracker.add(values)
-            else:
-                skipped_in_a_row += 1
-                buffers.restore()
-                _report_skipped(task, tracker, step, done, skipped_in_a_row)
+            if lazily and (log or due):
+                counts = unread.read()
 
-            if log:  # the only steps that wait for the device to finish
+            if log:  # beside those that save, the only steps that wait for the device
                 means, speed = tracker.means(), window.close(step, loop.images_per_step, clock)
                 tracker.log("train", step, {"epoch": step / task.steps_per_epoch, "lr": lr, **means, **speed})
             with window.paused():
-                due = step % loop.save_every_steps == 0 and counts  # after a skipped step it could push out a good one
-                if stopping or due or step == loop.total_steps:
+                if due and (counts or vote.stopping or step == loop.total_steps):  # a skipped one could push out a good one
                     state.save(step)  # before evaluating, which can take long and fail
-                if _evaluation_is_due(loop, task, step) and not stopping:
+                if _evaluation_is_due(loop, task, step) and not vote.stopping:
                     _evaluate(task, tracker, step, ema)
                     over = _is_over(task, tracker, accelerator)
-            if stopping:
+            if vote.stopping:
                 tracker.say(f"stopped at step {step}; the same command goes on from {folder / 'checkpoints'}")
                 break
     return over or step >= loop.total_steps
 
 
-_Done = list[tuple[Any, dict[str, Tensor]]]  # the micro-batches of a step with their terms
+_Done = list[tuple[Tensor, dict[str, Tensor]]]  # of each micro-batch of a step its indices and its terms
 
 
 def _backward(
@@ -174,7 +174,7 @@ def _backward(
         batch, last = next(batches), micro == accumulation_steps
         with nullcontext() if last else accelerator.no_sync(task.module):
             terms = task.compute_terms(batch, clock, detailed)
-            done.append((batch, {name: value.detach() for name, value in terms.items()}))
+            done.append((batch.indices, {name: value.detach() for name, value in terms.items()}))
             if last:
                 cast(torch.stack([values["loss"] for _, values in done]).sum())
             with clock.span("student"):
@@ -182,12 +182,33 @@ def _backward(
     return done
 
 
-def _update(task: Task, accelerator: Accelerator, optimizer: torch.optim.Optimizer, loop: Loop, ema: ModelEmaV3 | None) -> None:
-    if loop.clip_grad is not None:
+def _update(
+    task: Task,
+    accelerator: Accelerator,
+    optimizer: torch.optim.Optimizer,
+    loop: Loop,
+    ema: ModelEmaV3 | None,
+    skip: Tensor | None,
+    counts: bool,
+) -> None:
+    """The optimiser's step, unless `skip` tells it on the device, or `counts` here, that this one does not count."""
+    if loop.clip_grad is not None and counts:
         accelerator.clip_grad_norm_(task.module.parameters(), loop.clip_grad)
-    optimizer.step()
-    if ema is not None:
+    if skip is not None:
+        bare: Any = getattr(optimizer, "optimizer", optimizer)
+        bare.found_inf = skip
+        optimizer.step()
+        del bare.found_inf
+    elif counts:
+        optimizer.step()
+    if ema is not None:  # of a step that does not count: towards weights that stayed
         ema.update(task.student)
+
+
+def _can_skip_by_itself(optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> bool:
+    """Whether the optimiser reads on the device that a step does not count, as torch's fused ones do where no scaler uses that."""
+    bare = getattr(optimizer, "optimizer", optimizer)
+    return getattr(bare, "_step_supports_amp_scaling", False) and accelerator.scaler is None
 
 
 def _evaluation_is_due(loop: Loop, task: Task, step: int) -> bool:
@@ -208,25 +229,51 @@ def _is_over(task: Task, tracker: Tracker, accelerator: Accelerator) -> bool:
     return answer[0]
 
 
-def _report_skipped(task: Task, tracker: Tracker, step: int, done: _Done, in_a_row: int) -> None:
-    """Tells which terms of which samples were not finite, and ends the run when that repeats."""
-    mine = []
-    for batch, values in done:
-        terms = [name for name, value in values.items() if not value.isfinite()]
-        if terms:  # `loss` is among them, and says nothing that its terms do not
-            mine.append({"terms": terms, "samples": task.sample_names(batch)})
-    found = gather_object(mine)  # of all processes
-    terms = list(dict.fromkeys(name for each in found for name in each["terms"] if name != "loss")) or ["loss"]
-    samples = [name for each in found for name in each["samples"]]
-    tracker.log("skipped", step, {"terms": terms, "samples": samples})
-    fault = f"step {step}: {', '.join(terms)} not finite, for samples {', '.join(samples[:4])}{', ...' if len(samples) > 4 else ''}"
-    if in_a_row < SKIPPED_IN_A_ROW:
-        tracker.say(f"{fault} ({len(samples)}; all of them in {tracker.file.name}); the step is skipped")
-        return
-    raise UserError(
-        f"{fault}, {in_a_row} steps in a row; lower optim.lr, set optim.clip_grad, or use run.precision=no if it was not; "
-        "with another recipe give another --output or --resume none"
-    )
+class _Unread:
+    """Steps of which the host does not know yet whether they count. Those that do enter the means; the others are told."""
+
+    def __init__(self, task: Task, tracker: Tracker):
+        self.task, self.tracker, self.in_a_row = task, tracker, 0
+        self.steps: list[tuple[int, _Done, Tensor]] = []  # number, terms, and 1 if it does not count
+
+    def read(self) -> bool:
+        """Waits for the device. Whether the last step counts.
+
+        Raises:
+            UserError: too many in a row do not.
+        """
+        skipped = torch.stack([skip for *_, skip in self.steps]).tolist()
+        for (step, done, _), skip in zip(self.steps, skipped, strict=True):
+            self.in_a_row = self.in_a_row + 1 if skip else 0
+            if skip:
+                self._tell(step, done)
+            else:
+                for _, values in done:
+                    self.tracker.add(values)
+        self.steps = []
+        return not skipped[-1]
+
+    def _tell(self, step: int, done: _Done) -> None:
+        """Tells which terms of which samples were not finite, and ends the run when that repeats."""
+        mine = []
+        for indices, values in done:
+            terms = [name for name, value in values.items() if not value.isfinite()]
+            if terms:  # `loss` is among them, and says nothing that its terms do not
+                mine.append({"terms": terms, "samples": self.task.sample_names(indices)})
+        found = gather_object(mine)  # of all processes
+        terms = list(dict.fromkeys(name for each in found for name in each["terms"] if name != "loss")) or ["loss"]
+        samples = [name for each in found for name in each["samples"]]
+        self.tracker.log("skipped", step, {"terms": terms, "samples": samples})
+        fault = (
+            f"step {step}: {', '.join(terms)} not finite, for samples {', '.join(samples[:4])}{', ...' if len(samples) > 4 else ''}"
+        )
+        if self.in_a_row < SKIPPED_IN_A_ROW:
+            self.tracker.say(f"{fault} ({len(samples)}; all of them in {self.tracker.file.name}); the step is skipped")
+            return
+        raise UserError(
+            f"{fault}, {self.in_a_row} steps in a row; lower optim.lr, set optim.clip_grad, or use run.precision=no if it was not; "
+            "with another recipe give another --output or --resume none"
+        )
 
 
 class _Buffers:
@@ -237,12 +284,13 @@ class _Buffers:
         self.kept = [buffer.clone() for buffer in self.live]
 
     def keep(self) -> None:
-        for kept, live in zip(self.kept, self.live, strict=True):
-            kept.copy_(live)
+        if self.live:
+            torch._foreach_copy_(self.kept, self.live)
 
-    def restore(self) -> None:
+    def restore(self, skip: Tensor) -> None:
+        """Puts them back where `skip` is 1, without asking the device."""
         for kept, live in zip(self.kept, self.live, strict=True):
-            live.copy_(kept)
+            live.copy_(torch.where(skip.bool(), kept, live))
 
 
 class _Window:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from deit_kd.build import build_distiller, build_teachers, resolve
 from deit_kd.errors import UserError
 from deit_kd.models.distiller import Distiller, shape_of
 from deit_kd.models.taps import Tapped, run, take
-from deit_kd.recipe import Distill, Lesson, Recipe
+from deit_kd.recipe import Distill, Lesson, Recipe, Teacher
 from deit_kd.terms import COUPLED
 
 
@@ -26,6 +27,7 @@ class Plan:
     student_gmacs: float
     projector_parameters: int
     teachers: tuple[tuple[str, int, float], ...]  # (name, parameters, GMACs) of each network, as often as it is run
+    cached: bool  # the teacher's answers are read, and it is not run
     shapes: tuple[tuple[str, str], ...]  # (what, shape)
     taps: tuple[str, ...]  # for each lesson: student's tap -> projector -> teacher's tap, and the loss between them
     gathered_per_image: int  # numbers that processes exchange for losses that couple samples
@@ -47,8 +49,8 @@ class Plan:
 
     @property
     def training_gflop_per_image(self) -> float:
-        """Student forward and backward (three forwards' worth), teacher forward; two operations a multiply-accumulate."""
-        return 2 * (3 * self.student_gmacs + self.teacher_gmacs)
+        """Student forward and backward (three forwards' worth), teacher forward unless it is cached; two operations a multiply-accumulate."""
+        return 2 * (3 * self.student_gmacs + (0 if self.cached else self.teacher_gmacs))
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -111,6 +113,7 @@ def make_plan(recipe: Recipe, num_classes: int | None) -> Plan:
         student_gmacs=student_gmacs,
         projector_parameters=count(distiller.projectors),
         teachers=tuple(counted),
+        cached=any(lesson.teacher.cache for lesson in recipe.lessons()),
         shapes=tuple((name, str(["B", *shape[1:]]).replace("'", "")) for name, shape in shapes),
         taps=tuple(taps),
     )
@@ -140,6 +143,14 @@ def _tap_line(lesson: Lesson, distiller: Distiller, image: torch.Tensor, project
     )
 
 
+def _teacher_lines(teacher: Teacher) -> Iterator[str]:
+    """What a recipe asks of a teacher beside its name."""
+    if teacher.img_size:
+        yield f"           {teacher.name} sees images of {teacher.img_size} x {teacher.img_size}"
+    if teacher.cache:
+        yield f"           {teacher.name} is not run: its answers are read from {teacher.cache}"
+
+
 def _forward(module: nn.Module, who: str, image: torch.Tensor, *more: Any) -> Any:
     try:
         return module(image, *more)
@@ -156,6 +167,7 @@ def describe(recipe: Recipe, plan: Plan, train_images: int | None) -> str:
         f"student    {recipe.student.name}  {plan.student_parameters:,} parameters  {plan.student_gmacs:.3f} GMACs",
         *(f"teacher    {name}  {parameters:,} parameters  {gmacs:.3f} GMACs" for name, parameters, gmacs in plan.teachers or ()),
         *([] if plan.teachers else ["teacher    none"]),
+        *dict.fromkeys(line for lesson in recipe.lessons() for line in _teacher_lines(lesson.teacher)),
         f"projector  {plan.projector_parameters:,} parameters",
         "",
         *(f"{name:<22}{shape}" for name, shape in plan.shapes),

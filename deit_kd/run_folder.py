@@ -24,11 +24,13 @@ import deit_kd
 from deit_kd import checkpoint, plan, sharding
 from deit_kd import recipe as recipes
 from deit_kd.errors import UserError
+from deit_kd.models import CachedTeacher
 from deit_kd.models.loading import file_of
 from deit_kd.recipe import Recipe
 
 if TYPE_CHECKING:
     from deit_kd.classification import Classification
+    from deit_kd.speed import Quickened
 
 
 def prepare(output: Path, recipe: Recipe, resume: str, accelerator: Accelerator) -> Path | None:
@@ -75,7 +77,15 @@ def prepare(output: Path, recipe: Recipe, resume: str, accelerator: Accelerator)
     return Path(chosen[0]) if chosen[0] else None
 
 
-def describe(output: Path, recipe: Recipe, accelerator: Accelerator, task: Classification, total_steps: int, resumed: bool) -> None:
+def describe(
+    output: Path,
+    recipe: Recipe,
+    accelerator: Accelerator,
+    task: Classification,
+    total_steps: int,
+    quickened: Quickened,
+    resumed: bool,
+) -> None:
     """Writes recipe.yaml and run.json, says what will happen, checks the disk, and starts the trackers."""
     counted = plan.make_plan(recipe, task.num_classes)
     needed = counted.checkpoint_bytes * (recipe.run.keep_checkpoints + 1) + 4 * counted.student_parameters
@@ -106,6 +116,7 @@ def describe(output: Path, recipe: Recipe, accelerator: Accelerator, task: Class
             "augmented_on": loader.augments_on,
             "processes": accelerator.num_processes,
             "sharded": cut,
+            "speed": asdict(quickened),
             "accumulation_steps": task.accumulation_steps,
             "micro_batch_size": loader.micro_batch_size,
             "global_batch_size": loader.global_batch_size,
@@ -121,7 +132,12 @@ def describe(output: Path, recipe: Recipe, accelerator: Accelerator, task: Class
             "held_out_images": len(task.holdout_loader.source) if task.holdout_loader else 0,
             "projector_parameters": counted.projector_parameters,
             "teachers": [
-                {**asdict(teacher.info), "gmacs": gmacs}
+                {
+                    **asdict(teacher.info),
+                    "gmacs": gmacs,
+                    "img_size": teacher.img_size or recipe.data.img_size,
+                    "cache": teacher.told() if isinstance(teacher, CachedTeacher) else None,
+                }
                 for teacher, (_, _, gmacs) in zip(dict.fromkeys(task.teachers), counted.teachers, strict=True)
             ],
         }
@@ -130,7 +146,12 @@ def describe(output: Path, recipe: Recipe, accelerator: Accelerator, task: Class
     accelerator.print(
         f"train   {len(loader.source):,} images of {loader.source.origin}; validation {len(val):,} images\n"
         f"student {recipe.student.name}, {counted.student_parameters:,} parameters; projector {counted.projector_parameters:,}\n"
-        + "".join(f"teacher {name}, {parameters:,} parameters\n" for name, parameters, _ in counted.teachers)
+        + "".join(
+            f"teacher {name}, {parameters:,} parameters, {teacher.describe() if isinstance(teacher, CachedTeacher) else quick}\n"
+            for (name, parameters, _), teacher, quick in zip(
+                counted.teachers, dict.fromkeys(task.teachers), quickened.teachers, strict=True
+            )
+        )
         + "".join(f"tap     {tap}\n" for tap in counted.taps)
         + f"steps   {total_steps:,} of {loader.global_batch_size} = {loading} images "
         f"(processes x accumulation x device), {'each with its part of the weights, ' if cut else ''}on {hardware(accelerator.device)}, precision {accelerator.mixed_precision}"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 from deit_kd import losses
 from deit_kd.collective import GlobalBatch
 from deit_kd.data import Batch
-from deit_kd.models import StudentOutput, Teacher, TeacherOutput
+from deit_kd.models import AnyTeacher, StudentOutput, TeacherOutput
 from deit_kd.models.contrast import ContrastiveMemory
 from deit_kd.recipe import READS, Lesson, Recipe
 from deit_kd.seed import derive_seed
@@ -31,6 +33,7 @@ class Terms:
         recipe: the whole of it.
         class_means: [K,E], for the losses that read them.
         global_batch: completes the rows of losses that couple samples.
+        compiled: torch.compile's mode for the losses that compare two tensors; None for none.
     """
 
     def __init__(
@@ -38,16 +41,22 @@ class Terms:
         lesson: Lesson,
         number: int,
         token: int,
-        teacher: Teacher,
+        teacher: AnyTeacher,
         recipe: Recipe,
         class_means: Tensor | None,
         global_batch: GlobalBatch,
+        compiled: str | None = None,
     ):
         self.distill, self.number, self.token, self.teacher = lesson.distill, number, token, teacher
         self.epochs = recipe.epochs
         self.seed, self.whole = recipe.seed, recipe.batch_statistics == "global"
         self.class_means, self.global_batch = class_means, global_batch
         self.tap = lesson.distill.teacher_tap if lesson.distill.feature_weight else None
+        self.functions: dict[str, Callable[..., Tensor]] = {}
+        for name in (self.distill.kd_loss, self.distill.feature_loss):
+            if name is not None:
+                function = getattr(losses, name)
+                self.functions[name] = torch.compile(function, dynamic=False, mode=compiled) if compiled else function
 
     def on(self, term: str, epoch: int) -> bool:
         """Whether an epoch is among the active ones of kd or feature; at the foot of a ramp a term is on with weight 0."""
@@ -129,10 +138,9 @@ class Terms:
 
     def _loss(self, name: str, where: str, student: Tensor, teacher: Tensor, **parameters: Any) -> Tensor:
         """A function of `deit_kd.losses`, over all rows of the global batch if it couples samples."""
-        function = getattr(losses, name)
+        function = self.functions[name]
         if not (self.whole and name in COUPLED):
-            value: Tensor = function(student, teacher, **parameters)
-            return value
+            return function(student, teacher, **parameters)
         student, teacher = (
             self.global_batch.complete(f"{self.number} {where} {side}", rows)
             for side, rows in (("student", student), ("teacher", teacher))

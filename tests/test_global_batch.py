@@ -109,6 +109,7 @@ def train(
         save_every_steps=1,
         keep_checkpoints=9,
         on_full_disk="stop",
+        reads_every_step=True,
     )
     tracker, schedule = Tracker(accelerator, folder, until), build_schedule(recipe, task.steps_per_epoch)
     resume = checkpoint.newest(folder / "checkpoints", print)

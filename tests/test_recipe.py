@@ -140,4 +140,4 @@ def test_every_key_is_read_somewhere() -> None:
     }
     keys = {f.name for cls in (Recipe, *recipes.Section.__subclasses__()) for f in dataclasses.fields(cls)}
     assert len(keys) > 60
-    assert keys - read == {"eps"}, keys - read  # build_optimizer passes it by name
+    assert keys - read <= {"eps"}, keys - read  # build_optimizer passes it by name

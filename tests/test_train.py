@@ -24,6 +24,7 @@ from PIL import Image
 from safetensors import safe_open
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
+from deit_kd import engine
 from deit_kd.classification import Classification
 from deit_kd.data import Batch
 from deit_kd.tracking import TIMES, Clock
@@ -345,9 +346,13 @@ def test_a_loss_that_explodes_stops_the_run_by_name(train_cli: Cli, fashion_fold
     assert "step 1: weights are not finite, so they are not saved" in message
 
 
+@pytest.mark.parametrize("reads_every_step", [True, False])
 def test_a_step_without_a_finite_loss_is_skipped_and_told(
-    train_cli: Cli, fashion_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    train_cli: Cli, fashion_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reads_every_step: bool
 ) -> None:
+    """Read on the host at each step, or by the optimiser on the device and told with the next log."""
+    loop = engine.Loop
+    monkeypatch.setattr(engine, "Loop", lambda **values: loop(**{**values, "reads_every_step": reads_every_step}))
     original, weights = Classification.compute_terms, []
 
     def compute_terms(task: Classification, batch: Batch, clock: Clock, detailed: bool) -> dict[str, torch.Tensor]:
@@ -363,6 +368,7 @@ def test_a_step_without_a_finite_loss_is_skipped_and_told(
     code, printed = train_cli(*options, *small, *stem, *RANDOM_TEACHER, "ema_decay=0.9", "run.log_every_steps=2")
     assert code == 0, printed
     assert "step 2: kd not finite, for samples" in printed
+    assert printed.index("step 2: kd not finite") < printed.index("train   step 2/")
     assert sum("running_mean" in name for name in weights[0]) > 0
     for name, value in weights[2].items():
         assert torch.equal(value, weights[4][name]), f"the second step moved {name}"

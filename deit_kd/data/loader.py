@@ -6,8 +6,8 @@ import os
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -36,6 +36,16 @@ class Batch:
     indices: Tensor  # [B] int, in the training set
     epoch: int
     seed: int  # for what else is drawn for this batch
+    remembered: dict[str, Tensor] = field(default_factory=dict)  # [B,...], what `Memory` has of these images
+
+
+class Memory(Protocol):
+    """What was written down of the images of some epochs, in their order."""
+
+    views: int  # epochs
+
+    def read(self, epoch: int, start: int, count: int) -> dict[str, Tensor]:
+        """Rows [count,...] on the CPU of the images from `start` on, in the order of one of those epochs."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +60,7 @@ class Placement:
     warn: Callable[[str], None]
 
 
-_Key = tuple[int, int, int]  # epoch, index of the image, and which view of it in this epoch
+_Keys = tuple[int, np.ndarray]  # epoch, and [B,2]: index of each image of a batch, and which view of it in this epoch
 
 
 class _Item(NamedTuple):
@@ -60,7 +70,7 @@ class _Item(NamedTuple):
 
 
 class _SeededDataset(Dataset[_Item]):
-    """Item (epoch, index, view): the transform's randomness depends on nothing else, so any worker gives the same tensor."""
+    """Batches of items (epoch, index, view): the transform's randomness depends on nothing else, so any worker gives the same tensor."""
 
     def __init__(self, source: Source, transform: Transform | Worker, seed: int, on_bad_image: str, training: bool):
         self.source, self.transform, self.seed = source, transform, seed
@@ -70,8 +80,11 @@ class _SeededDataset(Dataset[_Item]):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, key: _Key) -> _Item:
-        epoch, index, view = key
+    def __getitems__(self, keys: _Keys) -> list[_Item]:
+        """A whole batch by one key: what is done for each image is a worker's business."""
+        return [self._item(keys[0], index, view) for index, view in keys[1].tolist()]
+
+    def _item(self, epoch: int, index: int, view: int) -> _Item:
         fault = None
         for candidate in range(index, index + 100):
             candidate %= len(self.source)
@@ -120,13 +133,13 @@ def _collate(items: list[_Item]) -> tuple[Tensor | None, Plan | None, Tensor, li
     return stacked, make_plan(drawn) if any(drawn) else None, torch.tensor([item.label for item in items]), faults, refused
 
 
-class _EpochBatches(Sampler[list[_Key]]):
+class _EpochBatches(Sampler[Any]):
     """This process's micro-batches, in order."""
 
     def __init__(self) -> None:
-        self.batches: list[list[_Key]] = []
+        self.batches: list[_Keys] = []
 
-    def __iter__(self) -> Iterator[list[_Key]]:
+    def __iter__(self) -> Iterator[_Keys]:
         return iter(self.batches)
 
     def __len__(self) -> int:
@@ -155,6 +168,8 @@ class TrainLoader:
 
     A global batch is a run of the epoch's permutation; it is cut into `accumulation_steps x num_processes` micro-batches. Mixing
     pairs neighbours in the permutation, so that a pair stays together however the global batch is cut.
+
+    With a memory of M epochs, epoch e shows the images of epoch e mod M, and batches hold what is remembered of them.
     """
 
     def __init__(
@@ -168,8 +183,9 @@ class TrainLoader:
         seed: int,
         global_batch_size: int,
         accumulation_steps: int,
+        memory: Memory | None = None,
     ):
-        self.source, self.augmentation, self.placement = source, augmentation, placement
+        self.source, self.augmentation, self.placement, self.memory = source, augmentation, placement, memory
         self.num_classes, self.seed, self._warned = num_classes, seed, set[str]()
         cuts = accumulation_steps * placement.num_processes
         if len(source) < cuts:
@@ -190,22 +206,20 @@ class TrainLoader:
         self.augments_on = "device" if self._finish else "cpu"
         self._loader = _data_loader(_SeededDataset(source, in_worker, seed, placement.on_bad_image, True), self._batches, placement)
 
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
-        """Micro-batches of an epoch from optimiser step `start_step` (within the epoch) on.
+    def epoch(self, epoch: int, start_step: int = 0, stop_step: int | None = None) -> Iterator[Batch]:
+        """Micro-batches of an epoch from optimiser step `start_step` (within the epoch) on, to its end or before `stop_step`.
 
         Raises:
             UserError: an unreadable image, when the recipe refuses them.
         """
-        place = self.placement
-        order = self._order(epoch)
+        place, view = self.placement, epoch % self.memory.views if self.memory else epoch
+        order = self._order(view)
         starts = [
             step * self.global_batch_size + (micro * place.num_processes + place.process_index) * self.micro_batch_size
-            for step in range(start_step, self.steps_per_epoch)
+            for step in range(start_step, self.steps_per_epoch if stop_step is None else stop_step)
             for micro in range(self.accumulation_steps)
         ]
-        self._batches.batches = [
-            [(epoch, int(index), int(view)) for index, view in order[start : start + self.micro_batch_size]] for start in starts
-        ]
+        self._batches.batches = [(view, order[start : start + self.micro_batch_size]) for start in starts]
         for start, (images, plan, labels, faults, refused) in zip(starts, self._loader, strict=True):
             for fault in faults:
                 if refused:
@@ -216,10 +230,18 @@ class TrainLoader:
             images = self._finish(images, plan) if self._finish else images.to(place.device, non_blocking=True)
             labels = labels.to(place.device, non_blocking=True)
             targets = smooth_one_hot(labels, self.num_classes, self.augmentation.label_smoothing)
-            rng = np.random.default_rng(derive_seed(self.seed, "mix", epoch, start // self.global_batch_size))
+            rng = np.random.default_rng(derive_seed(self.seed, "mix", view, start // self.global_batch_size))
             images, targets = mix(images, targets, self.augmentation, rng)
             indices = torch.from_numpy(order[start : start + self.micro_batch_size, 0].copy()).to(place.device, non_blocking=True)
-            yield Batch(images, targets, labels, indices, epoch, derive_seed(self.seed, "batch", epoch, start))
+            seed = derive_seed(self.seed, "batch", epoch, start)
+            yield Batch(images, targets, labels, indices, epoch, seed, self._remembered(view, start))
+
+    def _remembered(self, view: int, start: int) -> dict[str, Tensor]:
+        if self.memory is None:
+            return {}
+        rows, on_gpu = self.memory.read(view, start, self.micro_batch_size), self.placement.device.type == "cuda"
+        pinned = {name: value.pin_memory() if on_gpu else value for name, value in rows.items()}
+        return {name: value.to(self.placement.device, non_blocking=True) for name, value in pinned.items()}
 
     def _order(self, epoch: int) -> np.ndarray:
         """[steps x global batch, 2]: (index, view) in the order of the epoch.
@@ -245,9 +267,9 @@ class EvaluationLoader:
 
     def __init__(self, source: Source, transform: Transform, placement: Placement, batch_size: int, seed: int = 0):
         self.source, self.placement, self._warned = source, placement, set[str]()
-        mine: list[_Key] = [(0, index, 0) for index in range(placement.process_index, len(source), placement.num_processes)]
-        batches = _EpochBatches()
-        batches.batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
+        mine = np.arange(placement.process_index, len(source), placement.num_processes)
+        mine, batches = np.stack([mine, np.zeros_like(mine)], axis=1), _EpochBatches()
+        batches.batches = [(0, mine[start : start + batch_size]) for start in range(0, len(mine), batch_size)]
         self._loader = _data_loader(_SeededDataset(source, transform, seed, placement.on_bad_image, False), batches, placement)
 
     def __len__(self) -> int:

@@ -13,11 +13,11 @@ from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 
 from deit_kd.errors import UserError
+from deit_kd.models.cached_teacher import AnyTeacher
 from deit_kd.models.contrast import ContrastiveMemory
 from deit_kd.models.projectors import Orthonormal, build_projector, project
 from deit_kd.models.review import ReviewFusion
 from deit_kd.models.taps import Tap, Tapped, TimmModel, run, stages_of, take
-from deit_kd.models.teacher import Teacher
 from deit_kd.recipe import Lesson, Projector
 
 ANY_WIDTH = ("attention_transfer", "correlation_congruence")  # losses for which the two widths may differ
@@ -61,6 +61,13 @@ class Distiller(nn.Module):
             images: [B,3,H,W], normalised as the student wants them.
             teachers: what each lesson's teacher gave at its tap; None leaves that lesson out. Nothing at all: logits only.
         """
+        return self._compute(images, teachers)
+
+    def compile_forward(self, mode: str) -> None:
+        """Compiles `forward`, for each shape of images that comes; names of parameters stay."""
+        self._compute = torch.compile(self._compute, dynamic=False, mode=mode)  # type: ignore[method-assign]
+
+    def _compute(self, images: Tensor, teachers: Sequence[Tapped | None]) -> StudentOutput:
         student = self.student
         hidden = run(student, images, self.stages if teachers else [])
         if self.has_tokens:  # timm's forward_head would average the heads outside of its own training mode
@@ -102,7 +109,7 @@ def _project(projector: nn.Module, features: Tapped, teacher: Tapped) -> Tapped:
 
 @torch.no_grad()
 def build_lesson_projector(
-    lesson: Lesson, student: TimmModel, teacher: Teacher, image: Tensor, labels: Tensor | None, seed: int
+    lesson: Lesson, student: TimmModel, teacher: AnyTeacher, image: Tensor, labels: Tensor | None, seed: int
 ) -> nn.Module:
     """The projector between two taps, whose shapes one forward of each model tells.
 
@@ -124,7 +131,7 @@ def build_lesson_projector(
     stages = stages_of(student, [distill.student_tap])
     ours = take(student, run(student.eval(), image, stages), distill.student_tap)
     student.train(was_training)
-    theirs = teacher(image.to(teacher.scale.device)).tapped[distill.teacher_tap]
+    theirs = teacher.probe(image).tapped[distill.teacher_tap]
     names = f"{distill.student_tap} of the student is {shape_of(ours)}, {distill.teacher_tap} of {lesson.teacher.name} is {shape_of(theirs)}"
     several = [len(each) if isinstance(each, list) else 1 for each in (ours, theirs)]
     if several[0] != several[1]:

@@ -85,7 +85,7 @@ class Teacher(nn.Module):
         self.register_buffer("scale", (given_std / std).view(-1, 1, 1), persistent=False)
         self.register_buffer("shift", ((given_mean - mean) / std).view(-1, 1, 1), persistent=False)
         self.model: TimmModel = model.requires_grad_(False).to(self.dtype)
-        self.gives_feature_map = True
+        self.gives_feature_map, self.memory_format = True, torch.contiguous_format
         self.num_classes, self.img_size, self.taps = info.num_classes, img_size, tuple(taps)
         self.stages = stages_of(model, taps)
         self.width: int = getattr(model, "head_hidden_size", model.num_features)  # where a head has a hidden layer, they differ
@@ -95,29 +95,56 @@ class Teacher(nn.Module):
         """Stays in evaluation mode: a teacher's batch statistics must never move."""
         return super().train(False)
 
+    def probe(self, image: Tensor) -> TeacherOutput:
+        """What has the shapes of its output for an image [1,3,H,W] that may be on another device."""
+        output: TeacherOutput = self(image.to(self.scale.device))
+        return output
+
     def forward(self, images: Tensor) -> TeacherOutput:
         """Images [B,3,H,W] -> logits, pooled and spatial features, from one forward."""
         precision = nullcontext() if self.follows_autocast else torch.autocast(images.device.type, enabled=False)
         with torch.inference_mode(), precision:
-            if not self.same_normalisation:
-                images = torch.addcmul(self.shift, images, self.scale)
-            if self.img_size and images.shape[-1] != self.img_size:
-                images = F.interpolate(images, (self.img_size, self.img_size), mode="bicubic", antialias=True)
-            hidden = run(self.model, images.to(self.dtype), self.stages)
-            logits = self.model.forward_head(hidden.final)
-            features = self.model.forward_head(hidden.final, pre_logits=True)
-            spatial = feature_map(self.model, hidden.final) if self.gives_feature_map else None
-            tapped = {tap: features if tap == "pooled" else take(self.model, hidden, tap) for tap in self.taps}
+            logits, features, spatial, tapped = self._compute(images)
 
         def copy(x: Tensor) -> Tensor:  # tensors made in inference mode cannot enter the student's graph; copies can
             return x.to(torch.promote_types(x.dtype, torch.float32), copy=True)
 
+        pooled = copy(features)
         return TeacherOutput(
             copy(logits),
-            copy(features),
+            pooled,
             None if spatial is None else copy(spatial),
-            {tap: [copy(level) for level in value] if isinstance(value, list) else copy(value) for tap, value in tapped.items()},
+            {
+                tap: pooled if value is features else [copy(level) for level in value] if isinstance(value, list) else copy(value)
+                for tap, value in tapped.items()
+            },
         )
+
+    def _compute(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor | None, dict[Tap, Tapped]]:
+        """(logits, features, feature map, tapped) in the network's precision."""
+        if not self.same_normalisation:
+            images = torch.addcmul(self.shift, images, self.scale)
+        if self.img_size and images.shape[-1] != self.img_size:
+            images = F.interpolate(images, (self.img_size, self.img_size), mode="bicubic", antialias=True)
+        hidden = run(self.model, images.to(self.dtype, memory_format=self.memory_format), self.stages)
+        features = self.model.forward_head(hidden.final, pre_logits=True)
+        head = self.model.get_classifier()
+        if isinstance(head, nn.Linear) and features.ndim == 2 and head.in_features == features.shape[1]:
+            logits = head(features)  # what forward_head would do once more, from pooling on
+        else:
+            logits = self.model.forward_head(hidden.final)
+        spatial = feature_map(self.model, hidden.final) if self.gives_feature_map else None
+        tapped = {tap: features if tap == "pooled" else take(self.model, hidden, tap) for tap in self.taps}
+        return logits, features, spatial, tapped
+
+    def use(self, dtype: torch.dtype, follows_autocast: bool = False) -> None:
+        """Changes the precision of weights and activations."""
+        self.dtype, self.follows_autocast = dtype, follows_autocast
+        self.model.to(dtype)
+
+    def compile_forward(self, mode: str) -> None:
+        """Compiles what `forward` computes, for each shape of images that comes."""
+        self._compute = torch.compile(self._compute, dynamic=False, mode=mode)  # type: ignore[method-assign]
 
 
 def load_teacher(

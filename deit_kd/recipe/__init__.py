@@ -20,7 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from deit_kd.errors import UserError
 from deit_kd.recipe import schema
-from deit_kd.recipe.checks import READS, impossible
+from deit_kd.recipe.checks import READS, beyond_a_cache, impossible
 from deit_kd.recipe.schema import (
     Augmentation,
     Data,
@@ -56,6 +56,7 @@ __all__ = [
     "Student",
     "Teacher",
     "RecipeError",
+    "beyond_a_cache",
     "differences",
     "fingerprint",
     "dump",
@@ -123,8 +124,8 @@ def differences(old: Recipe, new: Recipe) -> list[str]:
 
 
 def fingerprint(recipe: Recipe) -> str:
-    """The same for recipes without `differences`."""
-    moving = [(key, repr(value)) for key, value in flatten(recipe) if not key.startswith("run.")]
+    """The same for recipes without `differences`; a key that is null counts like one that a recipe of an earlier version lacks."""
+    moving = [(key, repr(value)) for key, value in flatten(recipe) if not key.startswith("run.") and value is not None]
     return hashlib.sha256(repr(sorted(moving)).encode()).hexdigest()
 
 

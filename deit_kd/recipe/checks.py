@@ -86,9 +86,25 @@ def impossible(recipe: Recipe) -> list[str]:
     """Every value out of range and every combination that cannot be run, as `key: what is wrong`."""
     faults = _out_of_range(recipe) + _contradictions(recipe) + _unread("optim", "optim", recipe.optim)
     several = bool(recipe.teachers)
+    if any(lesson.teacher.cache for lesson in recipe.lessons()):
+        faults += [f"teacher.cache: {reason}" for reason in beyond_a_cache(recipe)]
+        if any(lesson.distill.class_means == "auto" for lesson in recipe.lessons()):
+            faults.append(
+                "distill.class_means: auto asks the teacher itself; name a file of deit-kd class-means, or set teacher.cache to null"
+            )
     for number, lesson in enumerate(recipe.lessons()):
         faults += _lesson_faults(lesson, f"teachers.{number}." if several else "", recipe)
     return faults
+
+
+def beyond_a_cache(recipe: Recipe) -> list[str]:
+    """Why what the recipe compares cannot be read from a cache of pooled features and logits; empty if it can."""
+    lessons = recipe.lessons()
+    networks = len({lesson.teacher for lesson in lessons})
+    if networks != 1:
+        return [f"a cache holds what one teacher says, the recipe has {networks or 'none'}"]
+    taps = [lesson.distill.teacher_tap for lesson in lessons if lesson.distill.feature_weight]
+    return [f"a cache holds pooled features and logits, distill.teacher_tap is {tap}" for tap in taps if tap != "pooled"]
 
 
 def _unread(section: str, prefix: str, values: Any) -> list[str]:

@@ -104,6 +104,7 @@ class Teacher(Section):
     weights: str  # pretrained, random, or the path of a checkpoint file
     precision: Literal["auto", "float32", "bfloat16"]  # auto: the run's
     img_size: int | None  # pixels a side, what it sees; null: what the student sees
+    cache: str | None = None  # a folder of `deit-kd cache-teacher`, which is read instead of asking the teacher; null: it is asked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +186,9 @@ class Optim(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class Run(Section):
-    """Operations: nothing here moves a number, but for precision, and augment_on by roundings and the noise of erased boxes."""
+    """Operations: nothing here moves a number, but for precision, for augment_on by roundings and the noise of erased boxes, and for what
+    the start reports.
+    """
 
     precision: Literal["auto", "no", "bf16", "fp16"] = "auto"  # auto: bf16 on a GPU that has it, else none
     workers: int | Literal["auto"] = "auto"
@@ -196,6 +199,14 @@ class Run(Section):
     keep_checkpoints: int = 2
     on_full_disk: Literal["stop", "go_on"] = "stop"  # go_on: without the checkpoint that did not fit
     trackers: tuple[str, ...] = ()  # names Accelerate knows: tensorboard, wandb, ...
+    speed: Literal["auto", "plain"] = (
+        "auto"  # plain: networks as timm builds them, run as PyTorch runs them; each key below wins over it
+    )
+    fold_teacher: bool | Literal["auto"] = (
+        "auto"  # the teacher's batch norms into its convolutions; auto: yes, if the error is small
+    )
+    teacher_layout: Literal["auto", "contiguous", "channels_last"] = "auto"  # auto: channels_last on a CPU; on a GPU what is faster
+    compile: bool | Literal["auto", "reduce-overhead", "max-autotune"] = "auto"  # teacher, student, losses; auto: on a GPU
 
 
 @dataclass(frozen=True, kw_only=True)

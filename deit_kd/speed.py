@@ -1,0 +1,200 @@
+"""How the networks of a run are executed: folded, laid out, compiled. What changes their numbers is measured first, and told."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch import Tensor, nn
+
+from deit_kd.errors import UserError
+from deit_kd.models import AnyTeacher, Teacher
+from deit_kd.models.folding import fold_batch_norms
+from deit_kd.recipe import Run
+
+ALLOWED = 1e-4  # relative error of features and logits that folding and layout may add in float32; they add 1e-5 and less
+FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+@dataclass(frozen=True)
+class QuickTeacher:
+    """What was done to a teacher, and what it changed: the norm of the difference over that of the plain float32 network's output."""
+
+    batch_norms_folded: int
+    layout: str
+    weights: str  # dtype
+    feature_error: float
+    logit_error: float
+
+    def __str__(self) -> str:
+        """For people."""
+        folded = f"{self.batch_norms_folded} batch norms folded, " if self.batch_norms_folded else ""
+        return (
+            f"{folded}{self.layout}, {self.weights}; features differ by {self.feature_error:.1g}, logits by {self.logit_error:.1g}"
+        )
+
+
+@dataclass(frozen=True)
+class Quickened:
+    """What was done to the networks of a run."""
+
+    teachers: tuple[QuickTeacher | None, ...]  # each network once; None for one that is read from a cache
+    compiled: str | None  # torch.compile's mode; None: they are not
+
+
+def prepare(run: Run, teachers: Sequence[AnyTeacher], example: Callable[[], Tensor], accelerator: Accelerator) -> Quickened:
+    """Makes the teachers of a run fast, and says which mode of torch.compile it takes.
+
+    Args:
+        run: says what is wanted.
+        teachers: on their device; changed in place.
+        example: gives [B,3,H,W] of the data, normalised, to measure with.
+        accelerator: knows the run's precision, and has one process choose for all.
+
+    Raises:
+        UserError: what was asked for changes a teacher's outputs too much.
+    """
+    compiled = _compile_mode(run, accelerator.device)
+    networks = [each if isinstance(each, Teacher) else None for each in dict.fromkeys(teachers)]
+    images = example().to(accelerator.device) if any(networks) else torch.empty(0)
+    quick = tuple(None if each is None else _quicken(each, run, images, accelerator) for each in networks)
+    for each in networks:
+        if compiled and each:
+            each.compile_forward(compiled)
+    return Quickened(quick, compiled)
+
+
+def _compile_mode(run: Run, device: torch.device) -> str | None:
+    chosen = run.compile
+    if chosen == "auto":  # on a CPU it takes minutes, and a C++ compiler
+        chosen = run.speed == "auto" and device.type == "cuda"
+    if chosen is False:
+        return None
+    torch._inductor.config.fallback_random = True  # drop path draws what it draws without compilation
+    return "default" if chosen is True else chosen
+
+
+@torch.inference_mode()
+def _quicken(teacher: Teacher, run: Run, images: Tensor, accelerator: Accelerator) -> QuickTeacher:
+    """Folds and lays out a teacher, and gives it the run's precision, unless what that changes is more than it may."""
+    plain = run.speed == "plain"
+    reference = _exact(teacher, images)
+    before, folded = teacher.model, 0
+    layout = _layout(teacher, run, images, accelerator)
+    if run.fold_teacher is True or (run.fold_teacher == "auto" and not plain):
+        teacher.model = copy.deepcopy(before)
+        folded = fold_batch_norms(teacher.model, images[:1].to(teacher.dtype))
+    _lay_out(teacher, layout)
+    error = _errors(_exact(teacher, images), reference)
+    if max(error) > ALLOWED and teacher.dtype == torch.float32:
+        if run.fold_teacher is True or run.teacher_layout == layout != "contiguous":
+            raise UserError(
+                f"teacher {teacher.info.name}: folded and laid out {layout}, its outputs change by {max(error):.1g}, more than "
+                f"{ALLOWED:g}; set run.fold_teacher=false and run.teacher_layout=contiguous"
+            )
+        teacher.model, folded, layout = before, 0, "contiguous"
+        _lay_out(teacher, layout)
+        error = _errors(_exact(teacher, images), reference)
+    if not plain and teacher.follows_autocast and teacher.dtype == torch.float32 and accelerator.mixed_precision == "bf16":
+        error = _cast(teacher, images, reference, accelerator)
+    return QuickTeacher(folded, layout, str(teacher.dtype).removeprefix("torch."), *error)
+
+
+def _cast(teacher: Teacher, images: Tensor, reference: tuple[Tensor, Tensor], accelerator: Accelerator) -> tuple[float, float]:
+    """Weights in bfloat16 instead of casting them again at each step, if that is no less exact than autocast."""
+    with accelerator.autocast():
+        theirs = _errors(_outputs(teacher, images), reference)
+    before = copy.deepcopy(teacher.model)
+    teacher.use(torch.bfloat16)
+    ours = _errors(_outputs(teacher, images), reference)
+    if max(ours) > 1.5 * max(theirs):
+        teacher.model = before
+        teacher.use(torch.float32, follows_autocast=True)
+        return theirs
+    return ours
+
+
+def _layout(teacher: Teacher, run: Run, images: Tensor, accelerator: Accelerator) -> str:
+    if run.teacher_layout != "auto":
+        return run.teacher_layout
+    if run.speed == "plain" or not any(
+        isinstance(each, nn.Conv2d) and each.kernel_size != each.stride for each in teacher.modules()
+    ):
+        return "contiguous"
+    if images.device.type == "cpu":
+        return "channels_last"
+    chosen = [_faster(teacher, images) if accelerator.is_main_process else ""]
+    broadcast_object_list(chosen)  # equal on all processes
+    return chosen[0]
+
+
+def _faster(teacher: Teacher, images: Tensor) -> str:
+    """The layout in which this GPU runs this teacher faster, measured once and remembered: grouped convolutions vary by up to 5 times."""
+    file = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "deit_kd" / "teacher_layout.json"
+    key = (
+        f"{teacher.info.sha256[:16]} {tuple(images.shape)} {teacher.dtype} {torch.cuda.get_device_name()} torch {torch.__version__}"
+    )
+    try:
+        known = json.loads(file.read_text())
+    except (OSError, ValueError):
+        known = {}
+    if key not in known:
+        seconds = {}
+        for layout in FORMATS:
+            _lay_out(teacher, layout)
+            for repeat in range(13):
+                if repeat == 3:
+                    torch.cuda.synchronize()
+                    start = time.perf_counter()
+                teacher(images)
+            torch.cuda.synchronize()
+            seconds[layout] = time.perf_counter() - start
+        known[key] = min(seconds, key=lambda layout: seconds[layout])
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(known, indent=1) + "\n")
+        except OSError:  # a home that may not be written: it is measured again next time
+            pass
+    return known[key]
+
+
+def _lay_out(teacher: Teacher, layout: str) -> None:
+    teacher.memory_format = FORMATS[layout]
+    teacher.model.to(memory_format=FORMATS[layout])
+
+
+def _exact(teacher: Teacher, images: Tensor) -> tuple[Tensor, Tensor]:
+    """(features, logits) without autocast, and without the rounding of float32 that GPUs do."""
+    exact = torch.backends.cudnn.flags(allow_tf32=False) if images.device.type == "cuda" else nullcontext()
+    with exact, torch.autocast(images.device.type, enabled=False):
+        return _outputs(teacher, images)
+
+
+def _outputs(teacher: Teacher, images: Tensor) -> tuple[Tensor, Tensor]:
+    output = teacher(images)
+    return output.features, output.logits
+
+
+def _errors(ours: tuple[Tensor, Tensor], reference: tuple[Tensor, Tensor]) -> tuple[float, float]:
+    errors = [((a - b).norm() / b.norm()).item() for a, b in zip(ours, reference, strict=True)]
+    return errors[0], errors[1]
+
+
+def compiled_graphs() -> dict[str, int]:
+    """How many graphs torch.compile made so far, how often it broke one off, and how many were made again for other inputs."""
+    counters = torch._dynamo.utils.counters
+    compilations = [str(each.compile_id) for each in torch._dynamo.utils.get_compilation_metrics()]
+    return {
+        "graphs": counters["stats"]["unique_graphs"],
+        "graph_breaks": sum(counters["graph_break"].values()),
+        "recompilations": sum(not each.endswith("/0") for each in compilations),
+    }
