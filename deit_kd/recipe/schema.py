@@ -186,7 +186,9 @@ class Optim(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class Run(Section):
-    """Operations: nothing here moves a number, but for precision, for augment_on within a grey level, and for what the start reports."""
+    """Operations: nothing here moves a number, but for precision, for augment_on by roundings and the noise of erased boxes, and for what
+    the start reports.
+    """
 
     precision: Literal["auto", "no", "bf16", "fp16"] = "auto"  # auto: bf16 on a GPU that has it, else none
     workers: int | Literal["auto"] = "auto"
