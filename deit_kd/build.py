@@ -143,6 +143,22 @@ def build_distiller(
     return distiller
 
 
+def build_models(recipe: Recipe, num_classes: int | None) -> tuple[int, list[AnyTeacher], Distiller]:
+    """(classes, the teacher of each lesson, student with projectors) on the meta device, where weights take no memory: to count them.
+
+    Args:
+        recipe: names them, `resolve`d.
+        num_classes: of the data; None for as many as the recipe states, or ImageNet's.
+
+    Raises:
+        UserError: as `build_teachers` and `build_distiller`.
+    """
+    classes = num_classes or (recipe.data.num_classes if isinstance(recipe.data.num_classes, int) else 1000)
+    with torch.device("meta"), torch.no_grad():
+        teachers = build_teachers(recipe, classes, pretrained=False)
+        return classes, teachers, build_distiller(recipe, classes, teachers, pretrained=False)
+
+
 @torch.no_grad()
 def _freeze(student: TimmModel, finetune: Finetune) -> None:
     heads = student.pretrained_cfg["classifier"]

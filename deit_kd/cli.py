@@ -154,6 +154,31 @@ def main(arguments: list[str] | None = None) -> None:
     verb.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     verb.set_defaults(run=doctor)
 
+    verb = verbs.add_parser(
+        "plan",
+        help="parameters, FLOPs, memory, disk, hours on devices that need not be there; trains nothing",
+        epilog="example: deit-kd plan deit_ti --gpus 8 --gpu h200",
+    )
+    _recipe_options(verb)
+    verb.add_argument("--gpus", type=int, default=1, help="processes of a machine, each with a GPU (default: 1)")
+    verb.add_argument("--nodes", type=int, default=1, help="machines (default: 1)")
+    verb.add_argument("--gpu", help="h200, h100, a100, l40s, 5090, 4090, 3090, or cpu for this machine's (default: a table of all)")
+    verb.add_argument("--images", type=int, help="of an epoch, where there are no --data")
+    verb.add_argument("--measure", action="store_true", help="30 steps here, beside what was predicted")
+    verb.add_argument("--steps", type=int, default=30, help="of --measure (default: 30)")
+    _bench_options(verb)
+    verb.set_defaults(run=plan)
+
+    verb = verbs.add_parser(
+        "bench",
+        help="seconds of a step in data, teacher, student, communication; which is the wall, and what to change",
+        epilog="under a launcher: torchrun --nproc_per_node 2 -m deit_kd bench deit_ti --data DIR",
+    )
+    _recipe_options(verb)
+    verb.add_argument("--steps", type=int, default=50, help="timed in each pass (default: 50)")
+    _bench_options(verb)
+    verb.set_defaults(run=bench)
+
     options, more = parser.parse_known_args(arguments)  # overrides that stand behind an option are left over
     takes_more = hasattr(options, "overrides")
     if wrong := [word for word in more if word.startswith("-") or "=" not in word or not takes_more]:
@@ -177,6 +202,12 @@ def _recipe_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("recipe", help="a name in recipes/, or the path of a YAML file")
     verb.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe; of a grid key=value,value,...")
     verb.add_argument("--data", type=Path, help="the folder of the data")
+
+
+def _bench_options(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="what measures")
+    verb.add_argument("--device-batch-size", type=int, help="most images on a device at once")
+    verb.add_argument("--json", type=Path, help="a file to write the numbers to")
 
 
 def _weights_options(verb: argparse.ArgumentParser) -> None:
@@ -392,3 +423,47 @@ def doctor(options: argparse.Namespace) -> None:
         worst = max(worst, SEVERITY[line.severity])
     accelerator.end_training()
     sys.exit(worst)
+
+
+def plan(options: argparse.Namespace) -> None:
+    """Prints what a recipe takes, on one device or on each of the table."""
+    if min(options.gpus, options.nodes, options.steps, options.images or 1) < 1:
+        raise UserError("deit-kd plan: --gpus, --nodes, --steps and --images are at least 1")
+    recipe = recipes.load(options.recipe, options.overrides)
+    from deit_kd import forecast
+
+    told = forecast.forecast(recipe, options.data, options.images, options.gpu, options.gpus, options.nodes)
+    print(forecast.describe(told), flush=True)
+    content = forecast.as_json(told)
+    if options.measure:
+        content["measured"] = forecast.measure(told, options.data, options.device, options.device_batch_size, options.steps)
+        print("\n" + forecast.compare(content["measured"]))
+    _write_json(options.json, content)
+
+
+def bench(options: argparse.Namespace) -> None:
+    """Prints where the time goes."""
+    if options.steps < 1:
+        raise UserError("deit-kd bench: --steps is at least 1")
+    recipe = recipes.load(options.recipe, options.overrides)
+    from dataclasses import asdict
+
+    import torch
+
+    from deit_kd.bench import Rig
+    from deit_kd.bench import bench as run_bench
+    from deit_kd.verdict import Machine, advise, describe, wall_of
+
+    rig = Rig(recipe, options.data, options.device, options.device_batch_size)
+    timed = run_bench(rig, options.steps)
+    machine = Machine(os.cpu_count() or 1, torch.get_num_threads(), torch.cuda.device_count(), rig.task.accumulation_steps)
+    rig.accelerator.print(describe(recipe, timed, machine))
+    if rig.accelerator.is_main_process:
+        _write_json(options.json, asdict(timed) | {"wall": wall_of(timed), "advice": advise(recipe, timed, machine)})
+    rig.accelerator.end_training()
+
+
+def _write_json(file: Path | None, content: dict[str, Any]) -> None:
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(content, indent=2) + "\n")

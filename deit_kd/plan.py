@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from deit_kd.build import build_distiller, build_teachers, resolve
+from deit_kd.build import build_models, resolve
 from deit_kd.errors import UserError
 from deit_kd.models.distiller import Distiller, shape_of
 from deit_kd.models.taps import Tapped, run, take
@@ -75,10 +75,9 @@ def make_plan(recipe: Recipe, num_classes: int | None) -> Plan:
     """
     recipe = resolve(recipe)
     image = torch.empty(2, 3, recipe.data.img_size, recipe.data.img_size, device="meta")
+    classes, teachers, distiller = build_models(recipe, num_classes)
     with torch.device("meta"), torch.no_grad():
-        classes = num_classes or (recipe.data.num_classes if isinstance(recipe.data.num_classes, int) else 1000)
-        teachers = build_teachers(recipe, classes, pretrained=False)
-        distiller = build_distiller(recipe, classes, teachers, pretrained=False).eval()
+        distiller.eval()
         shapes: list[tuple[str, Any]] = [("images", image.shape)]
         counted, outputs = [], {}
         for lesson, teacher in zip(recipe.lessons(), teachers, strict=True):
@@ -189,6 +188,6 @@ def describe(recipe: Recipe, plan: Plan, train_images: int | None) -> str:
         hours = operations / 100e12 / 3600
         lines.append(
             f"{steps:,} steps over {recipe.epochs} epochs of {train_images:,} images: {operations / 1e15:,.3g} PFLOP, "
-            f"which is {hours:,.3g} hours for each 100 TFLOP/s that the hardware sustains on it"
+            f"which is {hours:,.3g} hours for each 100 TFLOP/s that the hardware sustains on it; deit-kd plan says hours on known devices"
         )
     return "\n".join(lines)

@@ -77,7 +77,11 @@ def test_what_is_done_with_students(copy: Path, fashion_folder: Path) -> None:
     for line in BASH:
         verb, *arguments = shlex.split(line)
         needed = not {"IMAGENET", "IMAGENET_A", "ckpt_epoch_299.pth", "runs/deit_ti"} & set(arguments)
-        if verb != "deit-kd" or arguments[0] in ("grid", "class-means", "cache-teacher", "doctor", "pack") or not needed:
+        if (
+            verb != "deit-kd"
+            or arguments[0] in ("grid", "class-means", "cache-teacher", "doctor", "pack", "plan", "bench")
+            or not needed
+        ):
             continue
         words = [{"FOLDERS": str(fashion_folder), "PICTURE.png": str(picture)}.get(word, word) for word in arguments]
         words += ["run.workers=0", "global_batch_size=120"] if words[0] == "finetune" else []
@@ -114,12 +118,13 @@ def test_verbs_name_recipes_and_keys_that_exist() -> None:
         "grid",
         "class-means",
         "cache-teacher",
+        *("plan", "bench"),
         *("convert", "evaluate", "predict", "finetune", "publish", "export", "card"),
     }
     for _, verb, recipe, *words in commands:
         if verb == "finetune":
             recipes.load("finetune", [word for word in words if "=" in word])
-        if verb not in ("grid", "class-means", "cache-teacher"):
+        if verb not in ("grid", "class-means", "cache-teacher", "plan", "bench"):
             continue
         for cell in _cells([word for word in words if "=" in word]):
             recipes.load(ROOT / recipe if recipe.endswith(".yaml") else recipe, [f"{key}={value}" for key, value in cell.items()])
