@@ -17,7 +17,6 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 
@@ -29,14 +28,13 @@ from timm.data import ImageNetInfo
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.paired import paired_rounds, ratio
+from benchmarks.paired import facts, paired_rounds, ratio
 from deit_kd import build, speed
 from deit_kd import recipe as recipes
 from deit_kd.classification import Classification
 from deit_kd.data.sources import ArraySource
 from deit_kd.models import CachedTeacher, Teacher
 from deit_kd.optim import build_optimizer
-from deit_kd.run_folder import commit, hardware
 from deit_kd.teacher_cache import write_cache
 from deit_kd.tracking import Clock
 
@@ -114,9 +112,7 @@ def main() -> None:
         "command": f"python -m benchmarks.teacher_cache --rounds {options.rounds}",
         "what": "process CPU seconds of a training step of DeiT-Ti, 8 images of 224 px, one thread; ratio: live / this, median over paired rounds",
         "target": "at least 2.5",
-        "hardware": hardware(CPU),
-        "commit": commit(),
-        "versions": {name: version(name) for name in ("torch", "timm", "accelerate", "safetensors")},
+        **facts(),
         "arms": rows,
     }
     options.output.parent.mkdir(exist_ok=True)

@@ -23,6 +23,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from deit_kd import sharding, stream
 from deit_kd.build import accumulation, build_distiller, placement, tokens
@@ -143,22 +144,38 @@ class Classification:
             )
         ]
         self._ahead: list[_Taught] = []  # what teachers said of the micro-batches to come
+        overlaps = recipe.run.overlap_teacher and accelerator.device.type == "cuda"
+        self._stream = torch.cuda.Stream() if overlaps else None
 
     def train_batches(self, epoch: int, start_step: int, clock: Clock) -> Iterator[Batch]:
         """See `engine.Task`. Accumulates rows first, where a term couples samples: the student then runs twice, teachers once."""
         stream = self.train_loader.epoch(epoch, start_step)
         looks_ahead = self.accumulation_steps > 1 and any(terms.needs_whole_batch() for terms in self.terms)
         while True:
-            with clock.span("data", host=True):
-                batches = list(islice(stream, self.accumulation_steps if looks_ahead else 1))
+            with self._beside():
+                with clock.span("data", host=True):
+                    batches = list(islice(stream, self.accumulation_steps if looks_ahead else 1))
+                if looks_ahead or self._stream:
+                    self._ahead = [self._ask(batch, clock) for batch in batches]
             if not batches:
                 return
+            if self._stream:
+                _used_here(batches, self._ahead)
             if looks_ahead:
                 with torch.no_grad(), self.global_batch.recording(), _frozen_statistics(self.module):
-                    self._ahead = [self._ask(batch, clock) for batch in batches]
                     for batch, taught in zip(batches, self._ahead, strict=True):
                         self._equation(batch, taught, clock, detailed=False)
             yield from batches
+
+    @contextmanager
+    def _beside(self) -> Iterator[None]:
+        """With run.overlap_teacher on a GPU what is queued inside runs beside the step that is under way: it needs nothing of it."""
+        if self._stream is None:
+            yield
+            return
+        with torch.cuda.stream(self._stream):
+            yield
+        torch.cuda.current_stream().wait_stream(self._stream)
 
     def compute_terms(self, batch: Batch, clock: Clock, detailed: bool) -> dict[str, Tensor]:
         """The equation. On detailed steps also `agreement` (share of equal decisions) and `cosine` of the features."""
@@ -270,6 +287,14 @@ def _detail(student: StudentOutput, teacher: TeacherOutput, terms: Terms, same_l
     if isinstance(projected, Tensor) and isinstance(theirs, Tensor) and projected.shape == theirs.shape:
         detail["cosine"] = F.cosine_similarity(projected.detach().float(), theirs, dim=1).mean()
     return detail
+
+
+def _used_here(batches: Sequence[Batch], taught: Sequence[_Taught]) -> None:
+    """Keeps the memory of tensors of another stream until this one has done with them."""
+    made = [[each.images, each.targets, each.labels, each.indices, each.remembered] for each in batches]
+    for tensor in tree_leaves([made, [list(each.values()) for each in taught]]):
+        if isinstance(tensor, Tensor):
+            tensor.record_stream(torch.cuda.current_stream())
 
 
 @contextmanager

@@ -23,6 +23,8 @@ from deit_kd.data.decode import as_pixels, decode, decode_image
 from deit_kd.data.device import Finish, OnDevice, choose_augmentation
 from deit_kd.data.draws import Drawn, _record, make_plan
 from deit_kd.data.loader import _seeded
+from deit_kd.data.shards import pack
+from deit_kd.data.sources import PartSource, open_source, pixels
 from deit_kd.data.transforms import _keep_one_bit, augment_operations, train_transform
 from deit_kd.errors import UserError
 from deit_kd.recipe import Recipe
@@ -73,6 +75,17 @@ def test_pixels_are_pillows(files: list[bytes]) -> None:
         expected = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
         np.testing.assert_array_equal(decode(content).permute(1, 2, 0).numpy(), expected)
         np.testing.assert_array_equal(np.asarray(decode_image(content)), expected)
+
+
+def test_every_source_gives_the_pixels_of_its_images(photo_folder: Path, tmp_path: Path) -> None:
+    pack(photo_folder, tmp_path / "shards", None, 10**6)
+    folder, shards = open_source("image_folder", photo_folder, "train"), open_source("shards", tmp_path / "shards", "train")
+    part, arrays = PartSource(folder, np.array([7, 3])), open_source("fashion_mnist", None, "train")
+    for source, indices in ((folder, range(4)), (shards, range(4)), (part, range(2)), (arrays, range(3))):
+        for index in indices:
+            np.testing.assert_array_equal(pixels(source, index).permute(1, 2, 0).numpy(), np.asarray(source[index][0]))
+    assert folder.encoded(7) == part.encoded(0) == shards.encoded(7)
+    assert arrays.encoded(0) is None
 
 
 def test_damaged_files_fail_as_they_do_in_pillow(files: list[bytes]) -> None:

@@ -137,6 +137,13 @@ def test_terms_are_those_of_the_live_teacher_to_the_stored_precision(
     assert ours_features.dtype == ours_logits.dtype == torch.float32
 
 
+def test_augmented_on_the_device_it_is_as_exact(data: Path, tmp_path: Path) -> None:
+    cache = write(tmp_path / "cache", data, *EXACT, "run.augment_on=device", views=1)
+    live, cached = (make_task(data, folder, tmp_path, "run.augment_on=device") for folder in (None, cache))
+    for ours, theirs in zip(terms_of(cached, 0, 2), terms_of(live, 0, 2), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-6)
+
+
 def test_top_k_spreads_the_mass_that_is_left_evenly() -> None:
     logits = torch.tensor([[5.0, 1.0, 0.0, 2.0, -3.0], [0.0, 0.0, 0.0, 0.0, 9.0]])
     rows = teacher_formats.encode(torch.zeros(2, 3), logits, ("none", "top:2"), None)
@@ -287,6 +294,7 @@ def test_damage_is_refused_by_the_file_and_mended(data: Path, exact: Path, tmp_p
         (["augmentation.mixup=0.5"], "(augmentation.mixup was 0.8, is 0.5)"),
         (["data.std=[1, 1, 1]"], "(data.std was [0.353, 0.353, 0.353], is [1.0, 1.0, 1.0])"),
         (["global_batch_size=48"], "(global_batch_size was 24, is 48)"),
+        (["run.augment_on=device"], "(augmented on was cpu, is device)"),
         (["teacher.img_size=32"], "(teacher.img_size was None, is 32)"),
         (["teacher.precision=bfloat16"], "(teacher.precision was float32, is bfloat16)"),
         (["seed=2", "augmentation.repeats=2"], "(seed was 0, is 2; augmentation.repeats was 1, is 2)"),

@@ -103,9 +103,8 @@ def _resized_crop(step: RandomResizedCropAndInterpolation, pixels: Tensor) -> Te
 
 def _jitter(step: ColorJitter, drawn: list[Any]) -> list[Any]:
     order, *factors, _ = step.get_params(step.brightness, step.contrast, step.saturation, step.hue)
-    named = zip(("brightness", "contrast", "color"), factors, strict=True)
-    chosen = [(name, (factor,)) for name, factor in named if factor is not None]
-    return drawn + [chosen[number] for number in order.tolist() if number < len(chosen)]
+    names = "brightness", "contrast", "color"  # the last of `order` is hue, which recipes do not change
+    return drawn + [(names[n], (factors[n],)) for n in order.tolist() if n < len(names) and factors[n] is not None]
 
 
 _NAMES = {

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from deit_kd.data.device import OnDevice
 from deit_kd.data.draws import Drawn, Plan, Worker, make_plan
@@ -127,7 +127,7 @@ def _collate(items: list[_Item]) -> tuple[Tensor | None, Plan | None, Tensor, li
     drawn = [item.image if isinstance(item.image, Drawn) else None for item in items]
     images = [item.image.image if isinstance(item.image, Drawn) else item.image for item in items]
     first = next((image for image in images if image is not None), None)
-    stacked = None if first is None else torch.stack([torch.zeros_like(first) if image is None else image for image in images])
+    stacked = None if first is None else default_collate([torch.zeros_like(first) if image is None else image for image in images])
     faults = [item.fault for item in items if item.fault]
     refused = any(image is None for image in images)
     return stacked, make_plan(drawn) if any(drawn) else None, torch.tensor([item.label for item in items]), faults, refused

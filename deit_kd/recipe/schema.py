@@ -186,7 +186,9 @@ class Optim(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class Run(Section):
-    """Operations: nothing here moves a number, but for precision, for augment_on within a grey level, and for what the start reports."""
+    """Operations: nothing here moves a number, but for precision, for augment_on by roundings and the noise of erased boxes, and for what
+    the start reports.
+    """
 
     precision: Literal["auto", "no", "bf16", "fp16"] = "auto"  # auto: bf16 on a GPU that has it, else none
     workers: int | Literal["auto"] = "auto"
@@ -204,6 +206,9 @@ class Run(Section):
         "auto"  # the teacher's batch norms into its convolutions; auto: yes, if the error is small
     )
     teacher_layout: Literal["auto", "contiguous", "channels_last"] = "auto"  # auto: channels_last on a CPU; on a GPU what is faster
+    overlap_teacher: bool = (
+        False  # on a GPU: the next step's teacher beside this step's backward pass, at the price of memory for both
+    )
     compile: bool | Literal["auto", "reduce-overhead", "max-autotune"] = "auto"  # teacher, student, losses; auto: on a GPU
 
 
