@@ -20,6 +20,7 @@ from deit_kd.models.students import authors_to_timm
 from deit_kd.models.taps import TimmModel
 from deit_kd.models.teacher import RELEASED
 from deit_kd.models.weights import read_weights
+from deit_kd.recipe import nearest
 
 SIZES = {192: "tiny", 384: "small", 768: "base"}  # width of a DeiT -> its name; heads are 64 wide
 TRAINING_ONLY = ("distillation_loss.", "projector.", "projectors.")  # left out of a student
@@ -66,7 +67,7 @@ def load_student(
         model = timm.create_model(name, pretrained=True, **changed)
         stored = config_of(name)
     except (RuntimeError, ValueError, OSError, KeyError, TypeError, UnpicklingError, SafetensorError) as error:
-        raise UserError(f"{source}: cannot be loaded as a student ({' '.join(str(error).split())[:300]})") from None
+        raise UserError(f"{source}: cannot be loaded as a student ({' '.join(str(error).split())[:300]}){_meant(name)}") from None
     if stored is not None:  # else timm fills in the licence of its own weights of this architecture
         model.pretrained_cfg["license"] = stored.get("pretrained_cfg", stored).get("license") or "unknown"
     if img_size is not None:  # timm leaves the stored size there, and so in the preprocessing
@@ -131,7 +132,7 @@ def architecture_of(source: str | Path) -> tuple[str, dict[str, Any]]:
         try:
             config = config_of(name)
         except Exception as error:  # the hub's client has many
-            raise UserError(f"{source}: cannot be loaded as a student ({' '.join(str(error).split())[:300]})") from None
+            raise UserError(f"{source}: cannot be loaded as a student ({' '.join(str(error).split())[:300]}){_meant(name)}") from None
         if config is None and ("/" in name or name.partition(".")[0] not in timm.list_models()):
             raise UserError(f"{source}: no such file, and no folder with a config.json, nor a network that timm knows")
         architecture = name.partition(".")[0] if config is None else config.get("architecture", "")
@@ -219,6 +220,11 @@ def build_found(found: Found, **changed: Any) -> TimmModel:
     assert all(key.rpartition(".")[0] in heads for key in missing), missing
     model.pretrained_cfg |= {"input_size": (3, *model.patch_embed.img_size), "license": "unknown"}  # else that of timm's weights
     return model.eval().float()
+
+
+def _meant(name: str) -> str:
+    """The nearest name of a released student or of a timm network."""
+    return nearest(name, [*(folder.name for folder in RELEASED.iterdir()), *timm.list_models()]) if "/" not in name else ""
 
 
 def _list(keys: list[str] | tuple[str, ...]) -> str:
