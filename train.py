@@ -106,7 +106,7 @@ def train(recipe: recipes.Recipe, options: argparse.Namespace, output: Path) -> 
     with accelerator.main_process_first():  # one process downloads, the others find it
         sources = build.open_data(recipe, options.data)
     teachers = [teacher.to(accelerator.device) for teacher in build.build_teachers(recipe, sources[0].class_names)]
-    quickened = speed.prepare(recipe.run, teachers, partial(build.example_images, recipe, sources[1]), accelerator)
+    quickened = speed.prepare(recipe.run, teachers, partial(build.example_images, recipe, sources[1]), accelerator, sharded)
     task = classification.Classification(
         recipe, accelerator, sources, teachers, output, options.device_batch_size, say, quickened.compiled
     )

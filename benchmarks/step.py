@@ -19,7 +19,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,9 +40,12 @@ from deit_kd import recipe as recipes
 from deit_kd.classification import Classification
 from deit_kd.data import Batch
 from deit_kd.data.sources import ArraySource
+from deit_kd.devices import Device
+from deit_kd.roofline import seconds_of
 from deit_kd.stop import Stop
 from deit_kd.tracking import Clock
 from deit_kd.vote import Vote
+from deit_kd.work import count_work
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMITS = {"float32": (1e-5, 1e-4, 1e-4), "bfloat16": (2e-2, 3e-2, 3e-1)}  # loss, gradient, teacher features; relative
@@ -181,7 +184,7 @@ def _one_step(arm: Arm, images: Tensor) -> tuple[Tensor, dict[str, Tensor], Tens
     return loss, gradients, arm.teacher_features(images[:4]).float()
 
 
-def measure(options: argparse.Namespace, batch_size: int, device: torch.device) -> dict[str, Any]:
+def measure(options: argparse.Namespace, batch_size: int, device: torch.device, gpu: Device | None) -> dict[str, Any]:
     """All arms at one batch size."""
     torch.manual_seed(0)
     on_gpu = device.type == "cuda"
@@ -216,6 +219,7 @@ def measure(options: argparse.Namespace, batch_size: int, device: torch.device) 
     }
     if not options.quick:
         arms |= {"ours, compiled": arm(compile=True), f"{BASE}, compiled": peer(TokenDistillationTask, compiled=True)}
+        arms["timm feature, compiled"] = peer(FeatureDistillationTask, compiled=True)
     reference = ours(replace(recipe, run=replace(recipe.run, speed="plain")), Accelerator(cpu=not on_gpu), start, images, targets)
     limits = LIMITS["bfloat16" if on_gpu else "float32"]
     errors = {name: gate(each, copy.copy(reference), images, limits) for name, each in arms.items() if name == "ours, eager"}
@@ -226,13 +230,17 @@ def measure(options: argparse.Namespace, batch_size: int, device: torch.device) 
     del reference
     steps = {name: each.step for name, each in arms.items()}
     times = cuda_rounds(steps, options.rounds, steps=20) if on_gpu else paired_rounds(steps, options.rounds)
-    rows = {}
+    rows: dict[str, dict[str, float]] = {}
+    work = count_work(recipe, CLASSES, half=on_gpu)
     for name, seconds in times.items():
         middle, low, high = ratio(times[BASE], seconds)
         rows[name] = {"seconds": float(np.median(seconds)), "images_per_second": batch_size / float(np.median(seconds))}
         rows[name] |= {"ratio": middle, "low": low, "high": high, "best_to_best": min(times[BASE]) / min(seconds)}
-        if on_gpu:
+        if gpu is not None:
+            passes = [*work.teacher, *work.student_forward, *work.student_backward]
             rows[name] |= _on_gpu(steps[name])
+            rows[name]["mfu"] = sum(each.flops for each in passes) * rows[name]["images_per_second"] / gpu.flops
+            rows[name]["share_of_roofline"] = seconds_of(passes, batch_size, replace(gpu, launch=0.0), 1.0) / rows[name]["seconds"]
     print(f"\n{options.student}, {options.teacher}, batch {batch_size}, {options.img_size} px, {device}")
     print(f"{'':<24}{'s a step':>10}{'images/s':>10}{'times ' + BASE:>18}   95 % interval")
     for name, row in rows.items():
@@ -260,11 +268,13 @@ def _on_gpu(step: Callable[[], Tensor]) -> dict[str, float]:
     return {"peak_bytes": torch.cuda.max_memory_allocated(), "launches": launches, "host_waits": waits}
 
 
-def matrix_product_flops() -> float:
-    """FLOP/s of a large bfloat16 product: what this GPU gives at most, in this run."""
+def this_gpu() -> Device:
+    """What this GPU gives at most, in this run: FLOP/s of a large bfloat16 product, bytes/s of a copy, read and written."""
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    seconds = cuda_rounds({"": lambda: torch.mm(a, b)}, 5, steps=50)[""]
-    return 2 * 8192**3 / min(seconds)
+    large = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    seconds = cuda_rounds({"product": lambda: torch.mm(a, b), "copy": lambda: large.clone()}, 5, steps=50)
+    memory = torch.cuda.get_device_properties(0).total_memory
+    return Device(torch.cuda.get_device_name(), 2 * 8192**3 / min(seconds["product"]), 2 * (1 << 30) / min(seconds["copy"]), memory)
 
 
 def main() -> None:
@@ -284,13 +294,13 @@ def main() -> None:
     if options.quick:
         options.batch_sizes, options.rounds = [2], 3
     device = torch.device(options.device)
-    peak = matrix_product_flops() if options.device == "cuda" else None
-    batches = [measure(options, size, device) for size in options.batch_sizes]
+    gpu = this_gpu() if options.device == "cuda" else None
+    batches = [measure(options, size, device, gpu) for size in options.batch_sizes]
     output = options.output or ROOT / "results" / f"speed_step_{options.device}.json"
     if options.output or not options.quick:
         content = {"command": "python -m benchmarks.step " + " ".join(sys.argv[1:]), **facts()}
         content |= {"student": options.student, "teacher": options.teacher, "img_size": options.img_size, "rounds": options.rounds}
-        output.write_text(json.dumps({**content, "matrix_product_flops": peak, "batches": batches}, indent=1) + "\n")
+        output.write_text(json.dumps({**content, "gpu": gpu and asdict(gpu), "batches": batches}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

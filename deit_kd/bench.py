@@ -141,7 +141,7 @@ class Rig:
         teachers = [teacher.to(self.accelerator.device) for teacher in teachers]
         say = self.accelerator.print
         example = partial(build.example_images, recipe, self.sources[1])
-        self.quickened = speed.prepare(recipe.run, teachers, example, self.accelerator)
+        self.quickened = speed.prepare(recipe.run, teachers, example, self.accelerator, sharded)
         compiled = self.quickened.compiled
         self.task = _Timed(recipe, self.accelerator, self.sources, teachers, nowhere, device_batch_size, say, compiled)
         self.loader, self.stream = self.task.train_loader, _Endless(self.task.train_loader.epoch)

@@ -51,7 +51,9 @@ class Quickened:
     compiled: str | None  # torch.compile's mode; None: they are not
 
 
-def prepare(run: Run, teachers: Sequence[AnyTeacher], example: Callable[[], Tensor], accelerator: Accelerator) -> Quickened:
+def prepare(
+    run: Run, teachers: Sequence[AnyTeacher], example: Callable[[], Tensor], accelerator: Accelerator, sharded: bool = False
+) -> Quickened:
     """Makes the teachers of a run fast, and says which mode of torch.compile it takes.
 
     Args:
@@ -59,11 +61,12 @@ def prepare(run: Run, teachers: Sequence[AnyTeacher], example: Callable[[], Tens
         teachers: on their device; changed in place.
         example: gives [B,3,H,W] of the data, normalised, to measure with.
         accelerator: knows the run's precision, and has one process choose for all.
+        sharded: over FSDP2, whose hooks torch.compile was not tried with; `auto` leaves it out.
 
     Raises:
         UserError: what was asked for changes a teacher's outputs too much.
     """
-    compiled = _compile_mode(run, accelerator.device)
+    compiled = _compile_mode(run, accelerator.device, sharded)
     networks = [each if isinstance(each, Teacher) else None for each in dict.fromkeys(teachers)]
     images = example().to(accelerator.device) if any(networks) else torch.empty(0)
     quick = tuple(None if each is None else _quicken(each, run, images, accelerator) for each in networks)
@@ -73,10 +76,10 @@ def prepare(run: Run, teachers: Sequence[AnyTeacher], example: Callable[[], Tens
     return Quickened(quick, compiled)
 
 
-def _compile_mode(run: Run, device: torch.device) -> str | None:
+def _compile_mode(run: Run, device: torch.device, sharded: bool) -> str | None:
     chosen = run.compile
     if chosen == "auto":  # on a CPU it takes minutes, and a C++ compiler
-        chosen = run.speed == "auto" and device.type == "cuda"
+        chosen = run.speed == "auto" and device.type == "cuda" and not sharded
     if chosen is False:
         return None
     torch._inductor.config.fallback_random = True  # drop path draws what it draws without compilation
@@ -89,10 +92,10 @@ def _quicken(teacher: Teacher, run: Run, images: Tensor, accelerator: Accelerato
     plain = run.speed == "plain"
     reference = _exact(teacher, images)
     before, folded = teacher.model, 0
-    layout = _layout(teacher, run, images, accelerator)
     if run.fold_teacher is True or (run.fold_teacher == "auto" and not plain):
         teacher.model = copy.deepcopy(before)
         folded = fold_batch_norms(teacher.model, images[:1].to(teacher.dtype))
+    layout = _layout(teacher, run, images, accelerator)
     _lay_out(teacher, layout)
     error = _errors(_exact(teacher, images), reference)
     if max(error) > ALLOWED and teacher.dtype == torch.float32:
@@ -132,7 +135,8 @@ def _layout(teacher: Teacher, run: Run, images: Tensor, accelerator: Accelerator
         return "contiguous"
     if images.device.type == "cpu":
         return "channels_last"
-    chosen = [_faster(teacher, images) if accelerator.is_main_process else ""]
+    with accelerator.autocast():
+        chosen = [_faster(teacher, images.repeat(16, 1, 1, 1)) if accelerator.is_main_process else ""]
     broadcast_object_list(chosen)  # equal on all processes
     return chosen[0]
 
@@ -174,7 +178,7 @@ def _lay_out(teacher: Teacher, layout: str) -> None:
 
 def _exact(teacher: Teacher, images: Tensor) -> tuple[Tensor, Tensor]:
     """(features, logits) without autocast, and without the rounding of float32 that GPUs do."""
-    exact = torch.backends.cudnn.flags(allow_tf32=False) if images.device.type == "cuda" else nullcontext()
+    exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False) if images.device.type == "cuda" else nullcontext()
     with exact, torch.autocast(images.device.type, enabled=False):
         return _outputs(teacher, images)
 

@@ -132,7 +132,9 @@ def architecture_of(source: str | Path) -> tuple[str, dict[str, Any]]:
         try:
             config = config_of(name)
         except Exception as error:  # the hub's client has many
-            raise UserError(f"{source}: cannot be loaded as a student ({' '.join(str(error).split())[:300]}){_meant(name)}") from None
+            raise UserError(
+                f"{source}: cannot be loaded as a student ({' '.join(str(error).split())[:300]}){_meant(name)}"
+            ) from None
         if config is None and ("/" in name or name.partition(".")[0] not in timm.list_models()):
             raise UserError(f"{source}: no such file, and no folder with a config.json, nor a network that timm knows")
         architecture = name.partition(".")[0] if config is None else config.get("architecture", "")
