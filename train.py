@@ -75,6 +75,8 @@ def main(arguments: list[str] | None = None) -> None:
             fail(f"no space left on the device of {output}: free some, or give another --output; the last whole checkpoint is kept")
         fail(f"{error.filename or output}: {error.strerror or error}; check the path and its permissions")
     except RuntimeError as error:
+        if type(error).__name__ in ("InductorError", "BackendCompilerFailed"):
+            fail(f"torch.compile: {str(error).strip().splitlines()[0]}; install a C++ compiler, or set run.compile=false")
         if type(error).__name__ != "OutOfMemoryError":
             raise
         fail(f"out of memory on the device: halve what it holds at once with --device-batch-size ({str(error).splitlines()[0]})")

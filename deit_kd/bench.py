@@ -106,6 +106,10 @@ class _Kept(Tracker):
     def lines(self, kind: str) -> list[dict[str, Any]]:
         return []
 
+    def say(self, text: str) -> None:
+        if not text.startswith("stopped at step"):  # nothing is kept that could go on
+            super().say(text)
+
     def advance(self) -> None:
         self.bar.update()
 

@@ -124,6 +124,7 @@ class Classification:
         self.origin = {"license": licence} if tune else {}
         if compiled:
             distiller.compile_forward(compiled)
+        self._compiled, self._averaged = compiled, cast(Distiller | None, None)
         self.distiller, self.student, self.projectors = distiller, distiller.student, distiller.projectors
         self.module: nn.Module = distiller
         self.global_batch = GlobalBatch(accelerator, self.accumulation_steps)
@@ -242,7 +243,11 @@ class Classification:
         if self.holdout_loader:
             metrics |= measure_student(distiller, self.holdout_loader, self.accelerator, "holdout_")
         if ema is not None:
-            metrics |= measure_student(Distiller(ema), self.val_loader, self.accelerator, "ema_")
+            if self._averaged is None or self._averaged.student is not ema:
+                self._averaged = Distiller(ema)
+                if self._compiled:
+                    self._averaged.compile_forward(self._compiled)
+            metrics |= measure_student(self._averaged, self.val_loader, self.accelerator, "ema_")
         return metrics
 
     def is_over(self, evaluations: list[dict[str, Any]]) -> bool:

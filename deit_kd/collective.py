@@ -72,4 +72,4 @@ class GlobalBatch:
 
     def _gather(self, rows: Tensor) -> Tensor:
         gathered: Tensor = self.accelerator.gather(rows.detach())
-        return gathered
+        return gathered if self.accelerator.num_processes > 1 else gathered.clone()  # a CUDA graph writes over its own outputs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -63,8 +64,8 @@ def device_here(kind: str) -> Device | None:
     """The `cpu`, or the `cuda` device of this machine if its name is in the table."""
     if kind == "cpu":
         return this_cpu()
-    name = torch.cuda.get_device_name().lower()
-    return next((device for device in GPUS.values() if device.name in name), None)
+    words, memory = re.findall(r"\w+", torch.cuda.get_device_name().lower()), torch.cuda.get_device_properties(0).total_memory
+    return next((each for each in GPUS.values() if each.name in words and 0.8 < memory / each.memory < 1.2), None)
 
 
 def this_cpu() -> Device:

