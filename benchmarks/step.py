@@ -224,7 +224,7 @@ def measure(options: argparse.Namespace, batch_size: int, device: torch.device, 
         "timm feature": peer(FeatureDistillationTask),
         "DeiT's loss": peer(DeitTask),
     }
-    if not options.quick:
+    if not (options.quick or options.eager):
         arms |= {"ours, compiled": arm(compile=True), f"{BASE}, compiled": peer(TokenDistillationTask, compiled=True)}
         arms["timm feature, compiled"] = peer(FeatureDistillationTask, compiled=True)
     limits = LIMITS["bfloat16" if on_gpu else "float32"]

@@ -21,7 +21,7 @@ from deit_kd.work import Operation, Work, count_work
 IMAGENET_IMAGES, IMAGENET_VAL_IMAGES = 1_281_167, 50_000
 IMAGENET_FILE_BYTES = 110e3  # 140 GB over as many files
 # Of one core for a JPEG of 500 x 375 (57 kB, quality 90) with random crop, RandAugment and erasing all in the worker: one photograph, 200 times, 228 images
-# in a second of processor time on a 2.5 GHz Cascade Lake. On a GPU run.augment_on=auto takes most of that off the cores.
+# in a second of processor time on an AMD EPYC core. On a GPU run.augment_on=auto takes most of that off the cores.
 IMAGENET_CORE_SECONDS = 1 / 228
 
 
@@ -70,7 +70,7 @@ def forecast(recipe: Recipe, data: Path | None, images: int | None, gpu: str | N
         if "ImageNet" in images_from:
             core_seconds, core_from = (
                 IMAGENET_CORE_SECONDS,
-                "of one photograph on a 2.5 GHz Cascade Lake core, all augmentation in workers; pass --data to measure yours",
+                "of one photograph on an AMD EPYC core, all augmentation in workers; pass --data to measure yours",
             )
     plan, half, full = make_plan(recipe, classes), count_work(recipe, classes, True), count_work(recipe, classes, False)
     sizes = {"train_images": train_images, "val_images": val_images, "gpus": gpus, "nodes": nodes}

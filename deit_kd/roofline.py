@@ -21,7 +21,7 @@ from deit_kd.work import Operation, Work
 # Students: timm's training table, 3090, DeiT-Ti and DeiT-S, eager 2,253 and 1,033: 0.48, 0.62; compiled one ViT-5-S on an H100 in nvSubquadratic's
 # documentation, 7,716, taken as a DeiT-S: 0.71. No datacentre GPU is among the teachers'.
 EFFICIENCY = {"teacher": {False: 0.71, True: 0.84}, "student": {False: 0.55, True: 0.71}}
-# Of a CPU: measured here on one 2.5 GHz Cascade Lake core, batches of 8 in float32, processor time: RegNetY-160 0.83, 0.79, DeiT-Ti 0.82, DeiT-S 0.83.
+# Of a CPU: measured here on one AMD EPYC core with AVX-512, batches of 8 in float32, processor time: RegNetY-160 0.83, 0.79, DeiT-Ti 0.82, DeiT-S 0.83.
 CPU_EFFICIENCY = {"teacher": 0.8, "student": 0.8}
 USABLE = 0.9  # of a device's memory; the rest goes to the driver and to gaps
 
