@@ -287,6 +287,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[8])
     parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--eager", action="store_true", help="nothing compiled")
     parser.add_argument(
         "--quick", action="store_true", help="batch 2, 3 rounds, nothing compiled, nothing written unless --output says where"
     )
