@@ -84,6 +84,10 @@ def test_unknown_and_missing_keys_in_a_file(tmp_path: Path) -> None:
         (["student.model_args.img_size=28"], "state it as data.img_size"),
         (["augmentation.crop_scale=[0.5, 0.1]"], "needs 0 < low <= high <= 1"),
         (["global_batch_size=0"], "global_batch_size: must be at least 1, got 0"),
+        (
+            ["run.compile=maybe"],
+            "1 fault\n  run.compile: must be true or false or 'auto', 'reduce-overhead' or 'max-autotune', got 'maybe'",
+        ),
         (["ema_decay=1.5"], "ema_decay: must be below 1, or null, got 1.5"),
         (["teacher=null", "teacher.name=x"], "cannot be set, because teacher is null"),
     ],
