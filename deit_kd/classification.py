@@ -257,7 +257,7 @@ class Classification:
         best = max(evaluations, key=lambda line: line["holdout_top1"])  # the first of equals
         return bool(evaluations[-1]["epoch"] - best["epoch"] >= self.patience)
 
-    @torch.inference_mode()
+    @torch.no_grad()  # a compiled teacher sees the kind of tensors that it sees in training
     def evaluate_teachers(self) -> dict[str, float]:
         """top1 and top5 over the same images of each teacher that knows their labels."""
         metrics: dict[str, float] = {}

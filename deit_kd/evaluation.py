@@ -16,7 +16,7 @@ from deit_kd.errors import UserError
 from deit_kd.models import Distiller, StudentOutput
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def measure_student(distiller: Distiller, loader: EvaluationLoader, accelerator: Accelerator, prefix: str = "") -> dict[str, float]:
     """`measure` of the mean of the heads, and top1 of each head where there are several; leaves the student in evaluation mode."""
     distiller.eval()
@@ -34,7 +34,7 @@ def measure_student(distiller: Distiller, loader: EvaluationLoader, accelerator:
     return measure(predict, loader, accelerator, prefix, heads)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def measure(
     predict: Callable[[Tensor], dict[str, Tensor]],
     loader: EvaluationLoader,
