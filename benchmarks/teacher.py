@@ -38,7 +38,7 @@ def arm(plain: Teacher, layout: str, folded: bool, dtype: torch.dtype, mode: str
     teacher = copy.deepcopy(plain)
     with torch.inference_mode():
         if folded:
-            fold_batch_norms(teacher.model, image)
+            fold_batch_norms(teacher.model, lambda: teacher.model(image))
         teacher.memory_format = LAYOUTS[layout]
         teacher.model.to(memory_format=LAYOUTS[layout])
         teacher.use(dtype)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -99,7 +100,7 @@ def _quicken(teacher: Teacher, run: Run, images: Tensor, accelerator: Accelerato
     before, folded = teacher.model, 0
     if run.fold_teacher is True or (run.fold_teacher == "auto" and not plain):
         teacher.model = copy.deepcopy(before)
-        folded = fold_batch_norms(teacher.model, images[:1].to(teacher.dtype))
+        folded = fold_batch_norms(teacher.model, partial(teacher.probe, images[:1]))
     layout = _layout(teacher, run, images, accelerator)
     _lay_out(teacher, layout)
     error = _errors(_exact(teacher, images), reference)

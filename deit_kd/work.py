@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -94,7 +95,8 @@ def count_work(recipe: Recipe, num_classes: int | None, half: bool) -> Work:
     if not half and (recipe.run.fold_teacher is True or (recipe.run.fold_teacher == "auto" and recipe.run.speed == "auto")):
         for teacher in each_teacher:
             size = teacher.img_size or recipe.data.img_size
-            fold_batch_norms(teacher.model, torch.empty(1, 3, size, size, dtype=teacher.dtype, device="meta"))
+            image = torch.empty(1, 3, size, size, dtype=teacher.dtype, device="meta")
+            fold_batch_norms(teacher.model, partial(teacher.model, image))
     cast_to_half = torch.autocast("cpu", torch.bfloat16) if half else nullcontext()
     passes, saved = [], []
     with FakeTensorMode(allow_non_fake_inputs=True):  # fake CPU tensors: unlike meta's, they meet autocast

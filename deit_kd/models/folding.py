@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,19 +15,19 @@ _Norm = nn.modules.batchnorm._BatchNorm  # timm's, which end with an activation,
 
 
 @torch.no_grad()
-def fold_batch_norms(model: TimmModel, image: Tensor) -> int:
+def fold_batch_norms(model: TimmModel, forward: Callable[[], object]) -> int:
     """Folds each batch norm that reads nothing but one convolution's output; the sums are taken in float64.
 
     What a norm reads is seen in a forward, so that any architecture can be folded whatever it calls its layers.
 
     Args:
         model: in evaluation mode; changed in place.
-        image: [1,3,H,W] that it takes.
+        forward: runs it once, on whatever it takes.
 
     Returns:
         How many were folded.
     """
-    pairs = _pairs(model, image)
+    pairs = _pairs(model, forward)
     places = {child: (parent, name) for parent in model.modules() for name, child in parent.named_children()}
     for conv, norm in pairs:
         scale = norm.weight.double() if norm.affine else torch.ones_like(norm.running_var, dtype=torch.float64)
@@ -41,7 +42,7 @@ def fold_batch_norms(model: TimmModel, image: Tensor) -> int:
     return len(pairs)
 
 
-def _pairs(model: TimmModel, image: Tensor) -> list[tuple[Any, Any]]:
+def _pairs(model: TimmModel, forward: Callable[[], object]) -> list[tuple[Any, Any]]:
     """(convolution, norm) where both run once a forward, and the norm reads what the convolution gave."""
     convs = [
         each for each in model.modules() if type(each) in (nn.Conv1d, nn.Conv2d, Conv2dSame)
@@ -57,7 +58,7 @@ def _pairs(model: TimmModel, image: Tensor) -> list[tuple[Any, Any]]:
 
     hooks = [module.register_forward_hook(keep) for module in (*convs, *norms)]
     try:
-        model(image)
+        forward()
     finally:
         for hook in hooks:
             hook.remove()
