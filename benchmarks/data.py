@@ -15,7 +15,7 @@ import importlib.util
 import io
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -141,7 +141,7 @@ def collating(rounds: int, batch: int = 64) -> dict[str, Any]:
     pixels = [torch.from_numpy(draw.integers(0, 256, (3, size, size), np.uint8)) for _ in range(batch)]
     plain = [(each.numpy(), 0) for each in pixels]
     floats = [_Item(each.float(), 0, None) for each in pixels]
-    operations = [("bicubic", (1.0,) * 6), ("color", (1.5,))]
+    operations: list[tuple[str, Sequence[float]]] = [("bicubic", (1.0,) * 6), ("color", (1.5,))]
     drawn = [_Item(Drawn(each, operations, (1, 1, 50, 50), 0), 0, None) for each in pixels]
     mixed = FastCollateMixup(mixup_alpha=0.8, cutmix_alpha=1.0, num_classes=1000)
     arms: dict[str, Callable[[], None]] = {
@@ -154,7 +154,7 @@ def collating(rounds: int, batch: int = 64) -> dict[str, Any]:
 
 
 def decoding(files: list[bytes], views: int, rounds: int) -> dict[str, Any]:
-    arms: dict[str, Callable[[], None]] = {
+    arms: dict[str, Callable[[], Any]] = {
         name: partial(lambda read: [read(content) for content in files * views] and None, read)
         for name, read in (
             ("Pillow, to an image", by_pillow),
@@ -229,7 +229,8 @@ def main() -> None:
     options = parser.parse_args()
     rounds, views = options.rounds or (7 if options.quick else 25), 1 if options.quick else 2
     torch.set_num_threads(1)
-    torch.utils.data._utils.worker._worker_info = object()  # as in a worker, where no streams are put back after seeding
+    worker: Any = torch.utils.data._utils.worker
+    worker._worker_info = object()  # as in a worker, where no streams are put back after seeding
     results: dict[str, Any] = {}
     for name, settings in SIZES.items():
         if options.quick and results:

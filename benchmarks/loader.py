@@ -126,10 +126,10 @@ def measure(root: Path, images: int, batch: int, workers: int, rounds: int) -> d
             if number:  # the first starts workers
                 times[name].append(taken)
     table = {}
-    for name, taken in times.items():
-        ratios = [a / b for a, b in zip(times["timm"], taken, strict=True)]
-        table[name] = {"images_per_second": images / median(taken), "speed_up": median(ratios), "range": [min(ratios), max(ratios)]}
-        print(f"{workers} workers  {name:<14}{images / median(taken):>9.0f} img/s{median(ratios):>8.2f}", flush=True)
+    for name, each in times.items():
+        ratios = [a / b for a, b in zip(times["timm"], each, strict=True)]
+        table[name] = {"images_per_second": images / median(each), "speed_up": median(ratios), "range": [min(ratios), max(ratios)]}
+        print(f"{workers} workers  {name:<14}{images / median(each):>9.0f} img/s{median(ratios):>8.2f}", flush=True)
     return table
 
 

@@ -71,7 +71,7 @@ def ours(recipe: recipes.Recipe, accelerator: Accelerator, start: dict[str, Tens
     source = ArraySource(
         np.zeros((len(images), 8, 8, 3), np.uint8), np.zeros(len(images), int), [str(n) for n in range(CLASSES)], "", ""
     )
-    teachers = [teacher.to(accelerator.device) for teacher in build.build_teachers(recipe, CLASSES)]
+    teachers: list[Any] = [teacher.to(accelerator.device) for teacher in build.build_teachers(recipe, CLASSES)]
     teachers[0].model.load_state_dict(
         {name.removeprefix("teacher."): value for name, value in start.items() if name.startswith("teacher.")}
     )

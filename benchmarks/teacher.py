@@ -17,6 +17,7 @@ import itertools
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ def measure(options: argparse.Namespace, batch_size: int, size: int, device: tor
         if name not in teachers:
             teachers[name] = arm(plain, layout, folded, dtype, mode, images[:1])
     teachers[f"{PLAIN}, again"] = plain
-    arms: dict[str, Callable[[], Any]] = {name: lambda teacher=teacher: teacher(images) for name, teacher in teachers.items()}
+    arms: dict[str, Callable[[], Any]] = {name: partial(teacher, images) for name, teacher in teachers.items()}
     on_gpu = device.type == "cuda"
     times = cuda_rounds(arms, options.rounds, steps=20) if on_gpu else paired_rounds(arms, options.rounds)
     rows = {}
