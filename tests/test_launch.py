@@ -78,6 +78,7 @@ def test_two_processes_by_accelerate_launch(tmp_path: Path, fashion_folder: Path
 def test_a_student_cut_over_two_processes_is_exported_as_from_ddp(tmp_path: Path, fashion_folder: Path) -> None:
     launcher = ["-m", "accelerate.commands.launch", "--num_processes", 2, "--config_file"]
     options = [*RUN, "--data", fashion_folder, "--max-steps", 4, "run.eval_every_epochs=1", "ema_decay=0.5", "optim.clip_grad=1.0"]
+    options += ["run.speed=plain"]  # a bound of rounding: Adam steps by the rate also where a gradient is nothing but rounding
     students = {}
     for name, file in (("DDP", "cpu2"), ("FSDP2", "fsdp2")):
         done = run_script(*launcher, f"launch/{file}.yaml", "train.py", *options, "--output", tmp_path / name)
@@ -86,9 +87,7 @@ def test_a_student_cut_over_two_processes_is_exported_as_from_ddp(tmp_path: Path
         students[name] = load_file(tmp_path / name / "student/model.safetensors")
     assert students["DDP"].keys() == students["FSDP2"].keys()
     for key, value in students["DDP"].items():
-        assert_close(
-            students["FSDP2"][key], value, rtol=1e-5, atol=1e-5
-        )  # Adam makes steps of the rate of gradients that are rounding
+        assert_close(students["FSDP2"][key], value, rtol=1e-5, atol=1e-6)
     ours, theirs = (read_metrics(tmp_path / name)[-2] for name in students)
     assert (ours["kind"], ours["top1"], ours["ema_top1"]) == ("eval", theirs["top1"], theirs["ema_top1"])
 
