@@ -19,11 +19,17 @@ from tqdm import tqdm
 from deit_kd.run_folder import commit, hardware
 
 
-def paired_rounds(arms: dict[str, Callable[[], Any]], rounds: int, seed: int = 0) -> dict[str, list[float]]:
-    """CPU seconds of this process, of each arm in each round; one round before the first warms up and is not counted."""
+def paired_rounds(
+    arms: dict[str, Callable[[], Any]], rounds: int, seed: int = 0, before: Callable[[str], object] = lambda _: None
+) -> dict[str, list[float]]:
+    """CPU seconds of this process, of each arm in each round; one round before the first warms up and is not counted.
+
+    `before` gets the arm's name ahead of each of its calls, and is not counted either.
+    """
     rng, times = random.Random(seed), {name: list[float]() for name in arms}
     for counted in tqdm(range(rounds + 1), "rounds", delay=2, disable=None):
         for name in rng.sample(list(arms), len(arms)):
+            before(name)
             started = time.process_time()
             arms[name]()
             if counted:

@@ -5,7 +5,9 @@
     python -m benchmarks.step --device cuda --batch-sizes 64 256 1024
 
 One process, the same teacher weights, student weights, batch and soft labels, AdamW, gradients clipped at 15. Each arm does its own whole
-step. On a CPU one thread and the process's CPU time; on a GPU bfloat16 autocast and events. Rounds run the arms in random order; ratios are
+step. On a CPU one thread and the process's CPU time; on a GPU bfloat16 autocast and events. On a CPU freed memory is kept for our arms, as
+our runs do, and for one more of timm's; the others have glibc's usual thresholds at their most generous. Each counted step follows one that is
+not, after the heap was given back, and its page faults are counted. Rounds run the arms in random order; ratios are
 medians over rounds with bootstrapped 95 % intervals; timm's token task runs twice, and the two must agree. The teacher's weights are random:
 its time does not depend on them. Before anything is timed, loss, gradients and teacher features of each of our arms are compared with a
 plain float32 eager step, and a difference ends the benchmark. Prints a table and writes results/speed_step_DEVICE.json.
@@ -14,7 +16,9 @@ plain float32 eager step, and a difference ends the benchmark. Prints a table an
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
+import resource
 import sys
 import tempfile
 from collections.abc import Callable
@@ -51,7 +55,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LIMITS = {"float32": (1e-5, 1e-4, 1e-4), "bfloat16": (2e-2, 3e-2, 3e-1)}  # loss, gradient, teacher features; relative
 BASE = "timm token"
 CLASSES = 1000
-
+KEPT = "memory kept"
 
 Step = tuple[Tensor, dict[str, Tensor], Tensor]  # loss, gradients by name, teacher features
 
@@ -224,19 +228,37 @@ def measure(options: argparse.Namespace, batch_size: int, device: torch.device, 
         "timm feature": peer(FeatureDistillationTask),
         "DeiT's loss": peer(DeitTask),
     }
+    if not on_gpu:
+        arms[f"{BASE}, {KEPT}"] = peer(TokenDistillationTask)
     if not (options.quick or options.eager):
         arms |= {"ours, compiled": arm(compile=True), f"{BASE}, compiled": peer(TokenDistillationTask, compiled=True)}
         arms["timm feature, compiled"] = peer(FeatureDistillationTask, compiled=True)
     limits = LIMITS["bfloat16" if on_gpu else "float32"]
     errors = {name: gate(each, exact, images, limits) for name, each in arms.items() if name.startswith("ours")}
     steps = {name: each.step for name, each in arms.items()}
-    times = cuda_rounds(steps, options.rounds, steps=20) if on_gpu else paired_rounds(steps, options.rounds)
+    faults = {name: list[int]() for name in steps}
+
+    def ready(name: str) -> None:
+        use_memory(kept=name in ("ours, eager", "ours, compiled") or name.endswith(KEPT))
+        steps[name]()  # touches its memory; what the counted step touches is touched at every step
+
+    def faulted(name: str) -> None:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        steps[name]()
+        faults[name].append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+
+    if on_gpu:
+        times = cuda_rounds(steps, options.rounds, steps=20)
+    else:
+        times = paired_rounds({name: partial(faulted, name) for name in steps}, options.rounds, before=ready)
     rows: dict[str, dict[str, float]] = {}
     work = count_work(recipe, CLASSES, half=on_gpu)
     for name, seconds in times.items():
         middle, low, high = ratio(times[BASE], seconds)
         rows[name] = {"seconds": float(np.median(seconds)), "images_per_second": batch_size / float(np.median(seconds))}
         rows[name] |= {"ratio": middle, "low": low, "high": high, "best_to_best": min(times[BASE]) / min(seconds)}
+        if not on_gpu:
+            rows[name]["page_faults"] = float(np.median(faults[name]))
         if gpu is not None:
             passes = [*work.teacher, *work.student_forward, *work.student_backward]
             rows[name] |= _on_gpu(steps[name])
@@ -249,6 +271,19 @@ def measure(options: argparse.Namespace, batch_size: int, device: torch.device, 
             f"{name:<24}{row['seconds']:>10.4g}{row['images_per_second']:>10.4g}{row['ratio']:>18.2f}   {row['low']:.2f} to {row['high']:.2f}"
         )
     return {"batch_size": batch_size, "differences": errors, "arms": rows}
+
+
+def use_memory(kept: bool) -> None:
+    """Freed memory is kept, or goes back as glibc's thresholds have it once they have grown to their largest."""
+    if sys.platform != "linux":
+        return
+    trim_threshold, mmap_threshold, mmap_max = -1, -3, -4  # malloc.h
+    libc = ctypes.CDLL(None)
+    for what, value in ((trim_threshold, 64 << 20), (mmap_threshold, 32 << 20), (mmap_max, 65536)):
+        libc.mallopt(what, value)
+    libc.malloc_trim(0)
+    if kept:
+        speed.keep_memory()
 
 
 def _on_gpu(step: Callable[[], Tensor]) -> dict[str, float]:

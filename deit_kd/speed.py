@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -54,6 +56,7 @@ class Quickened:
 
     teachers: tuple[QuickTeacher | None, ...]  # each network once; None for one that is read from a cache
     compiled: str | None  # torch.compile's mode; None: they are not
+    keeps_memory: bool = False
 
 
 def prepare(
@@ -69,8 +72,12 @@ def prepare(
         sharded: over FSDP2, whose hooks torch.compile was not tried with; `auto` leaves it out.
 
     Raises:
-        UserError: what was asked for changes a teacher's outputs too much.
+        UserError: what was asked for changes a teacher's outputs too much, or cannot be had here.
     """
+    wanted = run.speed == "auto" and accelerator.device.type == "cpu" if run.keep_memory == "auto" else run.keep_memory
+    kept = wanted and keep_memory()
+    if run.keep_memory is True and not kept:
+        raise UserError("run.keep_memory=true: only the C library of Linux, glibc, can be told so; set run.keep_memory=auto")
     compiled = _compile_mode(run, accelerator.device, sharded)
     networks = [each if isinstance(each, Teacher) else None for each in dict.fromkeys(teachers)]
     images = example().to(accelerator.device) if any(networks) else torch.empty(0)
@@ -78,7 +85,18 @@ def prepare(
     for each in networks:
         if compiled and each:
             each.compile_forward(compiled)
-    return Quickened(quick, compiled)
+    return Quickened(quick, compiled, kept)
+
+
+def keep_memory() -> bool:
+    """Has this process keep for itself what it frees. Otherwise glibc gives large tensors back, and the kernel zeroes them anew at each step.
+
+    Returns:
+        Whether the C library could be told so.
+    """
+    trim_threshold, mmap_max = -1, -4  # malloc.h
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    return mallopt is not None and mallopt(trim_threshold, -1) == mallopt(mmap_max, 0) == 1
 
 
 def _compile_mode(run: Run, device: torch.device, sharded: bool) -> str | None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import platform
+import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -130,8 +132,37 @@ def test_bfloat16_weights_are_no_less_exact_than_autocast() -> None:
 def test_plain_is_what_timm_builds() -> None:
     teacher, images = cnn("resnet18"), torch.randn(2, 3, 64, 64)
     quickened = speed.prepare(Run(speed="plain"), [teacher], lambda: images, Accelerator(cpu=True))
-    assert quickened == speed.Quickened((speed.QuickTeacher(0, "contiguous", "float32", 0.0, 0.0),), None)
+    assert quickened == speed.Quickened((speed.QuickTeacher(0, "contiguous", "float32", 0.0, 0.0),), None, False)
     assert len(norms(teacher)) == 20
+
+
+def test_freed_memory_is_used_again() -> None:
+    """Large tensors of one step after another touch no new page, where they otherwise touch all of theirs."""
+    code = """
+import resource, torch
+from deit_kd.speed import keep_memory
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    kept = [torch.zeros(60 << 18) for _ in range(3)]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+print(faults(), keep_memory(), faults(), faults())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    before, told, _, after = done.stdout.split()
+    if platform.libc_ver()[0] == "glibc":
+        assert told == "True"
+        assert int(before) > 100 * int(after) + 10_000
+    else:
+        assert told == "False"
+
+
+def test_memory_is_kept_on_a_cpu_unless_told_otherwise() -> None:
+    glibc = platform.libc_ver()[0] == "glibc"
+    for run, kept in ((Run(), glibc), (Run(keep_memory=False), False), (Run(speed="plain"), False)):
+        assert speed.prepare(run, [], lambda: torch.empty(0), Accelerator(cpu=True)).keeps_memory is kept
+    if glibc:
+        assert speed.prepare(Run(speed="plain", keep_memory=True), [], lambda: torch.empty(0), Accelerator(cpu=True)).keeps_memory
 
 
 def test_what_is_folded_folds_no_more() -> None:

@@ -206,6 +206,9 @@ class Run(Section):
         "auto"  # the teacher's batch norms into its convolutions; auto: yes, if the error is small
     )
     teacher_layout: Literal["auto", "contiguous", "channels_last"] = "auto"  # auto: channels_last on a CPU; on a GPU what is faster
+    keep_memory: bool | Literal["auto"] = (
+        "auto"  # freed memory stays the process's, so that no page is zeroed again; auto: on a CPU, where glibc can do it
+    )
     overlap_teacher: bool = (
         False  # on a GPU: the next step's teacher beside this step's backward pass, at the price of memory for both
     )
