@@ -27,8 +27,8 @@ from deit_kd.seed import derive_seed
 def build_teachers(recipe: Recipe, class_names: Sequence[str] | int, pretrained: bool = True) -> list[AnyTeacher]:
     """The teacher of each lesson of the recipe, the same object where two lessons name the same.
 
-    A teacher gets the images that the student gets, and must know the data's classes if its logits are distilled. One with a cache is
-    not built: the cache is opened.
+    A teacher gets the images that the student gets, and must know the data's classes if its logits are distilled. It is in half
+    precision, if that is stated, from `speed.prepare` on, which folds it first. One with a cache is not built: the cache is opened.
 
     Args:
         recipe: names them.
@@ -65,11 +65,13 @@ def build_teachers(recipe: Recipe, class_names: Sequence[str] | int, pretrained:
                 weights=config.weights if pretrained else "random",
                 image_mean=recipe.data.mean,
                 image_std=recipe.data.std,
-                precision=config.precision if pretrained else "auto",
+                precision="auto" if config.precision == "auto" or not pretrained else "float32",
                 img_size=config.img_size,
                 taps=[tap for each in same if (tap := each.distill.teacher_tap) is not None and each.distill.feature_weight],
             )
             teacher.gives_feature_map = False  # nothing but its taps is read in training
+            if config.precision in ("bfloat16", "float16") and pretrained:
+                teacher.stated_dtype = getattr(torch, config.precision)
         if compares_logits and teacher.info.label_names and not isinstance(class_names, int):
             _same_labels(teacher.info.label_names, class_names)
         teachers.append(teacher)

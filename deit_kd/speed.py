@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import ctypes
 import json
+import math
 import os
 import shutil
 import sys
@@ -26,15 +27,13 @@ from deit_kd.models.folding import fold_batch_norms
 from deit_kd.recipe import Run
 
 ALLOWED = 1e-4  # relative error of features and logits that folding and layout may add in float32; they add 1e-5 and less
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}  # Accelerate's names
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
 @dataclass(frozen=True)
 class QuickTeacher:
-    """What was done to a teacher, and what it changed: the norm of the difference over that of the plain network's output.
-
-    Plain is float32, or what the recipe's `teacher.precision` says.
-    """
+    """What was done to a teacher, and what it changed: the norm of the difference over that of the plain network's output in float32."""
 
     batch_norms_folded: int
     layout: str
@@ -122,7 +121,7 @@ def _quicken(teacher: Teacher, run: Run, images: Tensor, accelerator: Accelerato
     layout = _layout(teacher, run, images, accelerator)
     _lay_out(teacher, layout)
     error = _errors(_exact(teacher, images), reference)
-    if max(error) > ALLOWED and teacher.dtype == torch.float32:
+    if not max(error) <= ALLOWED:
         if run.fold_teacher is True or run.teacher_layout == layout != "contiguous":
             raise UserError(
                 f"teacher {teacher.info.name}: folded and laid out {layout}, its outputs change by {max(error):.1g}, more than "
@@ -131,23 +130,32 @@ def _quicken(teacher: Teacher, run: Run, images: Tensor, accelerator: Accelerato
         teacher.model, folded, layout = before, 0, "contiguous"
         _lay_out(teacher, layout)
         error = _errors(_exact(teacher, images), reference)
-    if not plain and teacher.follows_autocast and teacher.dtype == torch.float32 and accelerator.mixed_precision == "bf16":
-        error = _cast(teacher, images, reference, accelerator)
-    return QuickTeacher(folded, layout, str(teacher.dtype).removeprefix("torch."), *error)
+    low = HALF.get(accelerator.mixed_precision)
+    if teacher.stated_dtype:
+        error = _cast(teacher, teacher.stated_dtype, images, reference)
+    elif low and not plain and teacher.follows_autocast:  # instead of casting the weights again at each step, if that is as exact
+        with accelerator.autocast():
+            error = _errors(_outputs(teacher, images), reference)
+        exact = copy.deepcopy(teacher.model)
+        ours = _cast(teacher, low, images, reference)
+        if max(ours) <= 1.5 * max(error):
+            error = ours
+        else:
+            teacher.model = exact
+            teacher.use(torch.float32, follows_autocast=True)
+    if not math.isfinite(sum(error)):
+        remedy = "check its weights" if teacher.dtype == torch.float32 else "set teacher.precision=bfloat16 or float32"
+        raise UserError(f"teacher {teacher.info.name}: its outputs are not finite in {_name(teacher.dtype)}; {remedy}")
+    return QuickTeacher(folded, layout, _name(teacher.dtype), *error)
 
 
-def _cast(teacher: Teacher, images: Tensor, reference: tuple[Tensor, Tensor], accelerator: Accelerator) -> tuple[float, float]:
-    """Weights in bfloat16 instead of casting them again at each step, if that is no less exact than autocast."""
-    with accelerator.autocast():
-        theirs = _errors(_outputs(teacher, images), reference)
-    before = copy.deepcopy(teacher.model)
-    teacher.use(torch.bfloat16)
-    ours = _errors(_outputs(teacher, images), reference)
-    if max(ours) > 1.5 * max(theirs):
-        teacher.model = before
-        teacher.use(torch.float32, follows_autocast=True)
-        return theirs
-    return ours
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _cast(teacher: Teacher, dtype: torch.dtype, images: Tensor, reference: tuple[Tensor, Tensor]) -> tuple[float, float]:
+    teacher.use(dtype)
+    return _errors(_outputs(teacher, images), reference)
 
 
 def _layout(teacher: Teacher, run: Run, images: Tensor, accelerator: Accelerator) -> str:
@@ -213,7 +221,7 @@ def _outputs(teacher: Teacher, images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _errors(ours: tuple[Tensor, Tensor], reference: tuple[Tensor, Tensor]) -> tuple[float, float]:
-    errors = [((a - b).norm() / b.norm()).item() for a, b in zip(ours, reference, strict=True)]
+    errors = [((a - b).norm() / b.norm().clamp_min(1e-30)).item() for a, b in zip(ours, reference, strict=True)]
     return errors[0], errors[1]
 
 

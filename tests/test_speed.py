@@ -10,6 +10,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -127,6 +128,33 @@ def test_bfloat16_weights_are_no_less_exact_than_autocast() -> None:
     assert {p.dtype for p in teacher.parameters()} == {torch.bfloat16}
     assert 1e-4 < quick.feature_error < 1.5 * theirs
     assert teacher(images).features.dtype == torch.float32
+
+
+def test_half_precision_is_rounded_once_after_folding() -> None:
+    images, errors = torch.randn(2, 3, 64, 64), {}
+    for dtype in (torch.bfloat16, torch.float16):
+        rounded, teacher = cnn("regnety_002"), cnn("regnety_002")
+        exact = teacher(images).features
+        rounded.use(dtype)
+        fold_batch_norms(rounded.model, partial(rounded.probe, images[:1]))
+        twice = ((rounded(images).features - exact).norm() / exact.norm()).item()
+        teacher.stated_dtype = dtype
+        (quick,) = speed.prepare(Run(), [teacher], lambda: images, Accelerator(cpu=True)).teachers
+        assert (quick.batch_norms_folded, f"torch.{quick.weights}") == (44, str(dtype))
+        assert ((teacher(images).features - exact).norm() / exact.norm()).item() == pytest.approx(quick.feature_error, rel=1e-3)
+        assert quick.feature_error < twice
+        errors[dtype] = quick.feature_error
+    assert errors[torch.float16] < errors[torch.bfloat16] / 3
+
+
+def test_a_teacher_beyond_float16_is_refused() -> None:
+    teacher, images = cnn("resnet18"), torch.randn(2, 3, 64, 64)
+    teacher.model.fc.weight.mul_(1e6)
+    teacher.stated_dtype = torch.float16
+    with pytest.raises(
+        UserError, match="teacher .*: its outputs are not finite in float16; set teacher.precision=bfloat16 or float32"
+    ):
+        speed.prepare(Run(), [teacher], lambda: images, Accelerator(cpu=True))
 
 
 def test_plain_is_what_timm_builds() -> None:

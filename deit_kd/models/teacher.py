@@ -60,7 +60,7 @@ class Teacher(nn.Module):
         info: where it came from.
         image_mean: of the images that `forward` gets; with the default, pixels in [0, 1].
         image_std: likewise.
-        precision: "auto" follows the caller's autocast; "float32" and "bfloat16" are those of weights and activations.
+        precision: "auto" follows the caller's autocast; the others are those of weights and activations.
         img_size: pixels a side to which it resizes images; None takes them as they come.
         taps: which features its output holds beside the pooled ones.
     """
@@ -80,7 +80,8 @@ class Teacher(nn.Module):
     ):
         super().__init__()
         self.info, self.follows_autocast = info, precision == "auto"
-        self.dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+        self.dtype: torch.dtype = torch.float32 if precision == "auto" else getattr(torch, precision)
+        self.stated_dtype: torch.dtype | None = None  # what it is to become once it is folded, since rounding comes last
         own = timm.data.resolve_model_data_config(model)
         given, wanted = (tuple(image_mean), tuple(image_std)), (tuple(own["mean"]), tuple(own["std"]))
         self.same_normalisation = given == wanted

