@@ -263,9 +263,10 @@ def cache_teacher(options: argparse.Namespace) -> None:
     asked = build.build_teachers(recipe, sources[0].class_names)[0]
     assert isinstance(asked, Teacher), "no cache was stated"
     example = partial(build.example_images, recipe, sources[1])
-    for quick in speed.prepare(recipe.run, [asked.to(accelerator.device)], example, accelerator).teachers:
-        accelerator.print(f"teacher {asked.info.name}, {quick}")
-    settings = {"views": views, "formats": (features, logits), "device_batch_size": options.device_batch_size}
+    quickened = speed.prepare(recipe.run, [asked.to(accelerator.device)], example, accelerator)
+    ran = f"{quickened.teachers[0]}" + (", compiled" if quickened.compiled else "")
+    accelerator.print(f"teacher {asked.info.name}, {ran}")
+    settings = {"views": views, "formats": (features, logits), "ran": ran, "device_batch_size": options.device_batch_size}
     write_cache(
         recipe,
         asked,

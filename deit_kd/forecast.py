@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 
 from deit_kd import build, devices, roofline
 from deit_kd.bench import Rig, image_seconds
+from deit_kd.data import Source
 from deit_kd.devices import GPUS, Device
 from deit_kd.errors import UserError
 from deit_kd.plan import Plan, make_plan
@@ -20,9 +21,9 @@ from deit_kd.work import Operation, Work, count_work
 
 IMAGENET_IMAGES, IMAGENET_VAL_IMAGES = 1_281_167, 50_000
 IMAGENET_FILE_BYTES = 110e3  # 140 GB over as many files
-# Of one core for a JPEG of 500 x 375 (57 kB, quality 90) with random crop, RandAugment and erasing all in the worker: one photograph, 200 times, 228 images
-# in a second of processor time on an AMD EPYC core. On a GPU run.augment_on=auto takes most of that off the cores.
-IMAGENET_CORE_SECONDS = 1 / 228
+# Of one core for an image of ImageNet's usual size, cut from photographs (JPEG of 500 x 375, 50 kB, quality 90): all augmentation in the worker,
+# and only decoding, crop and flip there. On an AMD EPYC core; results/speed_data.json.
+IMAGENET_CORE_SECONDS = 1 / 210, 1 / 622
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Forecast:
     train_images: int
     val_images: int
     images_from: str  # where these numbers are from
-    core_seconds: float  # of one core for one image; nan: not known
+    core_seconds: tuple[float, float]  # of one core for one image, for a run on a CPU and on a GPU; nan: not known
     core_seconds_from: str
 
 
@@ -57,21 +58,15 @@ def forecast(recipe: Recipe, data: Path | None, images: int | None, gpu: str | N
     """
     chosen = [devices.find_device(gpu)] if gpu else [*GPUS.values(), devices.this_cpu()]
     recipe = build.resolve(recipe)
-    classes, core_seconds, core_from = None, math.nan, "pass --data to measure it"
+    classes, core_seconds, core_from = None, (math.nan, math.nan), "pass --data to measure it"
     if data or (recipe.data.source == "fashion_mnist" and images is None):
         train, val = build.open_data(recipe, data)
         train_images, val_images, images_from, classes = len(train), len(val), train.origin, len(train.class_names)
-        core_seconds, core_from = (
-            sum(image_seconds(train, recipe, torch.device("cpu"))),
-            "measured on this machine, all augmentation in workers",
-        )
+        core_seconds, core_from = _core_seconds(train, recipe), "measured on this machine"
     else:
         train_images, val_images, images_from = _stated(recipe, images)
         if "ImageNet" in images_from:
-            core_seconds, core_from = (
-                IMAGENET_CORE_SECONDS,
-                "of one photograph on an AMD EPYC core, all augmentation in workers; pass --data to measure yours",
-            )
+            core_seconds, core_from = IMAGENET_CORE_SECONDS, "of photographs on an AMD EPYC core; pass --data to measure yours"
     plan, half, full = make_plan(recipe, classes), count_work(recipe, classes, True), count_work(recipe, classes, False)
     sizes = {"train_images": train_images, "val_images": val_images, "gpus": gpus, "nodes": nodes}
     predictions: list[Prediction] = []
@@ -84,6 +79,17 @@ def forecast(recipe: Recipe, data: Path | None, images: int | None, gpu: str | N
             for compiled in ((False, True) if device.is_gpu else (False,))
         ]
     return Forecast(recipe, plan, half, full, tuple(predictions), train_images, val_images, images_from, core_seconds, core_from)
+
+
+def _core_seconds(train: Source, recipe: Recipe) -> tuple[float, float]:
+    cpu = torch.device("cpu")
+    in_workers = sum(image_seconds(train, recipe, cpu))
+    if recipe.run.augment_on != "auto":
+        return in_workers, in_workers
+    try:  # a GPU's part may be anywhere, the worker's is the same
+        return in_workers, sum(image_seconds(train, replace(recipe, run=replace(recipe.run, augment_on="device")), cpu))
+    except UserError:
+        return in_workers, in_workers
 
 
 def _stated(recipe: Recipe, images: int | None) -> tuple[int, int, str]:
@@ -111,7 +117,9 @@ def as_json(told: Forecast) -> dict[str, Any]:
             for name, work in (("half", told.half), ("float32", told.full))
         },
         "cache_bytes": roofline.cache_bytes(told.plan, _views(told)) if told.plan.teachers else {},
-        "core_seconds_per_image": None if math.isnan(told.core_seconds) else told.core_seconds,
+        "core_seconds_per_image": {
+            on: None if math.isnan(seconds) else seconds for on, seconds in zip(("cpu", "gpu"), told.core_seconds, strict=True)
+        },
         "predicted": [asdict(each) | {"step_seconds": each.step_seconds, "cores": _cores(told, each)} for each in told.predictions],
     }
 
@@ -129,7 +137,7 @@ def _views(told: Forecast) -> int:
 
 
 def _cores(told: Forecast, prediction: Prediction) -> int | None:
-    seconds = told.core_seconds
+    seconds = told.core_seconds[prediction.device != "cpu"]
     return None if math.isnan(seconds) else math.ceil(prediction.images_per_second * seconds)
 
 
@@ -169,7 +177,13 @@ def describe(told: Forecast) -> str:
             else []
         ),
         "data       "
-        + ("the cores they need: " if math.isnan(told.core_seconds) else f"{1 / told.core_seconds:.3g} images/s of one core, ")
+        + (
+            "the cores they need: "
+            if math.isnan(sum(told.core_seconds))
+            else "{:.3g} images/s of one core with all augmentation in workers, {:.3g} where a GPU augments, ".format(
+                *(1 / seconds for seconds in told.core_seconds)
+            )
+        )
         + told.core_seconds_from
         + (f"; {IMAGENET_FILE_BYTES / 1e3:.0f} kB an image" if "ImageNet" in told.images_from else ""),
         "",

@@ -49,6 +49,7 @@ def write_cache(
     *,
     views: int,
     formats: tuple[str, str],
+    ran: str = "as timm builds it",
     device_batch_size: int | None = None,
     shard_bytes: int = 64_000_000,
 ) -> None:
@@ -62,6 +63,7 @@ def write_cache(
         accelerator: for autocast, processes and telling people.
         views: epochs of the stream.
         formats: of features and logits; see `deit_kd.models.teacher_formats`.
+        ran: what was done to the teacher beforehand, for people.
         device_batch_size: images in a forward at most.
         shard_bytes: where a file ends.
 
@@ -82,6 +84,7 @@ def write_cache(
         manifest: dict[str, Any] = {
             "format": cached_teacher.FORMAT,
             "teacher": asdict(teacher.info),
+            "ran": ran,
             "img_size": teacher.img_size,
             "width": teacher.width,
             "views": views,

@@ -67,7 +67,7 @@ MAY_IMPORT = {
         "tracking",
     },
     "verdict": {"bench", "recipe"},
-    "forecast": {"__init__", "bench", "build", "devices", "plan", "recipe", "roofline", "work"},
+    "forecast": {"__init__", "bench", "build", "data", "devices", "plan", "recipe", "roofline", "work"},
     "evaluation": {"data", "models"},
     "grid": {"analysis", "recipe", "tracking"},
     "doctor": {"build", "class_means", "plan", "recipe"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -205,6 +206,9 @@ def test_plan_from_the_command_line(capsys: pytest.CaptureFixture[str], tmp_path
     assert (eager["device"], eager["compiled"], compiled["compiled"]) == ("h100", False, True)
     assert eager["steps"] == 30 * (1_281_167 // 256)
     assert eager["device_hours"] == pytest.approx(4 * eager["hours"])
+    of_a_core = content["core_seconds_per_image"]
+    assert of_a_core["gpu"] < 0.5 * of_a_core["cpu"]  # augmentation is the GPU's
+    assert eager["cores"] == math.ceil(eager["images_per_second"] * of_a_core["gpu"])
     with pytest.raises(SystemExit):
         cli.main(["plan", "cifar100_resnet32x4_resnet8x4_kd", "data.train_images=auto", "--gpu", "h100"])
     assert "pass --data DIR or --images N" in capsys.readouterr().err
@@ -214,7 +218,8 @@ def test_measured_steps_stand_beside_the_prediction(fashion_folder: Path) -> Non
     small = ["data.source=image_folder", "global_batch_size=24", "run.workers=0", "teacher.weights=random"]
     told = forecast.forecast(recipes.load("quickstart", small), fashion_folder, None, "cpu", 1, 1)
     assert told.train_images == 240
-    assert told.core_seconds > 0
+    in_workers, beside_a_gpu = told.core_seconds
+    assert 0 < beside_a_gpu < 2 * in_workers
     measured = forecast.measure(told, fashion_folder, "cpu", 12, steps=3)
     assert measured["predicted"]["accumulation_steps"] == 2
     seconds = measured["seconds"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import struct
@@ -194,6 +195,7 @@ def test_a_run_from_the_cache_is_told_resumes_exactly_and_goes_round(
     card = (tmp_path / "whole/student/README.md").read_text()
     assert "read from a cache of 2 views of each image" in card
     assert "features float32, logits float32" in card
+    assert re.search(r"\| Run for it \| \d+ batch norms folded, channels_last, float32; features differ by", card)
     (told,) = [line for line in read_metrics(tmp_path / "whole") if line["kind"] == "teacher"]
     live = make_task(data, None, tmp_path).evaluate_teachers()
     assert told["teacher_top1"] == live["teacher_top1"] > 80, "measured while it was cached"

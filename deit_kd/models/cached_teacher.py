@@ -99,7 +99,7 @@ class CachedTeacher(nn.Module):
     def told(self) -> dict[str, Any]:
         """What a run records of it."""
         digest = hashlib.sha256((self.folder / "manifest.json").read_bytes()).hexdigest()
-        return {key: self.manifest[key] for key in ("views", "features", "logits", "errors")} | {"manifest_sha256": digest}
+        return {key: self.manifest[key] for key in ("views", "features", "logits", "errors", "ran")} | {"manifest_sha256": digest}
 
     def describe(self) -> str:
         """A line for people."""
