@@ -14,7 +14,7 @@ from torchvision.io import ImageReadMode, decode_jpeg, encode_jpeg
 from deit_kd.data.draws import Jpegs
 from deit_kd.errors import UserError
 
-MOST_AT_ONCE = 2**24  # pixels of crops, padded to the largest: about 0.5 GB while they are resized
+MOST_AT_ONCE = 2**24  # pixels of crops, padded to the largest: about 1 GB while they are resized
 
 
 class UndecodedError(Exception):
@@ -73,7 +73,7 @@ class Decoder:
 
 
 def resized(flat: Tensor, table: Tensor, size: int) -> Tensor:
-    """Crops, resized as Pillow does it, rounded between the two directions as there: within a grey level of its images.
+    """Crops, resized as Pillow does it, bit for bit: sums in float64 are exact, so that it does not matter what else is in the batch.
 
     Args:
         flat: uint8, all images [3,H,W] one after another.
@@ -98,26 +98,27 @@ def _piece(flat: Tensor, numbers: Tensor, size: int, most_lines: int, most: int)
     index = (start + first + line * line_step)[:, :, None] + (place * step)[:, None]
     crops = torch.stack([flat.take(index + channel * plane[:, None]) for channel in range(3)], 2)  # [b, lines, 3, length]
     along, across = _filter(length, mirrored, bicubic, size, most), _filter(lines, lines_mirrored, bicubic, size, most_lines)
-    once = _rounded(crops.float().flatten(1, 2) @ along.mT)  # [b, lines x 3, S]
+    once = _rounded(crops.double().flatten(1, 2) @ along.mT)  # [b, lines x 3, S]
     twice = _rounded(across @ once.view(len(index), most_lines, 3 * size))  # [b, S, 3 x S]
     images = twice.to(torch.uint8).view(-1, size, 3, size).transpose(1, 2)
     return torch.where(columns[:, :, None, None] > 0, images.mT, images)
 
 
 def _filter(length: Tensor, mirrored: Tensor, bicubic: Tensor, size: int, most: int) -> Tensor:
-    """[b,S,most]: what each of `length` [b,1] pixels counts for each of S, which are mirrored or not; cubic with a = -0.5, or linear."""
+    """[b,S,most]: what each of `length` [b,1] pixels counts for each of S, which are mirrored or not, to Pillow's 22 bits.
+
+    Cubic with a = -0.5, or linear, as wide as what is shrunk.
+    """
     place = torch.arange(most, device=length.device)
     result = torch.arange(size, device=length.device)
     result = torch.where(mirrored > 0, size - 1 - result, result)
     scale = length.double() / size
-    centre = (result + 0.5) * scale - 0.5
-    whole = centre.floor()
-    distance = (place - whole.long()[:, :, None]).float() - (centre - whole).float()[:, :, None]  # exact to the end of long lines
-    x = distance.abs_() / scale.clamp(min=1).float()[:, :, None]
+    centre = (result + 0.5) * scale
+    x = (place - centre[:, :, None] + 0.5).abs_() / scale.clamp(min=1)[:, :, None]
     near, far = ((1.5 * x - 2.5) * x) * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
     cubic = torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
     weight = torch.where(bicubic[:, :, None] > 0, cubic, (1 - x).clamp_(min=0)) * (place < length)[:, None]
-    return weight / weight.sum(2, keepdim=True)
+    return (weight / weight.sum(2, keepdim=True)).mul_(2**22).round_().div_(2**22)
 
 
 def _rounded(values: Tensor) -> Tensor:

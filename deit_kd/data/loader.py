@@ -242,8 +242,8 @@ class TrainLoader:
             try:
                 images, labels = self._finished(*collated)
             except UndecodedError as error:
-                self._warn_once(f"{error}; such batches are decoded on the CPU")
                 images, labels = self._finished(*_collate(self._dataset.items(its_keys, pixels)))
+                self._warn_once(f"{error}; such batches are decoded on the CPU")
             labels = labels.to(place.device, non_blocking=True)
             targets = smooth_one_hot(labels, self.num_classes, self.augmentation.label_smoothing)
             rng = np.random.default_rng(derive_seed(self.seed, "mix", view, start // self.global_batch_size))
