@@ -36,10 +36,10 @@ class Crop(NamedTuple):
     plane: int  # pixels of the whole image
     first: int  # the place of the crop's first pixel in it
     line_step: int  # places from line to line
-    step: int  # from pixel to pixel
     lines: int
-    length: int
     lines_mirrored: bool
+    step: int  # from pixel to pixel
+    length: int
     mirrored: bool
     bicubic: bool  # or bilinear
     columns: bool  # are the lines
@@ -135,18 +135,10 @@ class Worker:
         for step in self.geometry[1:]:  # flips
             sides = step(sides)
         flipped, columns = bool(sides[0, 0, 0]), _columns_first(self.size, height, width)
-        steps, counts, mirrored = (jpeg.width, 1), (height, width), (False, flipped)
-        turn = slice(None, None, -1 if columns else 1)
-        return Crop(
-            jpeg.content,
-            jpeg.height * jpeg.width,
-            top * jpeg.width + left,
-            *steps[turn],
-            *counts[turn],
-            *mirrored[turn],
-            bicubic=mode == InterpolationMode.BICUBIC,
-            columns=columns,
-        )
+        down, across = (jpeg.width, height, False), (1, width, flipped)
+        lines, pixels = (across, down) if columns else (down, across)
+        plane, first = jpeg.height * jpeg.width, top * jpeg.width + left
+        return Crop(jpeg.content, plane, first, *lines, *pixels, mode == InterpolationMode.BICUBIC, columns)
 
 
 def _resized_crop(step: RandomResizedCropAndInterpolation, pixels: Tensor) -> Tensor:

@@ -41,7 +41,9 @@ class Decoder:
         try:
             decode_jpeg([encode_jpeg(torch.zeros(3, 16, 16, dtype=torch.uint8))], ImageReadMode.RGB, device)
         except RuntimeError as error:
-            raise UserError(f"run.decode_on=device: torchvision decodes no JPEG there ({_short(error)}); use run.decode_on=workers") from None
+            raise UserError(
+                f"run.decode_on=device: torchvision decodes no JPEG there ({_short(error)}); use run.decode_on=workers"
+            ) from None
 
     def __call__(self, jpegs: Jpegs) -> Tensor:
         """[J,3,S,S] uint8, on the device.
@@ -85,14 +87,15 @@ def resized(flat: Tensor, table: Tensor, size: int) -> Tensor:
     """
     numbers = table.to(flat.device, non_blocking=True)
     numbers = torch.cat([3 * (numbers[1:2].cumsum(1) - numbers[1:2]), numbers[1:]])  # where an image begins, instead of its bytes
-    at_once = max(1, MOST_AT_ONCE // int(table[5].max() * table[6].max()))
-    pieces = zip(table.split(at_once, 1), numbers.split(at_once, 1), strict=True)
-    return torch.cat([_piece(flat, part, size, int(told[5].max()), int(told[6].max())) for told, part in pieces])
+    lines, length = table[4], table[7]
+    at_once = max(1, MOST_AT_ONCE // int(lines.max() * length.max()))
+    pieces = zip(lines.split(at_once), length.split(at_once), numbers.split(at_once, 1), strict=True)
+    return torch.cat([_piece(flat, part, size, int(most_lines.max()), int(most.max())) for most_lines, most, part in pieces])
 
 
 def _piece(flat: Tensor, numbers: Tensor, size: int, most_lines: int, most: int) -> Tensor:
     """Some of the crops, padded to so many lines of so many pixels."""
-    start, plane, first, line_step, step, lines, length, lines_mirrored, mirrored, bicubic, columns = numbers[:, :, None]
+    start, plane, first, line_step, lines, lines_mirrored, step, length, mirrored, bicubic, columns = numbers[:, :, None]
     line = torch.arange(most_lines, device=flat.device).minimum(lines - 1)
     place = torch.arange(most, device=flat.device).minimum(length - 1)
     index = (start + first + line * line_step)[:, :, None] + (place * step)[:, None]
