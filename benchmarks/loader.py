@@ -83,8 +83,8 @@ def timms(root: Path, batch: int, workers: int, mixes: bool) -> Callable[[], Ite
     return lambda: loader if DEVICE.type == "cuda" else loader.loader
 
 
-def ours(root: Path, batch: int, workers: int, mode: str) -> Callable[[], Iterable[Any]]:
-    recipe = recipes.load("deit_ti", [*SETTINGS, f"run.augment_on={mode}"])
+def ours(root: Path, batch: int, workers: int, mode: str, decodes: str = "workers") -> Callable[[], Iterable[Any]]:
+    recipe = recipes.load("deit_ti", [*SETTINGS, f"run.augment_on={mode}", f"run.decode_on={decodes}"])
     loader = TrainLoader(
         open_source("image_folder", root, "train"),
         choose_augmentation(recipe, DEVICE),
@@ -95,7 +95,7 @@ def ours(root: Path, batch: int, workers: int, mode: str) -> Callable[[], Iterab
         global_batch_size=batch,
         accumulation_steps=1,
     )
-    if DEVICE.type != "cuda" and mode == "device":
+    if DEVICE.type != "cuda" and mode == "device" and decodes == "workers":
         loader._finish = lambda images, _: images  # type: ignore[assignment]
     epochs = count()
     return lambda: loader.epoch(next(epochs))
@@ -110,7 +110,7 @@ def seconds(read: Callable[[], Iterable[Any]]) -> float:
     return time.perf_counter() - started
 
 
-def measure(root: Path, images: int, batch: int, workers: int, rounds: int) -> dict[str, Any]:
+def measure(root: Path, images: int, batch: int, decoded: bool, workers: int, rounds: int) -> dict[str, Any]:
     """Of each loader: images a second, and its speed as a multiple of timm's, medians over rounds."""
     arms = {
         "timm": timms(root, batch, workers, mixes=False),
@@ -119,6 +119,8 @@ def measure(root: Path, images: int, batch: int, workers: int, rounds: int) -> d
         "ours, cpu": ours(root, batch, workers, "cpu"),
         "ours, device": ours(root, batch, workers, "device"),
     }
+    if DEVICE.type == "cuda" or decoded:
+        arms["ours, decoded there"] = ours(root, batch, workers, "device", "device")
     times: dict[str, list[float]] = {name: [] for name in arms}
     for number in tqdm(range(rounds + 1), f"{workers} workers", delay=2, disable=None):
         for name in random.Random(number).sample(list(arms), len(arms)):
@@ -129,7 +131,7 @@ def measure(root: Path, images: int, batch: int, workers: int, rounds: int) -> d
     for name, each in times.items():
         ratios = [a / b for a, b in zip(times["timm"], each, strict=True)]
         table[name] = {"images_per_second": images / median(each), "speed_up": median(ratios), "range": [min(ratios), max(ratios)]}
-        print(f"{workers} workers  {name:<14}{images / median(each):>9.0f} img/s{median(ratios):>8.2f}", flush=True)
+        print(f"{workers} workers  {name:<20}{images / median(each):>9.0f} img/s{median(ratios):>8.2f}", flush=True)
     return table
 
 
@@ -137,6 +139,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few images and rounds, for a minute")
     parser.add_argument("--workers", type=int, nargs="+", default=sorted({0, 1, min(16, os.cpu_count() or 1)}))
+    parser.add_argument(
+        "--decoded", action="store_true", help="run.decode_on=device without a GPU too, with all that the device does"
+    )
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--images", type=int, help="default 1024, with --quick 128")
     parser.add_argument("--rounds", type=int, help="default 7, with --quick 2")
@@ -147,10 +152,14 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         fill(Path(folder), images)
-        measure_here = partial(measure, Path(folder), images // batch * batch, batch)
+        measure_here = partial(measure, Path(folder), images // batch * batch, batch, options.decoded)
         results = {f"{workers} workers": measure_here(workers, rounds) for workers in options.workers}
     told = {"workers": " ".join(map(str, options.workers)), "batch": batch, "images": images, "rounds": rounds}
-    command = "python benchmarks/loader.py " + " ".join(f"--{name} {value}" for name, value in told.items())
+    command = (
+        "python benchmarks/loader.py "
+        + " ".join(f"--{name} {value}" for name, value in told.items())
+        + " --decoded" * options.decoded
+    )
     content = {"command": command, **facts(), "results": results}
     options.output.write_text(json.dumps(content, indent=2) + "\n")
     print(options.output)

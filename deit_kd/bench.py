@@ -25,7 +25,6 @@ from deit_kd import recipe as recipes
 from deit_kd.classification import Classification
 from deit_kd.data import Batch, Source
 from deit_kd.data.device import OnDevice, choose_augmentation
-from deit_kd.data.sources import pixels
 from deit_kd.errors import UserError
 from deit_kd.processes import make_accelerator
 from deit_kd.recipe import Recipe
@@ -269,7 +268,7 @@ def image_seconds(
         for index in range(0, len(source), max(1, len(source) // images)):
             before = time.perf_counter()
             try:
-                image: Any = pixels(source, index) if isinstance(chosen, OnDevice) else source[index][0]
+                image: Any = chosen.worker.read(source, index) if isinstance(chosen, OnDevice) else source[index][0]
             except Exception:  # an image that cannot be read is the loader's business
                 continue
             between = time.perf_counter()

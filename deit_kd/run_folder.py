@@ -114,6 +114,7 @@ def describe(
             "earlier_sessions": _earlier_sessions(output) if resumed else [],
             "precision": accelerator.mixed_precision,
             "augmented_on": loader.augments_on,
+            "decoded_on": loader.decodes_on,
             "processes": accelerator.num_processes,
             "sharded": cut,
             "speed": asdict(quickened),
@@ -171,7 +172,7 @@ def _earlier_sessions(output: Path) -> list[dict[str, Any]]:
     before = json.loads(file.read_text()) if file.exists() else None
     if before is None:
         return []
-    told = ("command", "commit", "hardware", "processes", "micro_batch_size", "precision", "augmented_on", "speed")
+    told = ("command", "commit", "hardware", "processes", "micro_batch_size", "precision", "augmented_on", "decoded_on", "speed")
     return [*before["earlier_sessions"], {key: before[key] for key in told if key in before}]
 
 

@@ -48,6 +48,7 @@ def describe(recipe: Recipe, loader: TrainLoader, autocast: str) -> dict[str, An
         "finetune.holdout": recipe.finetune.holdout if recipe.finetune else 0.0,
         **{key: value for key, value in flatten(recipe) if key.startswith(("data.", "augmentation.")) and key not in NO_MATTER},
         "augmented on": loader.augments_on,  # colours within a grey level of each other, and other noise
+        "decoded on": loader.decodes_on,  # workers, or the device's type: a GPU's decoder gives other pixels
         "teacher.img_size": teacher.img_size,
         "teacher.precision": follows if teacher.precision == "auto" else teacher.precision,
         TEACHER: teacher.name,

@@ -297,6 +297,10 @@ def test_damage_is_refused_by_the_file_and_mended(data: Path, exact: Path, tmp_p
         (["data.std=[1, 1, 1]"], "(data.std was [0.353, 0.353, 0.353], is [1.0, 1.0, 1.0])"),
         (["global_batch_size=48"], "(global_batch_size was 24, is 48)"),
         (["run.augment_on=device"], "(augmented on was cpu, is device)"),
+        (
+            ["run.augment_on=device", "run.decode_on=device"],
+            "(augmented on was cpu, is device; decoded on was workers, is cpu)",
+        ),
         (["teacher.img_size=32"], "(teacher.img_size was None, is 32)"),
         (["teacher.precision=bfloat16"], "(teacher.precision was float32, is bfloat16)"),
         (["seed=2", "augmentation.repeats=2"], "(seed was 0, is 2; augmentation.repeats was 1, is 2)"),

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import io
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
+
+MOST_PIXELS = 2**20  # of a file that the device decodes: 256 of them take 0.8 GB there
+
+
+class Jpeg(NamedTuple):
+    """A file that the device can decode."""
+
+    content: Tensor  # [bytes] uint8
+    height: int
+    width: int
 
 
 def decode_image(content: bytes) -> Image.Image:
@@ -37,6 +48,25 @@ def decode(content: bytes) -> Tensor:
             except RuntimeError:
                 pass
         return as_pixels(rgb(image))
+
+
+def as_jpeg(content: bytes) -> Jpeg | None:
+    """The file, if it is one that decoders of GPUs take whole batches of: small, complete, baseline, in grey or YCbCr.
+
+    nvJPEG decodes progressive files one after another, on the host. Only the header is read here, and the last two bytes: a file
+    without the marker of its end may be cut off, and `decode` knows what that means.
+
+    Raises:
+        Exception: as `decode_image`, of headers.
+    """
+    with _open(content) as image:
+        info, components = image.info, [each[0] for each in getattr(image, "layer", ())]
+        plain = (image.mode == "L" and len(components) == 1) or (image.mode == "RGB" and components == [1, 2, 3])
+        if image.format != "JPEG" or not plain or "progressive" in info or info.get("adobe_transform", 1) != 1:
+            return None
+        if image.width * image.height > MOST_PIXELS or not content.endswith(b"\xff\xd9"):
+            return None
+        return Jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), image.height, image.width)
 
 
 def as_pixels(image: Image.Image) -> Tensor:

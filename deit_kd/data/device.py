@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from deit_kd.data.draws import CannotBeDrawnError, Plan, Worker
+from deit_kd.data.draws import CannotBeDrawnError, Jpegs, Plan, Worker
+from deit_kd.data.jpegs import Decoder
 from deit_kd.data.operations import OPERATIONS, affine
 from deit_kd.data.transforms import Transform, train_transform
 from deit_kd.errors import UserError
@@ -25,8 +26,17 @@ def choose_augmentation(recipe: Recipe, device: torch.device) -> Transform | OnD
     """The training transform for where `run.augment_on` says: of auto the device if it is a GPU and can do it.
 
     Raises:
-        UserError: the recipe says device, and its augmentation cannot be done there; or what `train_transform` refuses.
+        UserError: the recipe says device, and its augmentation cannot be done there; or what `train_transform` and `Decoder` refuse.
     """
+    chosen = _choose(recipe, device)
+    if recipe.run.decode_on == "device" and not isinstance(chosen, OnDevice):
+        raise UserError(
+            "run.decode_on=device: images are augmented in the workers here; use run.augment_on=device, or run.decode_on=workers"
+        )
+    return chosen
+
+
+def _choose(recipe: Recipe, device: torch.device) -> Transform | OnDevice:
     stated = recipe.run.augment_on
     if stated == "cpu" or (stated == "auto" and device.type != "cuda"):
         return train_transform(recipe)
@@ -39,7 +49,11 @@ def choose_augmentation(recipe: Recipe, device: torch.device) -> Transform | OnD
 
 
 class Finish:
-    """The device's part: the plan's operations, normalisation, erasing. Nothing in it waits for the device."""
+    """The device's part: the plan's operations, normalisation, erasing. Nothing in it waits for the device, but for `Decoder`.
+
+    Raises:
+        UserError: what `Decoder` refuses.
+    """
 
     def __init__(self, recipe: Recipe, device: torch.device):
         self.device, size = device, recipe.data.img_size
@@ -48,11 +62,20 @@ class Finish:
         levels = (torch.arange(65536, dtype=torch.float64) + 0.5) / 65536
         self.normal = torch.special.ndtri(levels).float().to(device)
         self.places = _scramble(torch.arange(3 * size * size, dtype=torch.int32)).view(3, size, size).to(device)
+        self.decoder = Decoder(size, device) if recipe.run.decode_on == "device" else None
 
-    def __call__(self, images: Tensor, plan: Plan) -> Tensor:
-        """Images [B,3,H,W] uint8 -> float32, normalised, on the device."""
-        moved = (each.to(self.device, non_blocking=True) for each in (images, *plan[1:]))
-        images, members, arguments, erased, boxes, noise = moved
+    def __call__(self, images: Tensor | None, plan: Plan) -> Tensor:
+        """Images [B,3,H,W] uint8, without those that are yet to be decoded -> all, float32, normalised, on the device.
+
+        Raises:
+            UndecodedError: see there.
+        """
+        moved = (each.to(self.device, non_blocking=True) for each in (plan.members, plan.arguments, *plan[3:6]))
+        members, arguments, erased, boxes, noise = moved
+        images = None if images is None else images.to(self.device, non_blocking=True)
+        if plan.jpegs is not None:
+            images = self._decode(images, plan.jpegs)
+        assert images is not None, "a batch has images"
         for name, start, end in plan.groups:
             group = members[start:end]
             chosen, values = images.index_select(0, group), arguments[start:end]
@@ -66,6 +89,16 @@ class Finish:
             filled = self._erase(normalised.index_select(0, erased), boxes, noise)
             normalised.index_copy_(0, erased, filled)
         return normalised
+
+    def _decode(self, images: Tensor | None, jpegs: Jpegs) -> Tensor:
+        """The whole batch; no images: all of it are JPEGs."""
+        assert self.decoder is not None, "workers send what they are told to"
+        decoded = self.decoder(jpegs)
+        if images is None:
+            return decoded
+        members, others = (each.to(self.device, non_blocking=True) for each in (jpegs.members, jpegs.others))
+        whole = decoded.new_empty(len(members) + len(others), *decoded.shape[1:])
+        return whole.index_copy_(0, members, decoded).index_copy_(0, others, images)
 
     def _erase(self, images: Tensor, boxes: Tensor, noise: Tensor) -> Tensor:
         """Boxes filled with standard normal noise: a function of seed and place, so the same however a batch is cut, on any device.

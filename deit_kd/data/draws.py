@@ -18,19 +18,49 @@ from PIL import Image
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import MaybeToTensor, RandomResizedCropAndInterpolation
 from torch import Tensor
-from torchvision.transforms import CenterCrop, ColorJitter, Normalize, RandomCrop, RandomHorizontalFlip, Resize
+from torchvision.transforms import CenterCrop, ColorJitter, InterpolationMode, Normalize, RandomCrop, RandomHorizontalFlip, Resize
 
+from deit_kd.data.decode import Jpeg
+from deit_kd.data.sources import pixels, pixels_or_jpeg
 from deit_kd.data.transforms import augment_operations, train_transform
 from deit_kd.recipe import Recipe
 
 
-class Drawn(NamedTuple):
-    """An image [3,H,W] uint8, cropped and flipped, and what is yet to be done to it."""
+class Crop(NamedTuple):
+    """What is to be cut out of a JPEG and resized: `lines` of `length` pixels, first along `length`, then across.
 
-    image: Tensor
+    Lines are rows of the image, or columns where Pillow resizes these first.
+    """
+
+    content: Tensor  # [bytes] uint8, the file
+    plane: int  # pixels of the whole image
+    first: int  # the place of the crop's first pixel in it
+    line_step: int  # places from line to line
+    lines: int
+    lines_mirrored: bool
+    step: int  # from pixel to pixel
+    length: int
+    mirrored: bool
+    bicubic: bool  # or bilinear
+    columns: bool  # are the lines
+
+
+class Drawn(NamedTuple):
+    """An image [3,H,W] uint8, cropped and flipped, or the JPEG that it is cut out of; and what is yet to be done to it."""
+
+    image: Tensor | Crop
     operations: list[tuple[str, Sequence[float]]]  # in order, with their arguments
     box: tuple[int, int, int, int] | None  # to erase: top, left, height, width
     noise: int  # the seed of what the box is filled with
+
+
+class Jpegs(NamedTuple):
+    """The images of a batch that the device decodes."""
+
+    content: Tensor  # [bytes] uint8, one file after another
+    table: Tensor  # [11,J] int: bytes of each, and the numbers of `Crop`
+    members: Tensor  # [J] int, positions in the batch
+    others: Tensor  # [B-J] int, positions of the other images
 
 
 class Plan(NamedTuple):
@@ -42,6 +72,7 @@ class Plan(NamedTuple):
     erased: Tensor  # [E] int, positions in the batch
     boxes: Tensor  # [E,4] int: top, left, height, width
     noise: Tensor  # [E] int32, seeds
+    jpegs: Jpegs | None = None
 
 
 class CannotBeDrawnError(Exception):
@@ -49,7 +80,7 @@ class CannotBeDrawnError(Exception):
 
 
 class Worker:
-    """Crops and flips pixels [3,H,W] uint8, and draws the rest.
+    """Crops and flips pixels [3,H,W] uint8, and draws the rest; of a JPEG it draws all.
 
     Raises:
         CannotBeDrawnError: see there.
@@ -59,9 +90,11 @@ class Worker:
         self.geometry: list[Callable[[Tensor], Tensor]] = []
         self.colours: list[Callable[[list[Any]], list[Any]]] = []
         self.erasing: RandomErasing | None = None
+        self.crop: RandomResizedCropAndInterpolation | None = None
         transform: Any = train_transform(recipe)
         for step in transform.transforms:
             if isinstance(step, RandomResizedCropAndInterpolation):
+                self.crop = step
                 self.geometry.append(partial(_resized_crop, step))
             elif isinstance(step, (Resize, CenterCrop, RandomCrop, RandomHorizontalFlip)):
                 self.geometry.append(step)
@@ -76,29 +109,57 @@ class Worker:
                 self.erasing.per_pixel = False  # the worker makes no noise
             elif not isinstance(step, (MaybeToTensor, Normalize)):
                 raise CannotBeDrawnError(f"auto_augment={recipe.augmentation.auto_augment} is not made of single operations")
+        self.size = recipe.data.img_size
+        self.sends_jpegs = recipe.run.decode_on == "device" and self.crop is not None
+        self.read = pixels_or_jpeg if self.sends_jpegs else pixels  # of (source, index), what this takes
 
-    def __call__(self, pixels: Tensor) -> Drawn:
-        """Draws from the global streams."""
-        for step in self.geometry:
-            pixels = step(pixels)
+    def __call__(self, read: Tensor | Jpeg) -> Drawn:
+        """Draws from the global streams, the same for the pixels of a JPEG as for itself."""
+        image = self._place(read) if isinstance(read, Jpeg) else read
+        if isinstance(image, Tensor):
+            for step in self.geometry:
+                image = step(image)
         operations: list[Any] = []
         for draw in self.colours:
             operations = draw(operations)
-        target = _Target(pixels)
+        target = _Target(self.size)
         if self.erasing is not None:
             self.erasing(target)
-        return Drawn(pixels, operations, target.box, random.getrandbits(31) if target.box else 0)
+        return Drawn(image, operations, target.box, random.getrandbits(31) if target.box else 0)
+
+    def _place(self, jpeg: Jpeg) -> Crop:
+        """What `geometry` would do to the pixels."""
+        assert self.crop is not None
+        (top, left, height, width), mode = _draw_crop(self.crop, torch.empty(1).expand(3, jpeg.height, jpeg.width))
+        sides = torch.tensor([[[0, 1]]])
+        for step in self.geometry[1:]:  # flips
+            sides = step(sides)
+        flipped, columns = bool(sides[0, 0, 0]), _columns_first(self.size, height, width)
+        down, across = (jpeg.width, height, False), (1, width, flipped)
+        lines, pixels = (across, down) if columns else (down, across)
+        plane, first = jpeg.height * jpeg.width, top * jpeg.width + left
+        return Crop(jpeg.content, plane, first, *lines, *pixels, mode == InterpolationMode.BICUBIC, columns)
 
 
 def _resized_crop(step: RandomResizedCropAndInterpolation, pixels: Tensor) -> Tensor:
     """As timm crops. The antialiased filter is Pillow's, with weights of 16 instead of 22 bits."""
-    top, left, height, width = step.get_params(pixels, step.scale, step.ratio)
-    modes, size = step.interpolation, step.size[0]
-    mode = random.choice(modes) if isinstance(modes, (list, tuple)) else modes
+    (top, left, height, width), mode = _draw_crop(step, pixels)
+    size = step.size[0]
     crop = pixels[None, :, top : top + height, left : left + width]
-    if size < height and 2 * width < height + size:  # Pillow 13 shrinks such columns before rows, and rounds in between
+    if _columns_first(size, height, width):
         crop = F.interpolate(crop, (size, width), mode=mode.value, antialias=True)
     return F.interpolate(crop, (size, size), mode=mode.value, antialias=True)[0]
+
+
+def _draw_crop(step: RandomResizedCropAndInterpolation, pixels: Tensor) -> tuple[tuple[int, int, int, int], InterpolationMode]:
+    """(top, left, height, width), and how to resize."""
+    box, modes = step.get_params(pixels, step.scale, step.ratio), step.interpolation
+    return box, random.choice(modes) if isinstance(modes, (list, tuple)) else modes
+
+
+def _columns_first(size: int, height: int, width: int) -> bool:
+    """Pillow 13 shrinks such columns before rows, and rounds in between."""
+    return size < height and 2 * width < height + size
 
 
 def _jitter(step: ColorJitter, drawn: list[Any]) -> list[Any]:
@@ -157,12 +218,12 @@ class _Target:
 
     dtype = torch.float32
 
-    def __init__(self, image: Tensor):
-        self.image = image
+    def __init__(self, size: int):
+        self.shape = torch.Size((3, size, size))
         self.box: tuple[int, int, int, int] | None = None
 
     def size(self) -> torch.Size:
-        return self.image.size()
+        return self.shape
 
     def __setitem__(self, where: tuple[slice, slice, slice], pixels: Tensor) -> None:
         rows, columns = where[1:]
@@ -186,4 +247,17 @@ def make_plan(drawn: Sequence[Drawn | None]) -> Plan:
         erased=torch.tensor([position for position, _, _ in boxes], dtype=torch.int64),
         boxes=torch.tensor([box for _, box, _ in boxes], dtype=torch.int64).view(-1, 4),
         noise=torch.tensor([seed for _, _, seed in boxes], dtype=torch.int32),
+        jpegs=_jpegs([each.image if each else None for each in drawn]),
+    )
+
+
+def _jpegs(images: Sequence[Tensor | Crop | None]) -> Jpegs | None:
+    crops = [(position, image) for position, image in enumerate(images) if isinstance(image, Crop)]
+    if not crops:
+        return None
+    return Jpegs(
+        content=torch.cat([crop.content for _, crop in crops]),
+        table=torch.tensor([[len(crop.content), *crop[1:]] for _, crop in crops], dtype=torch.int64).T.contiguous(),
+        members=torch.tensor([position for position, _ in crops]),
+        others=torch.tensor([n for n, image in enumerate(images) if not isinstance(image, Crop)], dtype=torch.int64),
     )

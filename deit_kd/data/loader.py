@@ -11,11 +11,13 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from deit_kd.data.device import OnDevice
-from deit_kd.data.draws import Drawn, Plan, Worker, make_plan
+from deit_kd.data.draws import Crop, Drawn, Plan, Worker, make_plan
+from deit_kd.data.jpegs import UndecodedError
 from deit_kd.data.mixing import mix, smooth_one_hot
 from deit_kd.data.sources import Source, pixels
 from deit_kd.data.transforms import Transform
@@ -75,21 +77,25 @@ class _SeededDataset(Dataset[_Item]):
     def __init__(self, source: Source, transform: Transform | Worker, seed: int, on_bad_image: str, training: bool):
         self.source, self.transform, self.seed = source, transform, seed
         self.on_bad_image, self.training = on_bad_image, training
-        self.draws = isinstance(transform, Worker)
+        self.read: Callable[[Source, int], Any] = transform.read if isinstance(transform, Worker) else _image
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitems__(self, keys: _Keys) -> list[_Item]:
         """A whole batch by one key: what is done for each image is a worker's business."""
-        return [self._item(keys[0], index, view) for index, view in keys[1].tolist()]
+        return self.items(keys, self.read)
 
-    def _item(self, epoch: int, index: int, view: int) -> _Item:
+    def items(self, keys: _Keys, read: Callable[[Source, int], Any]) -> list[_Item]:
+        """A batch whose images are read like that."""
+        return [self._item(keys[0], index, view, read) for index, view in keys[1].tolist()]
+
+    def _item(self, epoch: int, index: int, view: int, read: Callable[[Source, int], Any]) -> _Item:
         fault = None
         for candidate in range(index, index + 100):
             candidate %= len(self.source)
             try:
-                image: Any = pixels(self.source, candidate) if self.draws else self.source[candidate][0]
+                image = read(self.source, candidate)
             except Exception as error:  # PIL raises many types for broken files; each means that this image cannot be read
                 reason = "empty file" if _is_empty(self.source.where(candidate)) else str(error) or type(error).__name__
                 fault = fault or f"{self.source.where(candidate)}: cannot be read ({reason})"
@@ -99,6 +105,10 @@ class _SeededDataset(Dataset[_Item]):
             with _seeded(derive_seed(self.seed, "sample", epoch, index, *([view] if view else []))):
                 return _Item(self.transform(image), int(self.source.labels[candidate]), fault)
         return _Item(None, SKIPPED, fault)
+
+
+def _image(source: Source, index: int) -> Image.Image:
+    return source[index][0]
 
 
 def _is_empty(path: str) -> bool:
@@ -123,11 +133,17 @@ def _seeded(seed: int) -> Iterator[None]:
 
 
 def _collate(items: list[_Item]) -> tuple[Tensor | None, Plan | None, Tensor, list[str], bool]:
-    """(images, plan of what the device does to them, labels, faults, refused): unreadable images become zeros with the label SKIPPED."""
+    """(images, plan of what the device does to them, labels, faults, refused): unreadable images become zeros with the label SKIPPED.
+
+    Images that the device decodes are in the plan alone; no images: all are, or none can be read.
+    """
     drawn = [item.image if isinstance(item.image, Drawn) else None for item in items]
     images = [item.image.image if isinstance(item.image, Drawn) else item.image for item in items]
-    first = next((image for image in images if image is not None), None)
-    stacked = None if first is None else default_collate([torch.zeros_like(first) if image is None else image for image in images])
+    first = next((image for image in images if isinstance(image, Tensor)), None)
+    stacked = None
+    if first is not None:
+        held = [image for image in images if not isinstance(image, Crop)]
+        stacked = default_collate([torch.zeros_like(first) if image is None else image for image in held])
     faults = [item.fault for item in items if item.fault]
     refused = any(image is None for image in images)
     return stacked, make_plan(drawn) if any(drawn) else None, torch.tensor([item.label for item in items]), faults, refused
@@ -204,7 +220,9 @@ class TrainLoader:
         in_worker = transform.worker if isinstance(transform, OnDevice) else transform
         self._finish = transform.finish if isinstance(transform, OnDevice) else None
         self.augments_on = "device" if self._finish else "cpu"
-        self._loader = _data_loader(_SeededDataset(source, in_worker, seed, placement.on_bad_image, True), self._batches, placement)
+        self.decodes_on = placement.device.type if isinstance(in_worker, Worker) and in_worker.sends_jpegs else "workers"
+        self._dataset = _SeededDataset(source, in_worker, seed, placement.on_bad_image, True)
+        self._loader = _data_loader(self._dataset, self._batches, placement)
 
     def epoch(self, epoch: int, start_step: int = 0, stop_step: int | None = None) -> Iterator[Batch]:
         """Micro-batches of an epoch from optimiser step `start_step` (within the epoch) on, to its end or before `stop_step`.
@@ -219,15 +237,13 @@ class TrainLoader:
             for step in range(start_step, self.steps_per_epoch if stop_step is None else stop_step)
             for micro in range(self.accumulation_steps)
         ]
-        self._batches.batches = [(view, order[start : start + self.micro_batch_size]) for start in starts]
-        for start, (images, plan, labels, faults, refused) in zip(starts, self._loader, strict=True):
-            for fault in faults:
-                if refused:
-                    raise UserError(f"{fault}; remove it, or set data.on_bad_image=skip")
-                if fault not in self._warned:
-                    self._warned.add(fault)
-                    place.warn(f"{fault}; the next image takes its place")
-            images = self._finish(images, plan) if self._finish else images.to(place.device, non_blocking=True)
+        keys = self._batches.batches = [(view, order[start : start + self.micro_batch_size]) for start in starts]
+        for start, its_keys, collated in zip(starts, keys, self._loader, strict=True):
+            try:
+                images, labels = self._finished(*collated)
+            except UndecodedError as error:
+                images, labels = self._finished(*_collate(self._dataset.items(its_keys, pixels)))
+                self._warn_once(f"{error}; such batches are decoded on the CPU")
             labels = labels.to(place.device, non_blocking=True)
             targets = smooth_one_hot(labels, self.num_classes, self.augmentation.label_smoothing)
             rng = np.random.default_rng(derive_seed(self.seed, "mix", view, start // self.global_batch_size))
@@ -235,6 +251,24 @@ class TrainLoader:
             indices = torch.from_numpy(order[start : start + self.micro_batch_size, 0].copy()).to(place.device, non_blocking=True)
             seed = derive_seed(self.seed, "batch", epoch, start)
             yield Batch(images, targets, labels, indices, epoch, seed, self._remembered(view, start))
+
+    def _finished(
+        self, images: Tensor | None, plan: Plan | None, labels: Tensor, faults: list[str], refused: bool
+    ) -> tuple[Tensor, Tensor]:
+        """(images on the device, labels) of what `_collate` gives."""
+        for fault in faults:
+            if refused:
+                raise UserError(f"{fault}; remove it, or set data.on_bad_image=skip")
+            self._warn_once(f"{fault}; the next image takes its place")
+        if self._finish is not None and plan is not None:
+            return self._finish(images, plan), labels
+        assert images is not None, "else refused"
+        return images.to(self.placement.device, non_blocking=True), labels
+
+    def _warn_once(self, fault: str) -> None:
+        if fault not in self._warned:
+            self._warned.add(fault)
+            self.placement.warn(fault)
 
     def _remembered(self, view: int, start: int) -> dict[str, Tensor]:
         if self.memory is None:

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from deit_kd.data.decode import as_pixels, decode, decode_image
+from deit_kd.data.decode import Jpeg, as_jpeg, as_pixels, decode, decode_image
 from deit_kd.errors import UserError
 from deit_kd.recipe import nearest
 
@@ -49,6 +49,12 @@ def pixels(source: Source, index: int) -> Tensor:
     """[3,H,W] uint8 of an image, which `source[index]` would give as an image of Pillow's."""
     content = source.encoded(index)
     return as_pixels(source[index][0]) if content is None else decode(content)
+
+
+def pixels_or_jpeg(source: Source, index: int) -> Tensor | Jpeg:
+    """The file of an image that the device can decode; else its `pixels`."""
+    content = source.encoded(index)
+    return as_pixels(source[index][0]) if content is None else as_jpeg(content) or decode(content)
 
 
 class ArraySource:

@@ -186,13 +186,14 @@ class Optim(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class Run(Section):
-    """Operations: nothing here moves a number, but for precision, for augment_on by roundings and the noise of erased boxes, and for what
-    the start reports.
+    """Operations: nothing here moves a number, but for precision, for augment_on by roundings and the noise of erased boxes, for decode_on
+    by the pixels of another decoder, and for what the start reports.
     """
 
     precision: Literal["auto", "no", "bf16", "fp16"] = "auto"  # auto: bf16 on a GPU that has it, else none
     workers: int | Literal["auto"] = "auto"
     augment_on: Literal["auto", "cpu", "device"] = "auto"  # device: workers only decode, crop and flip; auto: that on a GPU
+    decode_on: Literal["workers", "device"] = "workers"  # device: JPEGs are sent as they are; nvJPEG's pixels are not libjpeg's
     log_every_steps: int = 50
     eval_every_epochs: int = 1
     save_every_steps: int | Literal["epoch"] = "epoch"
