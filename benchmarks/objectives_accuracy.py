@@ -83,14 +83,15 @@ def main() -> None:
     parser.add_argument("--data", nargs="+", choices=("fashion", "emoji9"), default=["fashion", "emoji9"])
     parser.add_argument("--fashion", type=Path, help="the folder of the IDX files; without it the embedded 12,000 images")
     parser.add_argument("--emoji9", type=Path, help="the folder that benchmarks/emoji9.py made")
-    parser.add_argument("--small", action="store_true", help="what a CPU does in an hour")
+    parser.add_argument("--small", action="store_true", help="what a CPU does in some hours")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--max-steps", type=int, help="of every run, to try it")
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "objectives_accuracy")
+    parser.add_argument("--runs", type=Path, help="default runs/objectives_accuracy, and another to try it")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     if "emoji9" in options.data and options.emoji9 is None:
         parser.error("--emoji9 is needed; make it with benchmarks/emoji9.py, or pass --data fashion")
+    options.runs = options.runs or ROOT / "runs" / ("objectives_tried" if options.max_steps else "objectives_accuracy")
     output = options.output or ROOT / "results" / f"objectives_{'small' if options.small else 'accuracy'}.json"
     results: dict[str, Any] = {}
     for name in options.data:

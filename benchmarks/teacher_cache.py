@@ -59,12 +59,14 @@ def make_arm(
     words += ["data.train_images=auto", f"teacher.cache={json.dumps(cache and str(cache))}"]
     recipe = recipes.load("deit_ti_plain", words)
     teachers = build.build_teachers(recipe, sources[0].class_names)
-    speed.prepare(recipe.run, teachers, partial(build.example_images, recipe, sources[0]), accelerator)
+    quickened = speed.prepare(recipe.run, teachers, partial(build.example_images, recipe, sources[0]), accelerator)
     if not FORMATS.keys() <= {path.name for path in folder.iterdir()}:
         (teacher,) = teachers
         assert isinstance(teacher, Teacher)
         for name, formats in FORMATS.items():
-            write_cache(recipe, teacher, sources, folder / name, accelerator, views=1, formats=formats)
+            write_cache(
+                recipe, teacher, sources, folder / name, accelerator, views=1, formats=formats, ran=f"{quickened.teachers[0]}"
+            )
     task = Classification(recipe, accelerator, sources, teachers, folder, None, print)
     optimizer, clock = build_optimizer(recipe, task.module), Clock(CPU)
     batches, number = list(task.train_loader.epoch(0)), 0

@@ -65,6 +65,8 @@ def _compute(recipe: Recipe, teacher: Teacher, source: Source, accelerator: Acce
         sums.index_add_(0, labels[known], features[known])
         counts += labels[known].bincount(minlength=classes)
     sums, counts = accelerator.reduce(sums), accelerator.reduce(counts)
+    if not sums.isfinite().all():
+        raise UserError(f"teacher {teacher.info.name}: features are not finite in {teacher.dtype}; set teacher.precision=float32")
     # A class without an image (of ImageNet's, in a part of ImageNet) keeps a zero mean: no target ever asks for it.
     return (sums / counts.clamp_min(1)[:, None]).float()
 

@@ -259,7 +259,11 @@ class Classification:
 
     @torch.no_grad()  # a compiled teacher sees the kind of tensors that it sees in training
     def evaluate_teachers(self) -> dict[str, float]:
-        """top1 and top5 over the same images of each teacher that knows their labels."""
+        """top1 and top5 over the same images of each teacher that knows their labels.
+
+        Raises:
+            UserError: logits that are not finite.
+        """
         metrics: dict[str, float] = {}
         for number, teacher in enumerate(dict.fromkeys(self.teachers)):
             if isinstance(teacher, CachedTeacher):  # it was measured when it was cached, on what was then evaluated
@@ -267,7 +271,14 @@ class Classification:
                 metrics |= teacher.manifest["accuracy"] if same else {}
             elif self.knows_labels[self.teachers.index(teacher)]:
                 prefix = f"teacher_{number}_" if number else "teacher_"
-                metrics |= measure(partial(_teacher_logits, teacher), self.val_loader, self.accelerator, prefix)
+                overflown = torch.zeros(1, device=self.accelerator.device)
+                logits = partial(_teacher_logits, teacher, overflown)
+                metrics |= measure(logits, self.val_loader, self.accelerator, prefix)
+                if self.accelerator.reduce(overflown).item():  # in any process
+                    raise UserError(
+                        f"teacher {teacher.info.name}: logits of validation images are not finite in {teacher.dtype}; "
+                        "set teacher.precision=float32"
+                    )
         return metrics
 
     @torch.no_grad()
@@ -315,5 +326,7 @@ def _frozen_statistics(module: nn.Module) -> Iterator[None]:
             norm.track_running_stats = True
 
 
-def _teacher_logits(teacher: AnyTeacher, images: Tensor) -> dict[str, Tensor]:
-    return {"": teacher(images).logits}
+def _teacher_logits(teacher: AnyTeacher, overflown: Tensor, images: Tensor) -> dict[str, Tensor]:
+    logits = teacher(images).logits
+    overflown += (~logits.isfinite()).any()
+    return {"": logits}

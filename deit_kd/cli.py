@@ -226,13 +226,14 @@ def class_means(options: argparse.Namespace) -> None:
     import torch
     from accelerate import Accelerator
 
-    from deit_kd import build
+    from deit_kd import build, speed
     from deit_kd.class_means import load_or_compute
 
     accelerator = Accelerator(cpu=options.device == "cpu" or not torch.cuda.is_available())
-    source, _ = build.open_data(recipe, options.data)
+    source, val = build.open_data(recipe, options.data)
     teachers = build.build_teachers(recipe, source.class_names)
     teacher = teachers[recipe.lessons().index(lessons[0])].to(accelerator.device)
+    speed.prepare(recipe.run, [teacher], partial(build.example_images, recipe, val), accelerator)
     means = load_or_compute(
         options.output, recipe, teacher, source, accelerator, build.placement(recipe, accelerator, accelerator.print)
     )

@@ -271,7 +271,7 @@ class _Unread:
             self.tracker.say(f"{fault} ({len(samples)}; all of them in {self.tracker.file.name}); the step is skipped")
             return
         raise UserError(
-            f"{fault}, {self.in_a_row} steps in a row; lower optim.lr, set optim.clip_grad, or use run.precision=no if it was not; "
+            f"{fault}, {self.in_a_row} steps in a row; lower optim.lr, set optim.clip_grad, or use run.precision=no or teacher.precision=float32 if they were not; "
             "with another recipe give another --output or --resume none"
         )
 

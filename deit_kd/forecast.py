@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 
 from deit_kd import build, devices, roofline
 from deit_kd.bench import Rig, image_seconds
 from deit_kd.data import Source
+from deit_kd.data.device import choose_augmentation
 from deit_kd.devices import GPUS, Device
 from deit_kd.errors import UserError
 from deit_kd.plan import Plan, make_plan
@@ -23,7 +24,10 @@ IMAGENET_IMAGES, IMAGENET_VAL_IMAGES = 1_281_167, 50_000
 IMAGENET_FILE_BYTES = 110e3  # 140 GB over as many files
 # Of one core for an image of ImageNet's usual size, cut from photographs (JPEG of 500 x 375, 50 kB, quality 90): all augmentation in the worker,
 # and only decoding, crop and flip there. On an AMD EPYC core; results/speed_data.json.
-IMAGENET_CORE_SECONDS = 1 / 210, 1 / 622
+IMAGENET_CORE_SECONDS: dict[str, float] = {"cpu": 1 / 210, "device": 1 / 622}
+
+
+_Place: TypeAlias = Literal["cpu", "device"]
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,8 @@ def forecast(recipe: Recipe, data: Path | None, images: int | None, gpu: str | N
     else:
         train_images, val_images, images_from = _stated(recipe, images)
         if "ImageNet" in images_from:
-            core_seconds, core_from = IMAGENET_CORE_SECONDS, "of photographs on an AMD EPYC core; pass --data to measure yours"
+            on_cpu, on_gpu = (IMAGENET_CORE_SECONDS[place] for place in _augments_on(recipe))
+            core_seconds, core_from = (on_cpu, on_gpu), "of photographs on an AMD EPYC core; pass --data to measure yours"
     plan, half, full = make_plan(recipe, classes), count_work(recipe, classes, True), count_work(recipe, classes, False)
     sizes = {"train_images": train_images, "val_images": val_images, "gpus": gpus, "nodes": nodes}
     predictions: list[Prediction] = []
@@ -82,14 +87,25 @@ def forecast(recipe: Recipe, data: Path | None, images: int | None, gpu: str | N
 
 
 def _core_seconds(train: Source, recipe: Recipe) -> tuple[float, float]:
-    cpu = torch.device("cpu")
-    in_workers = sum(image_seconds(train, recipe, cpu))
+    """For runs on a CPU and on a GPU, by where each augments."""
+    cpu, places = torch.device("cpu"), _augments_on(recipe)
+    seconds = {}
+    for place in sorted(set(places)):
+        decoded = recipe.run.decode_on if place == "device" else "workers"
+        here = replace(recipe, run=replace(recipe.run, augment_on=place, decode_on=decoded))
+        seconds[place] = sum(image_seconds(train, here, cpu))
+    return seconds[places[0]], seconds[places[1]]
+
+
+def _augments_on(recipe: Recipe) -> tuple[_Place, _Place]:
+    """Where `run.augment_on` would have it on a CPU, and on a GPU: cpu or device."""
     if recipe.run.augment_on != "auto":
-        return in_workers, in_workers
-    try:  # a GPU's part may be anywhere, the worker's is the same
-        return in_workers, sum(image_seconds(train, replace(recipe, run=replace(recipe.run, augment_on="device")), cpu))
+        return recipe.run.augment_on, recipe.run.augment_on
+    try:
+        choose_augmentation(replace(recipe, run=replace(recipe.run, augment_on="device", decode_on="workers")), torch.device("cpu"))
     except UserError:
-        return in_workers, in_workers
+        return "cpu", "cpu"
+    return "cpu", "device"
 
 
 def _stated(recipe: Recipe, images: int | None) -> tuple[int, int, str]:
@@ -180,8 +196,8 @@ def describe(told: Forecast) -> str:
         + (
             "the cores they need: "
             if math.isnan(sum(told.core_seconds))
-            else "{:.3g} images/s of one core with all augmentation in workers, {:.3g} where a GPU augments, ".format(
-                *(1 / seconds for seconds in told.core_seconds)
+            else "{:.3g} images/s of one core for a run on a CPU, {:.3g} on a GPU, ".format(
+                *(1 / each for each in told.core_seconds)
             )
         )
         + told.core_seconds_from

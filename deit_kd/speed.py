@@ -121,7 +121,7 @@ def _quicken(teacher: Teacher, run: Run, images: Tensor, accelerator: Accelerato
     layout = _layout(teacher, run, images, accelerator)
     _lay_out(teacher, layout)
     error = _errors(_exact(teacher, images), reference)
-    if not max(error) <= ALLOWED:
+    if not all(each <= ALLOWED for each in error):
         if run.fold_teacher is True or run.teacher_layout == layout != "contiguous":
             raise UserError(
                 f"teacher {teacher.info.name}: folded and laid out {layout}, its outputs change by {max(error):.1g}, more than "
@@ -138,19 +138,14 @@ def _quicken(teacher: Teacher, run: Run, images: Tensor, accelerator: Accelerato
             error = _errors(_outputs(teacher, images), reference)
         exact = copy.deepcopy(teacher.model)
         ours = _cast(teacher, low, images, reference)
-        if max(ours) <= 1.5 * max(error):
+        if all(each <= 1.5 * max(error) for each in ours):
             error = ours
         else:
             teacher.model = exact
             teacher.use(torch.float32, follows_autocast=True)
     if not math.isfinite(sum(error)):
-        remedy = "check its weights" if teacher.dtype == torch.float32 else "set teacher.precision=bfloat16 or float32"
-        raise UserError(f"teacher {teacher.info.name}: its outputs are not finite in {_name(teacher.dtype)}; {remedy}")
-    return QuickTeacher(folded, layout, _name(teacher.dtype), *error)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+        raise UserError(f"teacher {teacher.info.name}: its outputs are not finite in half precision; set teacher.precision=float32")
+    return QuickTeacher(folded, layout, str(teacher.dtype).removeprefix("torch."), *error)
 
 
 def _cast(teacher: Teacher, dtype: torch.dtype, images: Tensor, reference: tuple[Tensor, Tensor]) -> tuple[float, float]:
@@ -167,8 +162,14 @@ def _layout(teacher: Teacher, run: Run, images: Tensor, accelerator: Accelerator
         return "contiguous"
     if images.device.type == "cpu":
         return "channels_last"
-    with accelerator.autocast():
-        chosen = [_faster(teacher, images.repeat(16, 1, 1, 1)) if accelerator.is_main_process else ""]
+    chosen = [""]
+    if accelerator.is_main_process:
+        trial, dtype = copy.deepcopy(teacher), teacher.stated_dtype
+        if dtype is None and teacher.follows_autocast:
+            dtype = HALF.get(accelerator.mixed_precision)
+        if dtype:
+            trial.use(dtype)
+        chosen = [_faster(trial, images.repeat(16, 1, 1, 1))]
     broadcast_object_list(chosen)  # equal on all processes
     return chosen[0]
 

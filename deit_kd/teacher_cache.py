@@ -49,7 +49,7 @@ def write_cache(
     *,
     views: int,
     formats: tuple[str, str],
-    ran: str = "as timm builds it",
+    ran: str,
     device_batch_size: int | None = None,
     shard_bytes: int = 64_000_000,
 ) -> None:

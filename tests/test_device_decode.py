@@ -189,17 +189,40 @@ def test_damaged_files_are_named_or_skipped(workers: int, folder: Path, files: l
         assert sum("the device cannot decode a JPEG" in each for each in warned) == (0 if reason == "truncated" else 1)
 
 
-def test_a_batch_that_the_device_refuses_is_decoded_on_the_cpu(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ours, warned = loader(folder, *DECODED)
-    theirs, _ = loader(folder, DECODED[0])
+def test_a_file_that_the_device_refuses_is_decoded_on_the_cpu(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It alone, whatever the size of its batches; its neighbours are what they are without it."""
+    ours, _ = seen(folder, *DECODED, batch=12)
+    theirs, _ = seen(folder, DECODED[0], batch=12)
+    file, source = folder / "train" / "a" / "4.jpg", open_source("image_folder", folder, "train")
+    refused = torch.frombuffer(bytearray(file.read_bytes()), dtype=torch.uint8)
+
+    def fail(contents: list[Tensor], *more: Any) -> Any:
+        if any(torch.equal(content, refused) for content in contents):
+            raise RuntimeError("nvjpeg\nsays no")
+        return decode_jpeg(contents, *more)
+
+    monkeypatch.setattr(jpegs, "decode_jpeg", fail)
+    for batch in (12, 6):
+        mixed, indices = seen(folder, *DECODED, batch=batch)
+        its = torch.tensor([Path(source.where(n)) == file for n in indices.tolist()])
+        assert its.sum() == 1
+        assert torch.equal(mixed[~its], ours[~its])
+        assert torch.equal(mixed[its], theirs[its])
+    loaded, warned = loader(folder, *DECODED)
+    list(loaded.epoch(0))
+    (told,) = warned
+    assert told.endswith("4.jpg: the device cannot decode a JPEG (nvjpeg says no); the CPU is to")
+
+
+def test_a_device_that_decodes_no_more_ends_the_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, _ = loader(folder, *DECODED)
 
     def fail(*_: Any) -> Any:
         raise RuntimeError("nvjpeg\nsays no")
 
     monkeypatch.setattr(jpegs, "decode_jpeg", fail)
-    for one, other in zip(ours.epoch(0), theirs.epoch(0), strict=True):
-        assert torch.equal(one.images, other.images)
-    assert warned == ["the device cannot decode a JPEG (nvjpeg says no); such batches are decoded on the CPU"]
+    with pytest.raises(RuntimeError, match="nvjpeg"):
+        list(ours.epoch(0))
     with pytest.raises(UserError, match=r"^run.decode_on=device: torchvision decodes no JPEG there \(nvjpeg says no\); use run"):
         Decoder(48, CPU)
 
@@ -269,11 +292,14 @@ def test_where_images_are_decoded() -> None:
     for stated in ("auto", "cpu"):
         with pytest.raises(UserError, match=r"^run.decode_on=device: .*; use run.augment_on=device, or run.decode_on=workers$"):
             choose_augmentation(recipes.load("deit_ti", ["run.decode_on=device", f"run.augment_on={stated}"]), CPU)
+    chosen = choose_augmentation(recipes.load("deit_ti", DECODED), CPU)
+    assert isinstance(chosen, OnDevice)
+    assert chosen.worker.sends_jpegs
     padded = ["augmentation.crop_scale=null", "augmentation.crop_padding=4"]
-    for overrides, sends in (([], True), (padded, False)):
-        chosen = choose_augmentation(recipes.load("deit_ti", [*DECODED, *overrides]), CPU)
-        assert isinstance(chosen, OnDevice)
-        assert chosen.worker.sends_jpegs == sends
+    with pytest.raises(
+        UserError, match=r"^run.decode_on=device: crops of padded images are cut in the workers; use run.decode_on=workers$"
+    ):
+        choose_augmentation(recipes.load("deit_ti", [*DECODED, *padded]), CPU)
 
 
 def test_a_run_goes_on_bit_exactly(folder: Path, tmp_path: Path, train_cli: Callable[..., tuple[int, str]]) -> None:
@@ -289,4 +315,4 @@ def test_a_run_goes_on_bit_exactly(folder: Path, tmp_path: Path, train_cli: Call
     assert students[0] == students[1]
     told = json.loads((tmp_path / "parts" / "run.json").read_text())
     assert told["decoded_on"] == told["earlier_sessions"][0]["decoded_on"] == "cpu"
-    assert "| Decoded on | the device (cpu) |" in (tmp_path / "parts" / "student" / "README.md").read_text()
+    assert "| JPEGs decoded on | the device (cpu) |" in (tmp_path / "parts" / "student" / "README.md").read_text()

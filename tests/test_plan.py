@@ -209,9 +209,23 @@ def test_plan_from_the_command_line(capsys: pytest.CaptureFixture[str], tmp_path
     of_a_core = content["core_seconds_per_image"]
     assert of_a_core["gpu"] < 0.5 * of_a_core["cpu"]  # augmentation is the GPU's
     assert eager["cores"] == math.ceil(eager["images_per_second"] * of_a_core["gpu"])
+    for stated, place in (("cpu", "cpu"), ("device", "gpu")):  # a recipe that says where has one number
+        cli.main(["plan", "deit_ti_plain", "--gpu", "h100", "--json", str(file), f"run.augment_on={stated}"])
+        assert set(json.loads(file.read_text())["core_seconds_per_image"].values()) == {of_a_core[place]}
     with pytest.raises(SystemExit):
         cli.main(["plan", "cifar100_resnet32x4_resnet8x4_kd", "data.train_images=auto", "--gpu", "h100"])
     assert "pass --data DIR or --images N" in capsys.readouterr().err
+
+
+def test_cores_of_a_gpu_that_decodes_are_told_on_a_machine_without_one(
+    photo_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "plan.json"
+    for overrides in ([], ["run.decode_on=device"]):
+        cli.main(["plan", "deit_ti_plain", "--data", str(photo_folder), "--gpu", "h100", "--json", str(file), *overrides])
+        seconds = json.loads(file.read_text())["core_seconds_per_image"]
+        assert 0 < seconds["gpu"] < seconds["cpu"]
+    assert "images/s of one core for a run on a CPU" in capsys.readouterr().out
 
 
 def test_measured_steps_stand_beside_the_prediction(fashion_folder: Path) -> None:

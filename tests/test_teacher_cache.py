@@ -240,7 +240,8 @@ def _write_as_one_of_two(data: Path, output: Path) -> None:
     (teacher,) = build.build_teachers(recipe, sources[0].class_names)
     assert isinstance(teacher, Teacher)
     speed.prepare(recipe.run, [teacher], partial(build.example_images, recipe, sources[1]), accelerator)
-    write_cache(recipe, teacher, sources, output, accelerator, views=2, formats=("float32", "float32"), shard_bytes=50_000)
+    formats = ("float32", "float32")
+    write_cache(recipe, teacher, sources, output, accelerator, views=2, formats=formats, ran="", shard_bytes=50_000)
 
 
 def test_two_processes_write_and_read_it(data: Path, exact: Path, tmp_path: Path) -> None:

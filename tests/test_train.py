@@ -22,11 +22,15 @@ from conftest import ROOT, SMALL, run_script
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from deit_kd import engine
+from deit_kd import build, engine
+from deit_kd import recipe as recipes
 from deit_kd.classification import Classification
-from deit_kd.data import Batch
+from deit_kd.data import Batch, open_source
+from deit_kd.data.transforms import evaluation_transform
+from deit_kd.models import load_teacher
 from deit_kd.tracking import TIMES, Clock
 
 Cli = Callable[..., tuple[int, str]]
@@ -556,3 +560,21 @@ def test_trackers(tracker: str, train_cli: Cli, fashion_folder: Path, tmp_path: 
     code, printed = train_cli(*options, f"run.trackers=[{tracker}]")
     assert code == 0, printed
     assert list((tmp_path / "run").rglob("events.out.tfevents.*"))
+
+
+def test_a_teacher_that_overflows_later_is_refused_before_the_first_step(
+    train_cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The images that half precision is tried with are few; all of validation are evaluated anyway."""
+    recipe, source = recipes.load("quickstart"), open_source("fashion_mnist", None, "val")
+    transform = evaluation_transform(recipe)
+    images = torch.stack([transform(source[n][0]) for n in range(len(source))])
+    teacher = load_teacher("quickstart_teacher", image_mean=recipe.data.mean, image_std=recipe.data.std)
+    largest = torch.cat([teacher(some).logits.abs().amax(1) for some in images.split(250)])
+    for parameter in teacher.model.get_classifier().parameters():
+        parameter.mul_(65504 * 1.02 / largest.max())
+    save_file({name: value.contiguous() for name, value in teacher.model.state_dict().items()}, tmp_path / "loud.safetensors")
+    monkeypatch.setattr(build, "example_images", lambda *_: images[largest.argsort()[:4]])
+    options = ["--recipe", "quickstart", "--output", tmp_path / "run", "run.workers=0"]
+    told = refuse(train_cli, *options, f"teacher.weights={tmp_path / 'loud.safetensors'}", "teacher.precision=float16")
+    assert "logits of validation images are not finite in torch.float16; set teacher.precision=float32" in told

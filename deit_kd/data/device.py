@@ -29,10 +29,13 @@ def choose_augmentation(recipe: Recipe, device: torch.device) -> Transform | OnD
         UserError: the recipe says device, and its augmentation cannot be done there; or what `train_transform` and `Decoder` refuse.
     """
     chosen = _choose(recipe, device)
-    if recipe.run.decode_on == "device" and not isinstance(chosen, OnDevice):
-        raise UserError(
-            "run.decode_on=device: images are augmented in the workers here; use run.augment_on=device, or run.decode_on=workers"
-        )
+    if recipe.run.decode_on == "device":
+        if not isinstance(chosen, OnDevice):
+            raise UserError(
+                "run.decode_on=device: images are augmented in the workers here; use run.augment_on=device, or run.decode_on=workers"
+            )
+        if chosen.worker.crop is None:
+            raise UserError("run.decode_on=device: crops of padded images are cut in the workers; use run.decode_on=workers")
     return chosen
 
 

@@ -110,7 +110,7 @@ class Worker:
             elif not isinstance(step, (MaybeToTensor, Normalize)):
                 raise CannotBeDrawnError(f"auto_augment={recipe.augmentation.auto_augment} is not made of single operations")
         self.size = recipe.data.img_size
-        self.sends_jpegs = recipe.run.decode_on == "device" and self.crop is not None
+        self.sends_jpegs = recipe.run.decode_on == "device"
         self.read = pixels_or_jpeg if self.sends_jpegs else pixels  # of (source, index), what this takes
 
     def __call__(self, read: Tensor | Jpeg) -> Drawn:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._utils import _flatten_dense_tensors
 from torchvision.io import ImageReadMode, decode_jpeg, encode_jpeg
 
+from deit_kd.data.decode import Jpeg
 from deit_kd.data.draws import Jpegs
 from deit_kd.errors import UserError
 
@@ -38,8 +39,9 @@ class Decoder:
     def __init__(self, size: int, device: torch.device):
         self.size, self.device = size, device
         self.stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
+        self._known = encode_jpeg(torch.zeros(3, 16, 16, dtype=torch.uint8))
         try:
-            decode_jpeg([encode_jpeg(torch.zeros(3, 16, 16, dtype=torch.uint8))], ImageReadMode.RGB, device)
+            decode_jpeg([self._known], ImageReadMode.RGB, device)
         except RuntimeError as error:
             raise UserError(
                 f"run.decode_on=device: torchvision decodes no JPEG there ({_short(error)}); use run.decode_on=workers"
@@ -61,6 +63,15 @@ class Decoder:
         crops.record_stream(training)
         return crops
 
+    def takes(self, jpeg: Jpeg) -> bool:
+        """Whether it decodes the file when it is alone; where it decodes nothing any more, its error."""
+        try:
+            (alone,) = decode_jpeg([jpeg.content], ImageReadMode.RGB, self.device)
+        except RuntimeError:
+            decode_jpeg([self._known], ImageReadMode.RGB, self.device)
+            return False
+        return alone.shape[1:] == (jpeg.height, jpeg.width)
+
     def _crops(self, jpegs: Jpegs) -> Tensor:
         files = list(jpegs.content.split(jpegs.table[0].tolist()))
         try:
@@ -68,7 +79,7 @@ class Decoder:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            raise UndecodedError(f"the device cannot decode a JPEG ({_short(error)})") from None
+            raise UndecodedError(f"the device cannot decode a JPEG ({_short(error)})") from error
         if len(flat) != 3 * jpegs.table[1].sum():
             raise UndecodedError("the device decodes a JPEG to another size than its header says")
         return resized(flat, jpegs.table, self.size)

@@ -19,7 +19,7 @@ from deit_kd.data.device import OnDevice
 from deit_kd.data.draws import Crop, Drawn, Plan, Worker, make_plan
 from deit_kd.data.jpegs import UndecodedError
 from deit_kd.data.mixing import mix, smooth_one_hot
-from deit_kd.data.sources import Source, pixels
+from deit_kd.data.sources import Source, pixels, pixels_or_jpeg
 from deit_kd.data.transforms import Transform
 from deit_kd.errors import UserError
 from deit_kd.recipe import Augmentation
@@ -242,8 +242,7 @@ class TrainLoader:
             try:
                 images, labels = self._finished(*collated)
             except UndecodedError as error:
-                images, labels = self._finished(*_collate(self._dataset.items(its_keys, pixels)))
-                self._warn_once(f"{error}; such batches are decoded on the CPU")
+                images, labels = self._finished(*self._without_what_fails(its_keys, error))
             labels = labels.to(place.device, non_blocking=True)
             targets = smooth_one_hot(labels, self.num_classes, self.augmentation.label_smoothing)
             rng = np.random.default_rng(derive_seed(self.seed, "mix", view, start // self.global_batch_size))
@@ -264,6 +263,24 @@ class TrainLoader:
             return self._finish(images, plan), labels
         assert images is not None, "else refused"
         return images.to(self.placement.device, non_blocking=True), labels
+
+    def _without_what_fails(self, keys: _Keys, error: UndecodedError) -> tuple[Tensor | None, Plan | None, Tensor, list[str], bool]:
+        """The batch again; workers' pixels stand in for the files that the device cannot decode, and the others stay as they were."""
+        blamed: list[str] = []
+
+        def read(source: Source, index: int) -> Any:
+            found = pixels_or_jpeg(source, index)
+            if isinstance(found, Tensor) or self._finish.decoder.takes(found):  # type: ignore[union-attr]
+                return found
+            blamed.append(source.where(index))
+            return pixels(source, index)
+
+        collated = _collate(self._dataset.items(keys, read))
+        if not blamed:
+            raise error.__cause__ or error
+        for where in blamed:
+            self._warn_once(f"{where}: {error}; the CPU is to")
+        return collated
 
     def _warn_once(self, fault: str) -> None:
         if fault not in self._warned:
