@@ -191,23 +191,27 @@ def _one_step(arm: Arm, images: Tensor) -> Step:
     return loss, gradients, arm.teacher_features(images[:4]).float()
 
 
+def work_of(
+    student: str, teacher: str, batch_size: int, img_size: int, device: torch.device
+) -> tuple[recipes.Recipe, dict[str, Tensor], Tensor, Tensor]:
+    """The same for all arms: recipe, weights of both networks, images, soft labels."""
+    torch.manual_seed(0)
+    overrides = [
+        f"student.name={student}", f"teacher.name={teacher}", "teacher.weights=random", "optim.lr=1e-5", "optim.lr_rule=none",
+        "optim.warmup_lr=1e-5", f"global_batch_size={batch_size}", "run.workers=0", f"data.img_size={img_size}",
+    ]  # fmt: skip
+    size = {} if img_size == 224 else {"img_size": img_size}
+    networks = {"student": timm.create_model(student, num_classes=CLASSES, **size)}
+    networks["teacher"] = timm.create_model(teacher, num_classes=CLASSES)
+    start = {f"{which}.{name}": value for which, model in networks.items() for name, value in model.state_dict().items()}
+    images = torch.randn(batch_size, 3, img_size, img_size, device=device)
+    return recipes.load("deit_ti", overrides), start, images, torch.randn(batch_size, CLASSES, device=device).mul(3).softmax(1)
+
+
 def measure(options: argparse.Namespace, batch_size: int, device: torch.device, gpu: Device | None) -> dict[str, Any]:
     """All arms at one batch size."""
-    torch.manual_seed(0)
     on_gpu = device.type == "cuda"
-    overrides = [
-        f"student.name={options.student}", f"teacher.name={options.teacher}", "teacher.weights=random", "optim.lr=1e-5", "optim.lr_rule=none",
-        "optim.warmup_lr=1e-5", f"global_batch_size={batch_size}", "run.workers=0", f"data.img_size={options.img_size}",
-    ]  # fmt: skip
-    recipe = recipes.load("deit_ti", overrides)
-    size = {} if options.img_size == 224 else {"img_size": options.img_size}
-    student = timm.create_model(options.student, num_classes=CLASSES, **size)
-    teacher = timm.create_model(options.teacher, num_classes=CLASSES)
-    start = {f"student.{name}": value.clone() for name, value in student.state_dict().items()}
-    start |= {f"teacher.{name}": value.clone() for name, value in teacher.state_dict().items()}
-    del student, teacher
-    images = torch.randn(batch_size, 3, options.img_size, options.img_size, device=device)
-    targets = torch.randn(batch_size, CLASSES, device=device).mul(3).softmax(1)
+    recipe, start, images, targets = work_of(options.student, options.teacher, batch_size, options.img_size, device)
 
     def arm(**run: Any) -> Arm:
         return ours(replace(recipe, run=replace(recipe.run, **run)), accelerator, start, images, targets)
