@@ -45,7 +45,6 @@ def steps(whose: str, kept: bool, batch_size: int, counted: int) -> dict[str, An
         if kept:
             keep_memory()
         step = theirs(TokenDistillationTask, start, NETWORKS, images, targets, compiled=False).step
-    del start
     seconds, faults = [], []
     for number in range(counted + 2):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt, time.process_time()
