@@ -19,6 +19,7 @@ import argparse
 import ctypes
 import json
 import resource
+import shlex
 import sys
 import tempfile
 from collections.abc import Callable
@@ -224,21 +225,26 @@ def measure(options: argparse.Namespace, batch_size: int, device: torch.device, 
     def peer(make: Callable[..., Any], compiled: bool = False) -> Arm:
         return theirs(make, start, (options.student, options.teacher), images, targets, compiled)
 
-    arms = {
-        "ours, eager": arm(compile=False),
-        "ours, plain": arm(speed="plain"),
-        BASE: peer(TokenDistillationTask),
-        f"{BASE}, again": peer(TokenDistillationTask),
-        "timm feature": peer(FeatureDistillationTask),
-        "DeiT's loss": peer(DeitTask),
+    ways: dict[str, Callable[[], Arm]] = {
+        "ours, eager": partial(arm, compile=False),
+        "ours, plain": partial(arm, speed="plain"),
+        BASE: partial(peer, TokenDistillationTask),
+        f"{BASE}, again": partial(peer, TokenDistillationTask),
+        "timm feature": partial(peer, FeatureDistillationTask),
+        "DeiT's loss": partial(peer, DeitTask),
+        "ours, compiled": partial(arm, compile=True),
+        f"{BASE}, compiled": partial(peer, TokenDistillationTask, compiled=True),
+        "timm feature, compiled": partial(peer, FeatureDistillationTask, compiled=True),
     }
     if not on_gpu:
-        arms[f"{BASE}, {KEPT}"] = peer(TokenDistillationTask)
-    if not (options.quick or options.eager):
-        arms |= {"ours, compiled": arm(compile=True), f"{BASE}, compiled": peer(TokenDistillationTask, compiled=True)}
-        arms["timm feature, compiled"] = peer(FeatureDistillationTask, compiled=True)
-        if not on_gpu:
-            arms[f"{BASE}, compiled, {KEPT}"] = peer(TokenDistillationTask, compiled=True)
+        ways[f"{BASE}, {KEPT}"] = partial(peer, TokenDistillationTask)
+        ways[f"{BASE}, compiled, {KEPT}"] = partial(peer, TokenDistillationTask, compiled=True)
+    wanted = {name for name in ways if not (options.quick or options.eager) or "compiled" not in name}
+    if options.arms:
+        if unknown := set(options.arms) - ways.keys():
+            sys.exit(f"--arms: {', '.join(sorted(unknown))} unknown; known are {'; '.join(ways)}")
+        wanted = {BASE, *options.arms}
+    arms = {name: way() for name, way in ways.items() if name in wanted}
     limits = LIMITS["bfloat16" if on_gpu else "float32"]
     errors = {name: gate(each, exact, images, limits) for name, each in arms.items() if name.startswith("ours")}
     steps = {name: each.step for name, each in arms.items()}
@@ -329,6 +335,7 @@ def main() -> None:
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[8])
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--eager", action="store_true", help="nothing compiled")
+    parser.add_argument("--arms", nargs="+", help=f"these, by name, beside {BASE}")
     parser.add_argument(
         "--quick", action="store_true", help="batch 2, 2 rounds, nothing compiled, nothing written unless --output says where"
     )
@@ -342,7 +349,7 @@ def main() -> None:
     batches = [measure(options, size, device, gpu) for size in options.batch_sizes]
     output = options.output or ROOT / "results" / f"speed_step_{options.device}.json"
     if options.output or not options.quick:
-        content = {"command": "python -m benchmarks.step " + " ".join(sys.argv[1:]), **facts()}
+        content = {"command": "python -m benchmarks.step " + shlex.join(sys.argv[1:]), **facts()}
         content |= {"student": options.student, "teacher": options.teacher, "img_size": options.img_size, "rounds": options.rounds}
         output.write_text(json.dumps({**content, "gpu": gpu and asdict(gpu), "batches": batches}, indent=1) + "\n")
 
