@@ -118,7 +118,10 @@ def _quicken(teacher: Teacher, run: Run, images: Tensor, accelerator: Accelerato
     if run.fold_teacher is True or (run.fold_teacher == "auto" and not plain):
         teacher.model = copy.deepcopy(before)
         folded = fold_batch_norms(teacher.model, partial(teacher.probe, images[:1]))
-    layout = _layout(teacher, run, images, accelerator)
+    low = teacher.stated_dtype
+    if low is None and teacher.follows_autocast and not plain:
+        low = HALF.get(accelerator.mixed_precision)
+    layout = _layout(teacher, run, images, accelerator, low)
     _lay_out(teacher, layout)
     error = _errors(_exact(teacher, images), reference)
     if not all(each <= ALLOWED for each in error):
@@ -130,10 +133,9 @@ def _quicken(teacher: Teacher, run: Run, images: Tensor, accelerator: Accelerato
         teacher.model, folded, layout = before, 0, "contiguous"
         _lay_out(teacher, layout)
         error = _errors(_exact(teacher, images), reference)
-    low = HALF.get(accelerator.mixed_precision)
     if teacher.stated_dtype:
         error = _cast(teacher, teacher.stated_dtype, images, reference)
-    elif low and not plain and teacher.follows_autocast:  # instead of casting the weights again at each step, if that is as exact
+    elif low:  # instead of casting the weights again at each step, if that is as exact
         with accelerator.autocast():
             error = _errors(_outputs(teacher, images), reference)
         exact = copy.deepcopy(teacher.model)
@@ -153,7 +155,7 @@ def _cast(teacher: Teacher, dtype: torch.dtype, images: Tensor, reference: tuple
     return _errors(_outputs(teacher, images), reference)
 
 
-def _layout(teacher: Teacher, run: Run, images: Tensor, accelerator: Accelerator) -> str:
+def _layout(teacher: Teacher, run: Run, images: Tensor, accelerator: Accelerator, low: torch.dtype | None) -> str:
     if run.teacher_layout != "auto":
         return run.teacher_layout
     if run.speed == "plain" or not any(
@@ -164,11 +166,9 @@ def _layout(teacher: Teacher, run: Run, images: Tensor, accelerator: Accelerator
         return "channels_last"
     chosen = [""]
     if accelerator.is_main_process:
-        trial, dtype = copy.deepcopy(teacher), teacher.stated_dtype
-        if dtype is None and teacher.follows_autocast:
-            dtype = HALF.get(accelerator.mixed_precision)
-        if dtype:
-            trial.use(dtype)
+        trial = copy.deepcopy(teacher)
+        if low:
+            trial.use(low)
         chosen = [_faster(trial, images.repeat(16, 1, 1, 1))]
     broadcast_object_list(chosen)  # equal on all processes
     return chosen[0]

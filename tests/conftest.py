@@ -10,8 +10,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read at import: a test that would need the
 import importlib.util
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -97,6 +101,22 @@ def train_cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, st
         return code, printed.out + printed.err
 
     return run
+
+
+@contextmanager
+def python_calls() -> Iterator[Counter[tuple[str, str]]]:
+    """Counts calls of Python functions on this thread, by file and name."""
+    counted: Counter[tuple[str, str]] = Counter()
+
+    def note(frame: FrameType, event: str, _: Any) -> None:
+        if event == "call":
+            counted[frame.f_code.co_filename, frame.f_code.co_name] += 1
+
+    sys.setprofile(note)
+    try:
+        yield counted
+    finally:
+        sys.setprofile(None)
 
 
 def run_script(*arguments: object, **kwargs: object) -> subprocess.CompletedProcess[str]:

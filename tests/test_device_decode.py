@@ -6,15 +6,13 @@ import io
 import json
 import random
 import sys
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pytest
 import torch
-from conftest import SMALL
+from conftest import SMALL, python_calls
 from PIL import Image
 from torch import Tensor
 from torchvision.io import decode_jpeg
@@ -254,20 +252,11 @@ def test_the_main_process_does_nothing_for_each_image(folder: Path, monkeypatch:
     for size in (8, 12):
         batches = loader(folder, *DECODED, "augmentation.auto_augment=null", workers=1, batch=size)[0].epoch(0)
         next(batches)
-        counted: Counter[str] = Counter()
-
-        def note(frame: FrameType, event: str, _: Any, counted: Counter[str] = counted) -> None:
-            if event == "call":
-                counted[f"{Path(frame.f_code.co_filename).name} {frame.f_code.co_name}"] += 1
-
-        sys.setprofile(note)
-        try:
+        with python_calls() as counted:
             batch = next(batches)
-        finally:
-            sys.setprofile(None)
         assert len(batch.images) == size
         calls.append(counted)
-    assert calls[0]["jpegs.py resized"] == 1
+    assert calls[0][jpegs.__file__, "resized"] == 1
     assert {name: n for name, n in (calls[1] - calls[0]).items() if n >= 4} == {}, "four more images"
 
 

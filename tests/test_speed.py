@@ -12,13 +12,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import SMALL
+from conftest import SMALL, python_calls
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -332,18 +331,9 @@ def test_the_main_thread_does_nothing_for_each_image(on: str, fashion_folder: Pa
             accumulation_steps=1,
         ).epoch(0)
         next(batches)
-        seen: Counter[str] = Counter()
-
-        def note(frame: FrameType, event: str, _: Any, seen: Counter[str] = seen) -> None:
-            if event == "call" and "deit_kd" in frame.f_code.co_filename:
-                seen[frame.f_code.co_name] += 1
-
-        sys.setprofile(note)
-        try:
+        with python_calls() as counted:
             batch = next(batches)
-        finally:
-            sys.setprofile(None)
         assert len(batch.images) == size
-        calls.append(seen)
+        calls.append(Counter({place: n for place, n in counted.items() if "deit_kd" in place[0]}))
     assert sum(calls[0].values()) > 0
     assert sum(calls[1].values()) - sum(calls[0].values()) <= (20 if on == "device" else 0), calls
