@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -16,14 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from deit_kd import sharding
 from deit_kd.errors import UserError
-
-Tensors = Mapping[str, Tensor]
+from deit_kd.files import Tensors, optional, sha256, whole_folder, write_tensors
 
 
 def save(folder: Path, step: int, parts: Mapping[str, Tensors], state: Mapping[str, Any], keep: int) -> Path:
@@ -33,10 +30,7 @@ def save(folder: Path, step: int, parts: Mapping[str, Tensors], state: Mapping[s
         OSError: the disk is full or gone; what was there before is untouched.
     """
     final = folder / f"step_{step:08d}"
-    temporary = folder / f".{final.name}.tmp"
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+    with whole_folder(final) as temporary:
         hashes = {}
         for name, tensors in parts.items():
             file = temporary / f"{name}.safetensors"
@@ -44,49 +38,10 @@ def save(folder: Path, step: int, parts: Mapping[str, Tensors], state: Mapping[s
             hashes[file.name] = sha256(file)
         content = {**state, "step": step, "sha256": hashes}
         (temporary / "state.json").write_text(json.dumps({**content, "own_sha256": _own_hash(content)}, indent=1))
-        for file in temporary.iterdir():
-            _flush(file)
-        _flush(temporary)
-        replace_folder(temporary, final)
-        _flush(folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
     for old in [path for path in _all(folder) if path != final][: -keep + 1 or None]:
-        shutil.rmtree(old)
+        with optional(f"removing {old}"):
+            shutil.rmtree(old)
     return final
-
-
-def write_tensors(tensors: Tensors, file: Path, metadata: dict[str, str] | None = None) -> None:
-    """Writes contiguous copies, which neither views nor channels_last memory are; a failure of the disk is an OSError as elsewhere."""
-    copies = {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
-    try:
-        save_file(copies, file, metadata or {"format": "pt"})
-    except SafetensorError as error:
-        number = re.search(r"os error (\d+)", str(error))
-        if number is None:
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(file)) from None
-    file.chmod(0o644)  # safetensors makes files that only their owner can read
-
-
-def write_whole(tensors: Tensors, file: Path, metadata: dict[str, str]) -> None:
-    """Writes a file that is there whole or not at all, also after a crash of the machine."""
-    part = file.with_name(f".{file.name}.tmp")
-    write_tensors(tensors, part, metadata)
-    _flush(part)
-    part.replace(file)
-    _flush(file.parent)
-
-
-def replace_folder(temporary: Path, final: Path) -> None:
-    """Renames `temporary` to `final`; what was there before goes only after that."""
-    before = final.with_name(f".{final.name}.before")
-    shutil.rmtree(before, ignore_errors=True)
-    if final.exists():
-        final.rename(before)
-    temporary.rename(final)
-    shutil.rmtree(before, ignore_errors=True)
 
 
 def set_aside_after(folder: Path, chosen: Path | None, warn: Callable[[str], None]) -> None:
@@ -176,20 +131,3 @@ def _fault(path: Path) -> str | None:
 
 def _own_hash(state: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
-
-
-def sha256(file: Path) -> str:
-    """Of its bytes."""
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

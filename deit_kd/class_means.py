@@ -20,11 +20,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from deit_kd.checkpoint import write_whole
 from deit_kd.data import EvaluationLoader, Placement, Source
 from deit_kd.data.loader import SKIPPED
 from deit_kd.data.transforms import train_transform
 from deit_kd.errors import UserError
+from deit_kd.files import write_tensors
 from deit_kd.models import AnyTeacher, Teacher
 from deit_kd.recipe import Recipe, dump
 from deit_kd.seed import derive_seed
@@ -45,7 +45,7 @@ def load_or_compute(
         if accelerator.is_main_process:
             file.parent.mkdir(parents=True, exist_ok=True)
             told = {**_identity(recipe, teacher, source), "recipe": dump(recipe)}
-            write_whole({"class_means": means}, file, {"deit_kd": json.dumps(told)})  # one entry: several come in any order
+            write_tensors({"class_means": means}, file, {"deit_kd": json.dumps(told)})  # one entry: several come in any order
         accelerator.wait_for_everyone()
     return _read(file, _identity(recipe, teacher, source)).to(accelerator.device)
 

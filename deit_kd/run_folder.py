@@ -24,6 +24,7 @@ import deit_kd
 from deit_kd import checkpoint, plan, sharding
 from deit_kd import recipe as recipes
 from deit_kd.errors import UserError
+from deit_kd.files import sha256
 from deit_kd.models import CachedTeacher
 from deit_kd.models.loading import file_of
 from deit_kd.recipe import Recipe
@@ -102,7 +103,7 @@ def describe(
             accelerator.print(f"{fault}; the run goes on without those that do not fit")
         (output / "recipe.yaml").write_text(recipes.dump(recipe))
         file = file_of(recipe.finetune.weights) if recipe.finetune else None
-        weights = None if file is None else checkpoint.sha256(file)
+        weights = None if file is None else sha256(file)
         run = {
             "name": output.resolve().name,
             "deit_kd": deit_kd.__version__,

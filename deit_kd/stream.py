@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from deit_kd.checkpoint import sha256
 from deit_kd.class_means import fingerprint
 from deit_kd.data import Source, TrainLoader
 from deit_kd.data.shards import ShardSource
 from deit_kd.data.sources import FolderSource, PartSource
 from deit_kd.errors import UserError
+from deit_kd.files import sha256
 from deit_kd.models import CachedTeacher
 from deit_kd.models.loading import file_of
 from deit_kd.recipe import Recipe, flatten

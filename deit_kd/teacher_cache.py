@@ -23,13 +23,13 @@ from tqdm import tqdm
 
 from deit_kd import stream
 from deit_kd.build import placement
-from deit_kd.checkpoint import sha256, write_whole
 from deit_kd.data import EvaluationLoader, Placement, Source, TrainLoader
 from deit_kd.data.device import choose_augmentation
 from deit_kd.data.sources import hold_out
 from deit_kd.data.transforms import evaluation_transform
 from deit_kd.errors import UserError
 from deit_kd.evaluation import measure
+from deit_kd.files import sha256, write_tensors
 from deit_kd.models import Teacher, cached_teacher, teacher_formats
 from deit_kd.models.teacher_formats import Basis
 from deit_kd.recipe import Recipe
@@ -174,7 +174,7 @@ def _measured(
     fitted, basis, told = len(features) * 3 // 4, None, {}
     if formats[0].startswith("pca:"):
         basis = teacher_formats.fit_basis(features[:fitted], teacher_formats.number_of(formats[0]))
-        write_whole(basis._asdict(), folder / "basis.safetensors", {"format": "pt"})
+        write_tensors(basis._asdict(), folder / "basis.safetensors", {"format": "pt"})
         told["basis_sha256"] = sha256(folder / "basis.safetensors")
     others = slice(fitted if len(features) - fitted > 1 else 0, None)
     rows = teacher_formats.encode(features, logits, formats, basis)
@@ -254,6 +254,6 @@ def _write_shards(
                 pieces.append(teacher_formats.encode(features, logits, formats, basis))
                 bar.update(len(features))
             rows = {name: torch.cat([piece[name] for piece in pieces]).cpu() for name in pieces[0]}
-            write_whole(rows, cached_teacher.shard_file(folder, view, first), cached_teacher.shard_metadata(rows, view, first))
+            write_tensors(rows, cached_teacher.shard_file(folder, view, first), cached_teacher.shard_metadata(rows, view, first))
     accelerator.wait_for_everyone()
     accelerator.print(f"{folder}: whole; train with teacher.cache={folder}")

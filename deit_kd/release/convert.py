@@ -10,8 +10,8 @@ from jinja2 import Environment, StrictUndefined
 from timm.models import model_entrypoint
 
 import deit_kd
-from deit_kd.checkpoint import sha256
 from deit_kd.errors import UserError
+from deit_kd.files import sha256
 from deit_kd.models.loading import build_found, read_student
 from deit_kd.release.export import save_student
 

@@ -12,8 +12,8 @@ import timm
 import torch
 from timm.models._hub import save_config_for_hf
 
-from deit_kd.checkpoint import replace_folder, write_tensors
 from deit_kd.errors import UserError
+from deit_kd.files import replace_folder, write_tensors
 from deit_kd.models.taps import TimmModel
 from deit_kd.recipe import Recipe
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from deit_kd.checkpoint import replace_folder, write_tensors
 from deit_kd.errors import UserError
+from deit_kd.files import replace_folder, write_tensors
 from deit_kd.models import load_student
 from deit_kd.models.loading import folder_of
 from deit_kd.models.taps import TimmModel

@@ -1,0 +1,111 @@
+"""The door for structure that somebody else wrote: JSON through a typed schema with bounds, sizes before anything is read whole.
+
+Whatever is wrong with a file ends in one line: the file, the place in it, what is wrong, what to do.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+
+from deit_kd.errors import UserError
+
+MEGABYTE = 1_000_000
+T = TypeVar("T")
+
+
+class Document(BaseModel):
+    """A mapping in a file. Types are strict, numbers finite; keys that a schema does not name are ignored."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False, frozen=True)
+
+
+def read_json(file: Path, schema: type[T], remedy: str, most_bytes: int = 16 * MEGABYTE) -> T:
+    """Reads a JSON file through `schema`.
+
+    Args:
+        file: its path.
+        schema: a `Document`, or any type that pydantic checks, with bounds.
+        remedy: what the user does about a bad file.
+        most_bytes: a larger file is refused before it is read.
+
+    Raises:
+        UserError: the file is missing, too large, no JSON, or not of the schema.
+    """
+    return parse_json(read_bytes(file, remedy, most_bytes), str(file), schema, remedy)
+
+
+def parse_json(content: bytes | str, where: str, schema: type[T], remedy: str) -> T:
+    """`read_json` of bytes that are read already; `where` names them in messages.
+
+    Raises:
+        UserError: as `read_json`.
+    """
+    try:
+        return TypeAdapter(schema).validate_json(content, strict=True)
+    except ValidationError as error:
+        raise UserError(f"{where}: {first_fault(error)}; {remedy}") from None
+
+
+def check(content: Any, where: str, schema: type[T], remedy: str) -> T:
+    """`parse_json` of plain Python values.
+
+    Raises:
+        UserError: as `read_json`.
+    """
+    try:
+        return TypeAdapter(schema).validate_python(content, strict=True)
+    except ValidationError as error:
+        raise UserError(f"{where}: {first_fault(error)}; {remedy}") from None
+
+
+def read_bytes(file: Path, remedy: str, most_bytes: int) -> bytes:
+    """The content of a regular file of at most `most_bytes`.
+
+    Raises:
+        UserError: the file is missing, no regular file, larger, or cannot be read.
+    """
+    must_be_a_file(file, remedy, most_bytes)
+    try:
+        with file.open("rb") as stream:
+            content = stream.read(most_bytes + 1)
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror or error}); {remedy}") from None
+    if len(content) > most_bytes:
+        raise UserError(f"{file}: is larger than {most_bytes / MEGABYTE:g} MB; {remedy}")
+    return content
+
+
+def must_be_a_file(file: Path, remedy: str, most_bytes: float = float("inf")) -> None:
+    """Refuses what is no regular file (a FIFO would wait for ever), or is larger than `most_bytes`.
+
+    Raises:
+        UserError: it is so.
+    """
+    try:
+        size = file.stat().st_size
+        regular = file.is_file()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: cannot be read ({getattr(error, 'strerror', None) or error}); {remedy}") from None
+    if not regular:
+        raise UserError(f"{file}: is no regular file; {remedy}")
+    if size > most_bytes:
+        raise UserError(f"{file}: is {size / MEGABYTE:,.1f} MB large, at most {most_bytes / MEGABYTE:g} MB are right; {remedy}")
+
+
+def first_fault(error: ValidationError) -> str:
+    """The first fault of pydantic's in one line: `place: what is wrong, got VALUE`, and how many more there are."""
+    faults = error.errors(include_url=False, include_context=False)
+    first = faults[0]
+    place = ".".join(str(part) for part in first["loc"])
+    got = "" if first["type"] in ("missing", "json_invalid") else f", got {short(first['input'])}"
+    more = f" (and {len(faults) - 1} more faults)" if len(faults) > 1 else ""
+    return f"{place + ': ' if place else ''}{' '.join(first['msg'].split())}{got}{more}"
+
+
+def short(value: Any, most: int = 60) -> str:
+    """A value's text, cut to `most` characters."""
+    text = repr(value if not isinstance(value, (str, bytes)) else value[: most + 1])
+    return text if len(text) <= most else f"{text[: most - 3]}..."
