@@ -6,21 +6,22 @@ device batch) are flags of train.py, not keys.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import difflib
 import hashlib
+import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from deit_kd.errors import UserError
-from deit_kd.recipe import schema
+from deit_kd.documents import short
 from deit_kd.recipe.checks import READS, beyond_a_cache, impossible
+from deit_kd.recipe.document import FLOAT, Kind, RecipeError, hints, kind_of, read_override, read_yaml
+from deit_kd.recipe.partial import well_typed
 from deit_kd.recipe.schema import (
     Augmentation,
     Data,
@@ -38,6 +39,7 @@ from deit_kd.recipe.schema import (
     Teacher,
     flatten,
 )
+from deit_kd.text import printable
 
 __all__ = [
     "READS",
@@ -69,11 +71,37 @@ __all__ = [
 FOLDER = Path(__file__).resolve().parent.parent.parent / "recipes"
 
 
-class RecipeError(UserError):
-    """Every fault of a recipe, one a line."""
-
+MOST_FAULTS = 20  # told at once
+# What other tools call a key; the nearest spelling would be another one.
+MEANT = {
+    "learning_rate": "optim.lr",
+    "base_lr": "optim.lr",
+    "wd": "optim.weight_decay",
+    "batch_size": "global_batch_size",
+    "num_epochs": "epochs",
+    "max_epochs": "epochs",
+    "opt": "optim.name",
+    "optimizer": "optim.name",
+    "sched": "optim.schedule",
+    "warmup": "optim.warmup_epochs",
+    "smoothing": "augmentation.label_smoothing",
+    "tau": "distill.temperature",
+    "drop_path_rate": "student.drop_path",
+    "amp": "run.precision",
+    "mixed_precision": "run.precision",
+    "num_workers": "run.workers",
+    "normalization": "distill.normalisation",
+}
 
 _ADAPTER = TypeAdapter(Recipe)
+_KIND = kind_of(Recipe)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that `load` would take for a number."""
+
+
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+0123456789."))
 
 
 def names() -> list[str]:
@@ -85,35 +113,36 @@ def load(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Reads, overrides and checks a recipe.
 
     Args:
-        name_or_path: a name in `recipes/`, or the path of a YAML file.
-        overrides: `key=value` strings, keys dotted (`optim.lr=1e-3`), values YAML.
+        name_or_path: a name in `recipes/`, the path of a YAML file, or a run folder.
+        overrides: `key=value` strings, keys dotted (`optim.lr=1e-3`), values as the key's type asks. One that chooses something (a loss, a
+            projector, an optimiser, a schedule) drops the keys that only the choice before read.
 
     Raises:
         RecipeError: unknown recipe, or every fault in it, each with key, value and remedy.
     """
     path = _find(name_or_path)
-    try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    document = read_yaml(path, _KIND)
     if not isinstance(document, dict):
-        raise RecipeError(f"{path}: a recipe is a mapping of sections; copy one of {', '.join(names())} to start")
-    faults = [fault for override in overrides if (fault := _apply(document, override))]
+        raise RecipeError(f"{printable(str(path))}: a recipe is a mapping of sections; copy one of {', '.join(names())} to start")
+    faults = [fault for override in overrides if (fault := _apply(document, override, overrides))]
     try:
         recipe = _ADAPTER.validate_python(document)
         faults += impossible(recipe)
     except ValidationError as error:
-        faults += _merged([_explain(detail) for detail in error.errors()])
-        faults += _impossible_beside(document, error)
+        details = error.errors(include_url=False)
+        faults += _merged([_explain(detail) for detail in details[: 3 * MOST_FAULTS]])  # several details may be of one key
+        faults += impossible(well_typed(Recipe, document))
     if faults:
+        faults = list(dict.fromkeys(map(printable, faults)))
         count = f"{len(faults)} fault{'s' if len(faults) > 1 else ''}"
-        raise RecipeError("\n  ".join([f"recipe {path.name}: {count}", *dict.fromkeys(faults)]))
+        more = [f"and {len(faults) - MOST_FAULTS} more"] if len(faults) > MOST_FAULTS else []
+        raise RecipeError("\n  ".join([f"recipe {printable(path.name)}: {count}", *faults[:MOST_FAULTS], *more]))
     return recipe
 
 
 def dump(recipe: Recipe) -> str:
     """The resolved, complete recipe as YAML; `load` reads it back to an equal one."""
-    return yaml.safe_dump(_ADAPTER.dump_python(recipe, mode="json"), sort_keys=False)
+    return yaml.dump(_ADAPTER.dump_python(recipe, mode="json"), Dumper=_Dumper, sort_keys=False)
 
 
 def differences(old: Recipe, new: Recipe) -> list[str]:
@@ -124,21 +153,27 @@ def differences(old: Recipe, new: Recipe) -> list[str]:
 
 
 def fingerprint(recipe: Recipe) -> str:
-    """The same for recipes without `differences`; a key that is null counts like one that a recipe of an earlier version lacks."""
-    moving = [(key, repr(value)) for key, value in flatten(recipe) if not key.startswith("run.") and value is not None]
+    """The same for recipes without `differences`; a key at its default counts like one that a recipe of an earlier version lacks."""
+    moving = [
+        (key, repr(value))
+        for key, value in flatten(recipe)
+        if not key.startswith("run.") and (value is None or isinstance(value, dict) or value != _DEFAULTS.get(key))
+    ]
     return hashlib.sha256(repr(sorted(moving)).encode()).hexdigest()
 
 
 def _find(name_or_path: str | Path) -> Path:
     path = Path(name_or_path)
     if path.suffix in (".yaml", ".yml"):
-        if path.is_file():
+        if os.path.exists(path):  # no error for any name, other than path.exists()  # noqa: PTH110
             return path
-        raise RecipeError(f"recipe file {path} does not exist")
-    if (FOLDER / f"{path}.yaml").is_file():
+        raise RecipeError(f"recipe file {printable(str(path))} does not exist")
+    if path.name == str(path) and (FOLDER / f"{path}.yaml").is_file():
         return FOLDER / f"{path}.yaml"
+    if os.path.exists(path / "recipe.yaml"):  # noqa: PTH110
+        return path / "recipe.yaml"
     hint = nearest(str(path), names()) or f"; known: {', '.join(names())}"
-    raise RecipeError(f"unknown recipe {str(path)!r}{hint}")
+    raise RecipeError(f"unknown recipe {short(str(path))}{hint}")
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -150,28 +185,43 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f" (did you mean {' or '.join(close)}?)" if close else ""
 
 
-def _known_keys(cls: type = Recipe, prefix: str = "") -> list[str]:
-    """Every dotted key; those of `teachers` with a star for the entry's number."""
-    keys = []
+def _keys(cls: type = Recipe, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any], Kind]]:
+    """Every dotted key with its field and what it takes; those of `teachers` with a star for the entry's number."""
     for f in dataclasses.fields(cls):
+        kind = kind_of(hints(cls)[f.name])
+        yield prefix + f.name, f, kind
         if f.name == "teachers":
-            keys += ["teachers", *_known_keys(OneOfTeachers, "teachers.*.")]
-            continue
-        section = getattr(schema, re.sub(r" \| None$", "", str(f.type)), None)
-        is_section = isinstance(section, type) and issubclass(section, Section)
-        keys += [prefix + f.name] + (_known_keys(section, f"{prefix}{f.name}.") if is_section else [])  # type: ignore[arg-type]
-    return keys
+            yield from _keys(OneOfTeachers, "teachers.*.")
+        elif kind.section is not None:
+            yield from _keys(kind.section, f"{prefix}{f.name}.")
 
 
-def _apply(document: dict[str, Any], override: str) -> str | None:
+_KINDS = {key: kind for key, _, kind in _keys()}
+_DEFAULTS = {key: f.default for key, f, _ in _keys() if f.default is not dataclasses.MISSING}
+
+
+def _unknown(key: str) -> str:
+    meant = MEANT.get(key.rpartition(".")[2].lower())
+    return f" (did you mean {meant}?)" if meant else nearest(key[:100], _KINDS)
+
+
+def _kind(key: str) -> Kind | None:
+    """What a dotted key takes; None: it is unknown."""
+    starred = re.sub(r"^teachers\.\d{1,3}\.", "teachers.*.", key, flags=re.ASCII)
+    owner, _, last = starred.rpartition(".")
+    if _KINDS.get(owner) and _KINDS[owner].values is not None and re.fullmatch(r"\w+", last):  # their keys are values
+        return _KINDS[owner].child(last)
+    return _KINDS.get(starred)
+
+
+def _apply(document: dict[str, Any], override: str, overrides: Sequence[str]) -> str | None:
     """Sets one `key=value` in the document; returns the fault, if any."""
     key, equals, text = override.partition("=")
     if not equals:
-        return f"{override!r} is not an override; write key=value, for example optim.lr=1e-3"
-    starred = re.sub(r"^teachers\.\d+\.", "teachers.*.", key)
-    free = re.search(r"(^student\.model_args|distill\.ramp_epochs|distill\.active_epochs)\.\w+$", key)  # their keys are values
-    if starred not in _known_keys() and not free:
-        return f"{key}: unknown key in an override{nearest(key, _known_keys())}"
+        return f"{short(override)} is not an override; write key=value, for example optim.lr=1e-3"
+    kind = _kind(key)
+    if kind is None:
+        return f"{key[:100]}: unknown key in an override{_unknown(key)}"
     *parents, last = key.split(".")
     section: Any = document
     for parent in parents:
@@ -182,33 +232,23 @@ def _apply(document: dict[str, Any], override: str) -> str | None:
         if not isinstance(section, (dict, list)):
             return f"{key}: cannot be set, because {parent} is null in this recipe"
     try:
-        section[last] = yaml.safe_load(text)
-    except yaml.YAMLError:
-        return f"{key}: {text!r} is not a YAML value"
+        value = read_override(text, kind)
+    except ValueError as error:
+        return f"{key}: {error}"
+    assert isinstance(section, dict)
+    selector = ".".join([*parents, last][-2:])
+    if selector in READS:
+        stated = {other.partition("=")[0].rpartition(".")[2] for other in overrides if other.startswith(".".join([*parents, ""]))}
+        for stale in set(_reads(selector, section.get(last))) - set(_reads(selector, value)) - stated:
+            section.pop(stale, None)
+    section[last] = value
     return None
 
 
-def _impossible_beside(document: dict[str, Any], error: ValidationError) -> list[str]:
-    """Impossible values among the well-typed keys of a document that has faults of type too, so that all are told at once.
-
-    Each faulty key takes the value that the quick start has; faults that name such a key are left out.
-    """
-    mended, good = copy.deepcopy(document), yaml.safe_load((FOLDER / "quickstart.yaml").read_text(encoding="utf-8"))
-    places = {tuple(map(str, detail["loc"][:2])) for detail in error.errors()}
-    for section, *key in places:
-        if not key:
-            mended[section] = good.get(section)
-        elif isinstance(mended.get(section), dict) and isinstance(good.get(section), dict):
-            mended[section][key[0]] = good[section].get(key[0])
-            if key[0] not in good[section]:
-                del mended[section][key[0]]
-    mended = {key: value for key, value in mended.items() if key in good}
-    try:
-        faults = impossible(_ADAPTER.validate_python(mended))
-    except ValidationError:
-        return []
-    names = [".".join(place) for place in places]
-    return [fault for fault in faults if not any(name in fault for name in names)]
+def _reads(selector: str, choice: Any) -> tuple[str, ...]:
+    """The keys that a choice reads, as READS has them."""
+    other = ("betas", "eps") if selector == "optim.name" else ()
+    return READS[selector].get(choice, other) if isinstance(choice, str) else ()
 
 
 def _merged(faults: list[str]) -> list[str]:
@@ -223,19 +263,18 @@ def _merged(faults: list[str]) -> list[str]:
 
 def _explain(detail: Any) -> str:
     """One pydantic error as `key: what is wrong (value, remedy)`."""
-    known = _known_keys()
-    parts = [str(part) for part in detail["loc"]]
-    key = max((".".join(parts[:n]) for n in range(1, len(parts) + 1) if ".".join(parts[:n]) in known), key=len, default="")
-    value, kind = detail["input"], detail["type"]
+    parts = [str(part)[:100] for part in detail["loc"]]
+    places = [".".join(parts[:n]) for n in range(1, len(parts) + 1)]
+    key = max((place for place in places if _kind(place) is not None), key=len, default=parts[0])
+    value, kind = short(detail["input"]), detail["type"]
     if kind == "unexpected_keyword_argument":
-        key = ".".join(parts)
-        return f"{key}: unknown key{nearest(key, known)}"
+        return f"{places[-1]}: unknown key{_unknown(places[-1])}"
     if kind in ("missing", "missing_argument"):
-        return f"{'.'.join(parts)}: missing; a recipe states every key that moves a number"
+        return f"{places[-1]}: missing; a recipe states every key that moves a number"
     if kind in ("dataclass_type", "dataclass_exact_type"):
-        return f"{key}: must be a section (a mapping of keys), got {value!r}"
+        return f"{key}: must be a section (a mapping of keys), got {value}"
     message = detail["msg"].removeprefix("Input should be ")
     message = message.replace("a valid boolean, unable to interpret input", "true or false")
     message = message.replace("a valid integer, unable to parse string as an integer", "an integer")
     message = message.replace("a valid number, unable to parse string as a number", "a number")
-    return f"{key}: must be {message}, got {value!r}"
+    return f"{key}: must be {message}, got {value}"

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from typing import Any
 
+from deit_kd.recipe.partial import Undecidable
 from deit_kd.recipe.schema import Lesson, Recipe, flatten
 
 AT_LEAST = {
@@ -28,6 +31,14 @@ PROBABILITIES = (
     "student.drop_path", "finetune.layer_decay", "finetune.holdout", "projector.dropout", "projector.momentum", "optim.momentum",
     *(f"augmentation.{key}" for key in ("horizontal_flip", "random_erasing", "mixup_prob", "mixup_switch_prob", "label_smoothing")),
 )  # fmt: skip
+# Beyond these nothing runs and much would be made: a number far too large is a slip of the finger, or somebody else's.
+AT_MOST = {
+    **dict.fromkeys(("epochs", "global_batch_size", "optim.lr_base_batch_size", "augmentation.repeats", "projector.negatives"), 10**6),
+    **dict.fromkeys(("data.img_size", "teacher.img_size"), 4096),
+    **dict.fromkeys(("data.num_classes", "projector.width"), 10**6),
+    "run.workers": 1024,
+    "projector.depth": 100,
+}
 ELSEWHERE = {"num_classes": "data.num_classes", "drop_path_rate": "student.drop_path", "img_size": "data.img_size"}
 
 # Which keys a choice reads, beside those that every choice reads. The keys of a loss are the parameters of its function.
@@ -83,18 +94,30 @@ PROJECTORS = {
 
 
 def impossible(recipe: Recipe) -> list[str]:
-    """Every value out of range and every combination that cannot be run, as `key: what is wrong`."""
-    faults = _out_of_range(recipe) + _contradictions(recipe) + _unread("optim", "optim", recipe.optim)
-    several = bool(recipe.teachers)
-    if any(lesson.teacher.cache for lesson in recipe.lessons()):
-        faults += [f"teacher.cache: {reason}" for reason in beyond_a_cache(recipe)]
-        if any(lesson.distill.class_means == "auto" for lesson in recipe.lessons()):
-            faults.append(
-                "distill.class_means: auto asks the teacher itself; name a file of deit-kd class-means, or set teacher.cache to null"
-            )
-    for number, lesson in enumerate(recipe.lessons()):
-        faults += _lesson_faults(lesson, f"teachers.{number}." if several else "", recipe)
+    """Every value out of range and every combination that cannot be run, as `key: what is wrong`.
+
+    Args:
+        recipe: keys may be `Faulty`; what depends on them is left out.
+    """
+    faults: list[str] = []
+    for check in _checks(recipe):
+        with suppress(Undecidable):
+            for fault in check:
+                faults.append(fault)  # noqa: PERF402 - what was found before a Faulty key is kept
     return faults
+
+
+def _checks(recipe: Recipe) -> Iterator[Iterable[str]]:
+    yield from (check(recipe) for check in RECIPE_CHECKS)
+    yield from (_unread(selector, "optim", recipe.optim) for selector in READS if selector.startswith("optim."))
+    with suppress(Undecidable):
+        for number, lesson in enumerate(recipe.lessons()):
+            prefix = f"teachers.{number}." if recipe.teachers else ""
+            for section, values in (("projector", lesson.projector), ("distill", lesson.distill)):
+                yield from (
+                    _unread(selector, prefix + section, values) for selector in READS if selector.startswith(f"{section}.")
+                )
+            yield from (check(lesson, prefix, recipe) for check in LESSON_CHECKS)
 
 
 def beyond_a_cache(recipe: Recipe) -> list[str]:
@@ -107,145 +130,212 @@ def beyond_a_cache(recipe: Recipe) -> list[str]:
     return [f"a cache holds pooled features and logits, distill.teacher_tap is {tap}" for tap in taps if tap != "pooled"]
 
 
-def _unread(section: str, prefix: str, values: Any) -> list[str]:
-    """Keys that are not stated though they are read, or stated though nothing reads them."""
-    faults, read, optional = [], dict[str, str](), set[str]()
-    for selector in (key for key in READS if key.startswith(f"{section}.")):
-        choices, choice = READS[selector], getattr(values, selector.partition(".")[2])
-        reads = choices.get(choice, ("betas", "eps") if selector == "optim.name" else ())
-        read |= dict.fromkeys(reads, f"{selector.partition('.')[2]}={choice}")
-        optional |= {key for keys in choices.values() for key in keys} | ({"betas", "eps"} if selector == "optim.name" else set())
+def _unread(selector: str, prefix: str, values: Any) -> Iterator[str]:
+    """Keys that are not stated though the choice reads them, or stated though it does not."""
+    name = selector.partition(".")[2]
+    choice, choices = getattr(values, name), READS[selector]
+    reads = choices.get(choice, ("betas", "eps") if selector == "optim.name" else ())
+    optional = {key for keys in choices.values() for key in keys} | set(reads)
+    optional |= {"betas", "eps"} if selector == "optim.name" else set()
     for key in sorted(optional):
         stated = getattr(values, key) is not None
-        if key in read and not stated:
-            faults.append(f"{prefix}.{key}: missing; {read[key]} reads it")
-        elif stated and key not in read:
-            chosen = " and ".join(
-                f"{name.partition('.')[2]}={getattr(values, name.partition('.')[2])}"
-                for name in READS
-                if name.startswith(f"{section}.")
-            )
-            faults.append(f"{prefix}.{key}: nothing reads it with {chosen}; leave it out, or set it to null")
-    return faults
+        if key in reads and not stated:
+            yield f"{prefix}.{key}: missing; {name}={choice} reads it"
+        elif stated and key not in reads:
+            chosen = "null" if choice is None else choice
+            yield f"{prefix}.{key}: nothing reads it with {name}={chosen}; leave it out, or set it to null"
 
 
-def _lesson_faults(lesson: Lesson, prefix: str, recipe: Recipe) -> list[str]:
+def _term(lesson: Lesson, prefix: str, recipe: Recipe, term: str) -> Iterator[str]:
     distill = lesson.distill
-    faults = _unread("projector", f"{prefix}projector", lesson.projector) + _unread("distill", f"{prefix}distill", distill)
-    for term, loss, weight in (
-        ("kd", distill.kd_loss, distill.kd_weight),
-        ("feature", distill.feature_loss, distill.feature_weight),
-    ):
-        if weight and loss is None:
-            faults.append(f"{prefix}distill.{term}_weight: {weight:g}, but {term}_loss is null; set the weight to 0 or name a loss")
-        if loss is None and (term in distill.ramp_epochs or term in distill.active_epochs):
-            faults.append(f"{prefix}distill.{term}_loss: null, but ramp_epochs or active_epochs name the term")
-        first, last = distill.active_epochs.get(term, (0, recipe.epochs))  # type: ignore[call-overload]
-        if not 0 <= first < last:
-            faults.append(f"{prefix}distill.active_epochs.{term}: needs 0 <= first < last, got [{first}, {last}]")
-        elif first >= recipe.epochs:
-            faults.append(
-                f"{prefix}distill.active_epochs.{term}: begins at {first}, epochs: {recipe.epochs} end before; it would never be on"
-            )
-        if distill.ramp_epochs.get(term, 1) <= 0:  # type: ignore[call-overload]
-            faults.append(f"{prefix}distill.ramp_epochs.{term}: must be above 0; leave it out for no ramp")
-    if not (distill.kd_weight or distill.feature_weight):
-        faults.append(
-            f"{prefix}distill: both weights are 0, so the teacher does nothing; set teacher, projector and distill to null"
-        )
-    return faults + _feature_faults(lesson, prefix, recipe)
+    loss, weight = getattr(distill, f"{term}_loss"), getattr(distill, f"{term}_weight")
+    if weight and loss is None:
+        yield f"{prefix}distill.{term}_weight: {weight:g}, but {term}_loss is null; set the weight to 0 or name a loss"
+    if loss is None and (term in distill.ramp_epochs or term in distill.active_epochs):
+        yield f"{prefix}distill.{term}_loss: null, but ramp_epochs or active_epochs name the term"
 
 
-def _feature_faults(lesson: Lesson, prefix: str, recipe: Recipe) -> list[str]:
-    distill, kind, faults = lesson.distill, lesson.projector.kind, list[str]()
-    loss = distill.feature_loss
+def _times(lesson: Lesson, prefix: str, recipe: Recipe, term: str) -> Iterator[str]:
+    distill = lesson.distill
+    if distill.ramp_epochs.get(term, 1) <= 0:  # type: ignore[call-overload]
+        yield f"{prefix}distill.ramp_epochs.{term}: must be above 0; leave it out for no ramp"
+    if term not in distill.active_epochs:
+        return
+    first, last = distill.active_epochs[term]  # type: ignore[index]
+    if not 0 <= first < last:
+        yield f"{prefix}distill.active_epochs.{term}: needs 0 <= first < last, got [{first}, {last}]"
+    elif first >= recipe.epochs:
+        yield f"{prefix}distill.active_epochs.{term}: begins at {first}, epochs: {recipe.epochs} end before; it would never be on"
+
+
+def _does_nothing(lesson: Lesson, prefix: str, recipe: Recipe) -> Iterator[str]:
+    if not (lesson.distill.kd_weight or lesson.distill.feature_weight):
+        yield f"{prefix}distill: both weights are 0, so the teacher does nothing; set teacher, projector and distill to null"
+
+
+def _projector(lesson: Lesson, prefix: str, recipe: Recipe) -> Iterator[str]:
+    loss, kind = lesson.distill.feature_loss, lesson.projector.kind
     if loss is None:
         if kind != "none":
-            faults.append(f"{prefix}projector.kind: {kind}, but distill.feature_loss is null; set it to none")
-        return faults
+            yield f"{prefix}projector.kind: {kind}, but distill.feature_loss is null; set it to none"
+        return
     wanted = PROJECTORS.get(loss)
     if (wanted and kind != wanted) or (not wanted and kind in ("review_fusion", "contrastive")):
-        faults.append(f"{prefix}projector.kind: {loss} {f'needs {wanted}' if wanted else 'cannot use it'}, got {kind}")
+        yield f"{prefix}projector.kind: {loss} {f'needs {wanted}' if wanted else 'cannot use it'}, got {kind}"
+
+
+def _taps(lesson: Lesson, prefix: str, recipe: Recipe) -> Iterator[str]:
+    distill, loss, faults = lesson.distill, lesson.distill.feature_loss, 0
+    if loss is None:
+        return
     taps = {"student_tap": distill.student_tap, "teacher_tap": distill.teacher_tap}
     for key, tap in taps.items():
         allowed = COMPARES.get(loss, (*VECTORS, "spatial", "a number"))
         if tap is not None and ("a number" if isinstance(tap, int) else tap) not in allowed:
-            faults.append(f"{prefix}distill.{key}: {loss} compares {', '.join(allowed)}, got {tap}")
+            faults += 1
+            yield f"{prefix}distill.{key}: {loss} compares {', '.join(allowed)}, got {tap}"
     if distill.teacher_tap in VECTORS[1:] and not faults:
-        faults.append(f"{prefix}distill.teacher_tap: of a teacher pooled, spatial, a number or stages, got {distill.teacher_tap}")
+        yield f"{prefix}distill.teacher_tap: of a teacher pooled, spatial, a number or stages, got {distill.teacher_tap}"
     if None not in taps.values() and (distill.student_tap in VECTORS) != (distill.teacher_tap in VECTORS):
-        faults.append(
+        yield (
             f"{prefix}distill.student_tap, teacher_tap: {distill.student_tap} and {distill.teacher_tap} are a vector and a map; "
             "choose two of one sort"
         )
-    if loss == "noise_contrastive" and (recipe.augmentation.mixup or recipe.augmentation.cutmix):
-        faults.append(
-            f"{prefix}distill.feature_loss: noise_contrastive remembers images, which mixup and cutmix blend; set both to 0"
-        )
-    return faults
 
 
-def _out_of_range(recipe: Recipe) -> list[str]:
-    faults = []
+def _memory(lesson: Lesson, prefix: str, recipe: Recipe) -> Iterator[str]:
+    if lesson.distill.feature_loss == "noise_contrastive" and (recipe.augmentation.mixup or recipe.augmentation.cutmix):
+        yield f"{prefix}distill.feature_loss: noise_contrastive remembers images, which mixup and cutmix blend; set both to 0"
+
+
+LESSON_CHECKS = (
+    lambda *place: _term(*place, "kd"),
+    lambda *place: _times(*place, "kd"),
+    lambda *place: _term(*place, "feature"),
+    lambda *place: _times(*place, "feature"),
+    _does_nothing,
+    _projector,
+    _taps,
+    _memory,
+)
+
+
+def _out_of_range(recipe: Recipe) -> Iterator[str]:
     for full_key, value in flatten(recipe):
         if not isinstance(value, (int, float)):  # "auto", null, a name
             continue
         key = re.sub(r"^teachers\.\d+\.(projector|distill)\.", r"\1.", full_key)
+        key = re.sub(r"^teachers\.\d+\.", "teacher.", key)
         if not math.isfinite(value):
-            faults.append(f"{full_key}: must be finite, got {value}")
+            yield f"{full_key}: must be finite, got {value}"
         elif key == "seed" and value >= 2**63:
-            faults.append(f"seed: must be below 2**63, got {value}")
+            yield f"seed: must be below 2**63, got {value}"
         elif key in AT_LEAST and value < AT_LEAST[key]:
-            faults.append(f"{full_key}: must be at least {AT_LEAST[key]}, got {value}")
+            yield f"{full_key}: must be at least {AT_LEAST[key]}, got {value}"
         elif key in ABOVE_ZERO and value <= 0:
-            faults.append(f"{full_key}: must be above 0, got {value}")
+            yield f"{full_key}: must be above 0, got {value}"
         elif key in PROBABILITIES and not 0 <= value <= 1:
-            faults.append(f"{full_key}: must lie in [0, 1], got {value}")
+            yield f"{full_key}: must lie in [0, 1], got {value}"
+        elif key in AT_MOST and value > AT_MOST[key]:
+            yield f"{full_key}: must be at most {AT_MOST[key]:,}, got {value}"
+
+
+def _ema(recipe: Recipe) -> Iterator[str]:
     if recipe.ema_decay is not None and recipe.ema_decay >= 1:
-        faults.append(f"ema_decay: must be below 1, or null, got {recipe.ema_decay}")
+        yield f"ema_decay: must be below 1, or null, got {recipe.ema_decay}"
+
+
+def _crop_scale(recipe: Recipe) -> Iterator[str]:
     low, high = recipe.augmentation.crop_scale or (1, 1)
     if not 0 < low <= high <= 1:
-        faults.append(f"augmentation.crop_scale: needs 0 < low <= high <= 1, got [{low:g}, {high:g}]")
+        yield f"augmentation.crop_scale: needs 0 < low <= high <= 1, got [{low:g}, {high:g}]"
+
+
+def _normalisation(recipe: Recipe) -> Iterator[str]:
     if not all(map(math.isfinite, recipe.data.mean)) or not all(0 < std < math.inf for std in recipe.data.std):
-        faults.append(f"data.mean, data.std: must be finite, std above 0, got {list(recipe.data.mean)}, {list(recipe.data.std)}")
+        yield f"data.mean, data.std: must be finite, std above 0, got {list(recipe.data.mean)}, {list(recipe.data.std)}"
+
+
+def _betas(recipe: Recipe) -> Iterator[str]:
     if not all(0 <= beta < 1 for beta in recipe.optim.betas or ()):
-        faults.append(f"optim.betas: must lie in [0, 1), got {list(recipe.optim.betas or ())}")
-    return faults
+        yield f"optim.betas: must lie in [0, 1), got {list(recipe.optim.betas or ())}"
 
 
-def _contradictions(recipe: Recipe) -> list[str]:
-    r, aug, optim = recipe, recipe.augmentation, recipe.optim
-    faults = []
-    if 0 < optim.warmup_epochs >= r.epochs:
-        faults.append(f"optim.warmup_epochs: {optim.warmup_epochs:g} leaves nothing of epochs: {r.epochs}; lower it")
+def _warmup(r: Recipe) -> Iterator[str]:
+    if 0 < r.optim.warmup_epochs >= r.epochs:
+        yield f"optim.warmup_epochs: {r.optim.warmup_epochs:g} leaves nothing of epochs: {r.epochs}; lower it"
+
+
+def _color_jitter(r: Recipe) -> Iterator[str]:
+    aug = r.augmentation
     if aug.color_jitter and aug.auto_augment and "3a" not in aug.auto_augment:
-        faults.append(f"augmentation.color_jitter: has no effect beside auto_augment={aug.auto_augment} in timm; set it to 0")
-    for key in ELSEWHERE.keys() & r.student.model_args.keys():
-        faults.append(f"student.model_args.{key}: state it as {ELSEWHERE[key]}")
-    named = re.search(r"_patch(\d+)", r.student.name)
+        yield f"augmentation.color_jitter: has no effect beside auto_augment={aug.auto_augment} in timm; set it to 0"
+
+
+def _elsewhere(r: Recipe) -> Iterator[str]:
+    for key in sorted(ELSEWHERE.keys() & set(r.student.model_args)):
+        yield f"student.model_args.{key}: state it as {ELSEWHERE[key]}"
+
+
+def _patches(r: Recipe) -> Iterator[str]:
+    named = re.search(r"_patch(\d{1,4})(?!\d)", r.student.name, flags=re.ASCII) if isinstance(r.student.name, str) else None
     patch = r.student.model_args.get("patch_size", int(named[1]) if named else None)
     if isinstance(patch, int) and patch > 0 and r.data.img_size % patch:
-        faults.append(f"data.img_size: {r.data.img_size} is not divisible by the patch size {patch}")
+        yield f"data.img_size: {r.data.img_size} is not divisible by the patch size {patch}"
+
+
+def _automatic_student(r: Recipe) -> Iterator[str]:
     if r.finetune is None and r.student.name == "auto":
-        faults.append("student.name: auto, but finetune is null; name an architecture, or state finetune.weights")
+        yield "student.name: auto, but finetune is null; name an architecture, or state finetune.weights"
     if r.finetune is not None and r.student.name == "auto" and r.student.model_args:
-        faults.append("student.model_args: are those of finetune.weights with student.name=auto; set them to {}")
+        yield "student.model_args: are those of finetune.weights with student.name=auto; set them to {}"
+
+
+def _patience(r: Recipe) -> Iterator[str]:
     if r.finetune is not None and r.finetune.patience_epochs is not None and not r.finetune.holdout:
-        faults.append("finetune.patience_epochs: needs finetune.holdout, a share of the training images to measure on")
+        yield "finetune.patience_epochs: needs finetune.holdout, a share of the training images to measure on"
+
+
+def _together(r: Recipe) -> Iterator[str]:
     sections = {"teacher": r.teacher, "projector": r.projector, "distill": r.distill}
     missing = [name for name, section in sections.items() if section is None]
     if missing and len(missing) < 3:
-        faults.append(f"{', '.join(missing)}: null, but teacher, projector and distill go together; set all three or none")
-    if r.teachers and len(missing) < 3:
-        faults.append(
-            "teachers: stated beside teacher; move everything into teachers and set teacher, projector and distill to null"
-        )
+        yield f"{', '.join(missing)}: null, but teacher, projector and distill go together; set all three or none"
+    if len(missing) < 3 and r.teachers:
+        yield "teachers: stated beside teacher; move everything into teachers and set teacher, projector and distill to null"
+
+
+def _untaught(r: Recipe) -> Iterator[str]:
     if not r.label_weight and not any(
         lesson.distill.kd_weight and "kd" not in lesson.distill.active_epochs for lesson in r.lessons()
     ):
-        faults.append("label_weight: 0, and no teacher's logits are distilled in every epoch; nothing would teach the heads")
-    if (aug.crop_scale is None) == (aug.crop_padding is None):
-        faults.append("augmentation.crop_scale, crop_padding: state one of them, and set the other to null")
-    if (optim.momentum is not None and optim.momentum >= 1) or any(m <= 0 or m >= r.epochs for m in optim.milestones or ()):
-        faults.append(f"optim.momentum, optim.milestones: need momentum < 1 and 0 < milestones < {r.epochs} epochs")
-    return faults
+        yield "label_weight: 0, and no teacher's logits are distilled in every epoch; nothing would teach the heads"
+
+
+def _one_crop(r: Recipe) -> Iterator[str]:
+    if (r.augmentation.crop_scale is None) == (r.augmentation.crop_padding is None):
+        yield "augmentation.crop_scale, crop_padding: state one of them, and set the other to null"
+
+
+def _momentum(r: Recipe) -> Iterator[str]:
+    if r.optim.momentum is not None and r.optim.momentum >= 1:
+        yield f"optim.momentum: must be below 1, got {r.optim.momentum}"
+
+
+def _milestones(r: Recipe) -> Iterator[str]:
+    if any(m <= 0 or m >= r.epochs for m in r.optim.milestones or ()):
+        yield f"optim.milestones: need 0 < milestone < {r.epochs} epochs, got {list(r.optim.milestones or ())}"
+
+
+def _cached(r: Recipe) -> Iterator[str]:
+    if not any(lesson.teacher.cache for lesson in r.lessons()):
+        return
+    yield from (f"teacher.cache: {reason}" for reason in beyond_a_cache(r))
+    if any(lesson.distill.class_means == "auto" for lesson in r.lessons()):
+        yield "distill.class_means: auto asks the teacher itself; name a file of deit-kd class-means, or set teacher.cache to null"
+
+
+RECIPE_CHECKS = (
+    _out_of_range, _ema, _crop_scale, _normalisation, _betas, _warmup, _color_jitter, _elsewhere, _patches, _automatic_student, _patience,
+    _together, _untaught, _one_crop, _momentum, _milestones, _cached,
+)  # fmt: skip

@@ -16,7 +16,7 @@ from pydantic import ConfigDict
 class Section:
     """What pydantic must know of each dataclass below: a key that is not a field is a fault."""
 
-    __pydantic_config__ = ConfigDict(extra="forbid")
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,62 @@
+"""What is right of a document that has faults of type, so that its impossible values are told with them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, NoReturn
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from deit_kd.recipe.document import hints, kind_of
+
+
+class Undecidable(Exception):
+    """A check asked for a value that nobody knows."""
+
+
+def _ask(*_: Any) -> NoReturn:
+    raise Undecidable
+
+
+class Faulty:
+    """Stands where a value is missing or of the wrong type: whatever is asked of it raises `Undecidable`."""
+
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __hash__ = __bool__ = __float__ = __int__ = __index__ = _ask  # type: ignore[assignment]
+    __iter__ = __len__ = __contains__ = __getitem__ = __getattr__ = __str__ = __repr__ = __format__ = __add__ = __truediv__ = _ask  # type: ignore[assignment]
+
+    def __deepcopy__(self, _: Any) -> Faulty:
+        return self
+
+
+FAULTY = Faulty()
+
+
+def well_typed(section: type, values: Any) -> Any:
+    """A section of the schema whose missing or mistyped keys are `Faulty`; keys that it does not know are left out."""
+    if not isinstance(values, dict):
+        return FAULTY
+    known = {}
+    for field in dataclasses.fields(section):
+        if field.name in values:
+            known[field.name] = _value(hints(section)[field.name], values[field.name])
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            known[field.name] = FAULTY
+    return section(**known)
+
+
+def _value(hint: Any, value: Any) -> Any:
+    kind = kind_of(hint)
+    if kind.section is not None:
+        return None if value is None and kind.null else well_typed(kind.section, value)
+    if kind.repeats and dataclasses.is_dataclass(kind.items[0]) and isinstance(value, list):
+        return tuple(well_typed(kind.items[0], each) for each in value)  # type: ignore[arg-type]
+    try:
+        return _adapter(hint).validate_python(value)
+    except ValidationError:
+        return FAULTY
+
+
+@functools.cache
+def _adapter(hint: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(hint, config=ConfigDict(allow_inf_nan=False))
