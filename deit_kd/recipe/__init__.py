@@ -123,7 +123,7 @@ def load(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     path = _find(name_or_path)
     document = read_yaml(path, _KIND)
     if not isinstance(document, dict):
-        raise RecipeError(f"{printable(str(path))}: a recipe is a mapping of sections; copy one of {', '.join(names())} to start")
+        raise RecipeError(f"{printable(str(path))}: a recipe is a mapping of sections; copy one of recipes/ to start")
     faults = [fault for override in overrides if (fault := _apply(document, override, overrides))]
     try:
         recipe = _ADAPTER.validate_python(document)
@@ -135,7 +135,8 @@ def load(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if faults:
         faults = list(dict.fromkeys(map(printable, faults)))
         count = f"{len(faults)} fault{'s' if len(faults) > 1 else ''}"
-        more = [f"and {len(faults) - MOST_FAULTS} more"] if len(faults) > MOST_FAULTS else []
+        more = ["and more"] if len(faults) > MOST_FAULTS else []
+        count = f"more than {MOST_FAULTS} faults" if more else count
         raise RecipeError("\n  ".join([f"recipe {printable(path.name)}: {count}", *faults[:MOST_FAULTS], *more]))
     return recipe
 
@@ -230,7 +231,8 @@ def _apply(document: dict[str, Any], override: str, overrides: Sequence[str]) ->
         else:  # only these may be missing from a file
             section = section.setdefault(parent, {}) if parent in ("run", "ramp_epochs", "active_epochs") else section.get(parent)
         if not isinstance(section, (dict, list)):
-            return f"{key}: cannot be set, because {parent} is null in this recipe"
+            missing = f"there is no teachers.{parent}" if parent.isdigit() else f"{parent} is null"
+            return f"{key}: cannot be set, because {missing} in this recipe"
     try:
         value = read_override(text, kind)
     except ValueError as error:
@@ -265,7 +267,7 @@ def _explain(detail: Any) -> str:
     """One pydantic error as `key: what is wrong (value, remedy)`."""
     parts = [str(part)[:100] for part in detail["loc"]]
     places = [".".join(parts[:n]) for n in range(1, len(parts) + 1)]
-    key = max((place for place in places if _kind(place) is not None), key=len, default=parts[0])
+    key = max((place for place in places if _kind(place) or re.fullmatch(r"teachers\.\d+", place)), key=len, default=parts[0])
     value, kind = short(detail["input"]), detail["type"]
     if kind == "unexpected_keyword_argument":
         return f"{places[-1]}: unknown key{_unknown(places[-1])}"
@@ -274,6 +276,7 @@ def _explain(detail: Any) -> str:
     if kind in ("dataclass_type", "dataclass_exact_type"):
         return f"{key}: must be a section (a mapping of keys), got {value}"
     message = detail["msg"].removeprefix("Input should be ")
+    message = re.sub(r"^Tuple should have (.*) after validation", r"a list of \1", message)
     message = message.replace("a valid boolean, unable to interpret input", "true or false")
     message = message.replace("a valid integer, unable to parse string as an integer", "an integer")
     message = message.replace("a valid number, unable to parse string as a number", "a number")

@@ -40,7 +40,7 @@ NULLS = ("", "~", "null", "Null", "NULL")
 BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 INTEGER = re.compile(r"[-+]?[0-9]+", re.ASCII)
 FLOAT = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)", re.ASCII)
-_ENCODINGS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"\x00\x00\xfe\xff": "UTF-32"}
+_WIDE = (b"\xff\xfe", b"\xfe\xff", b"\x00\x00\xfe\xff")  # how UTF-16 and UTF-32 begin
 
 
 class RecipeError(UserError):
@@ -112,9 +112,8 @@ def read_yaml(file: Path, kind: Kind) -> Any:
     except UserError as error:
         raise RecipeError(printable(str(error))) from None
     where = printable(str(file))
-    for mark, name in _ENCODINGS.items():
-        if content.startswith(mark):
-            raise RecipeError(f"{where}: is {name} text; save it as UTF-8")
+    if content.startswith(_WIDE):
+        raise RecipeError(f"{where}, line 1: is UTF-16 or UTF-32 text; save it as UTF-8")
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -137,7 +136,7 @@ def read_override(text: str, kind: Kind) -> Any:
     if kind.text or text in kind.words:
         return text
     try:
-        return _Reader(text).document(kind)
+        return _Reader(re.sub(r"^([-+]?)0+(?=[0-9]+$)", r"\1", text)).document(kind)  # 010 is ten
     except _Fault as fault:
         raise ValueError(f"{short(text)} cannot be read ({printable(fault.what)})") from None
 
@@ -232,6 +231,8 @@ class _Reader:
             if INTEGER.fullmatch(text):
                 if len(text) > MOST_DIGITS + 1:
                     self._refuse(event, f"a number of {len(text)} digits; at most {MOST_DIGITS} are read")
+                if re.match(r"[-+]?0[0-9]", text):
+                    self._refuse(event, f"{text} begins with 0, which some read as octal; write the number without it")
                 return int(text)
             if FLOAT.fullmatch(text):
                 number = float(text) if text[-1] in "0123456789." else math.nan  # .inf, .nan
