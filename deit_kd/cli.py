@@ -223,13 +223,10 @@ def class_means(options: argparse.Namespace) -> None:
     lessons = [lesson for lesson in recipe.lessons() if lesson.distill.class_means is not None]
     if len({lesson.teacher for lesson in lessons}) != 1:
         raise UserError(f"recipe {options.recipe}: {'no' if not lessons else 'more than one'} teacher's class means are read in it")
-    import torch
-    from accelerate import Accelerator
-
-    from deit_kd import build, speed
+    from deit_kd import build, processes, speed
     from deit_kd.class_means import load_or_compute
 
-    accelerator = Accelerator(cpu=options.device == "cpu" or not torch.cuda.is_available())
+    accelerator = processes.plain_accelerator(processes.on_cpu(options.device))
     source, val = build.open_data(recipe, options.data)
     teachers = build.build_teachers(recipe, source.class_names)
     teacher = teachers[recipe.lessons().index(lessons[0])].to(accelerator.device)
@@ -409,13 +406,13 @@ def card(options: argparse.Namespace) -> None:
 def doctor(options: argparse.Namespace) -> None:
     """Prints a line a check; the exit code is that of the worst."""
     recipe = recipes.load(options.recipe, options.overrides)
-    import torch
-    from accelerate import Accelerator
-
+    from deit_kd import processes
     from deit_kd.doctor import SEVERITY, examine
 
+    cpu = processes.on_cpu(options.device)
+    processes.must_agree(recipe, processes.precision_of(recipe, cpu))
     try:
-        accelerator = Accelerator(cpu=options.device == "cpu" or not torch.cuda.is_available())
+        accelerator = processes.plain_accelerator(cpu)
     except (ValueError, RuntimeError) as error:  # WORLD_SIZE without a launcher, or a launcher that nobody else answers
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"processes do not find each other ({reason}); start them with a command of launch/README.md") from None

@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 import deit_kd
-from deit_kd import checkpoint, plan, sharding
+from deit_kd import checkpoint, plan, processes, sharding
 from deit_kd import recipe as recipes
 from deit_kd.errors import UserError
 from deit_kd.files import sha256
@@ -114,6 +114,7 @@ def describe(
             "hardware": hardware(accelerator.device),
             "earlier_sessions": _earlier_sessions(output) if resumed else [],
             "precision": accelerator.mixed_precision,
+            "environment": processes.environment(),
             "augmented_on": loader.augments_on,
             "decoded_on": loader.decodes_on,
             "processes": accelerator.num_processes,
@@ -173,7 +174,8 @@ def _earlier_sessions(output: Path) -> list[dict[str, Any]]:
     before = json.loads(file.read_text()) if file.exists() else None
     if before is None:
         return []
-    told = ("command", "commit", "hardware", "processes", "micro_batch_size", "precision", "augmented_on", "decoded_on", "speed")
+    told = ("command", "commit", "hardware", "processes", "micro_batch_size", "precision", "environment")
+    told += ("augmented_on", "decoded_on", "speed")
     return [*before["earlier_sessions"], {key: before[key] for key in told if key in before}]
 
 

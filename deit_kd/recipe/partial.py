@@ -22,13 +22,16 @@ def _ask(*_: Any) -> NoReturn:
 class Faulty:
     """Stands where a value is missing or of the wrong type: whatever is asked of it raises `Undecidable`."""
 
-    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __hash__ = __bool__ = __float__ = __int__ = __index__ = _ask  # type: ignore[assignment]
-    __iter__ = __len__ = __contains__ = __getitem__ = __getattr__ = __str__ = __repr__ = __format__ = __add__ = __truediv__ = _ask  # type: ignore[assignment]
-
     def __deepcopy__(self, _: Any) -> Faulty:
         return self
 
 
+_ASKED = (
+    "eq ne lt le gt ge hash bool float int index iter len contains getitem getattr call str repr format neg abs round "
+    "add radd sub rsub mul rmul truediv rtruediv floordiv rfloordiv mod rmod pow rpow"
+)
+for _name in _ASKED.split():
+    setattr(Faulty, f"__{_name}__", _ask)
 FAULTY = Faulty()
 
 

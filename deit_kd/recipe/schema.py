@@ -168,8 +168,9 @@ class Optim(Section):
 
     name: str  # a timm optimiser; its sgd is Nesterov's, its momentum is the plain one
     lr: float
-    lr_rule: Literal["none", "linear", "sqrt"]  # how lr, warmup_lr and min_lr follow the global batch
+    lr_rule: Literal["none", "linear", "sqrt"]  # how lr follows the global batch, and what else lr_rule_scales says
     lr_base_batch_size: int
+    lr_rule_scales: Literal["all", "lr"] = "all"  # all: lr, warmup_lr and min_lr; lr: the two others are as stated, as DeiT's code has it
     schedule: Literal["cosine", "multistep"]
     warmup_lr: float
     warmup_epochs: float  # linear, from warmup_lr to lr
@@ -180,7 +181,8 @@ class Optim(Section):
     eps: float | None = None
     momentum: float | None = None
     weight_decay: float
-    decay: Literal["matrices", "all"]  # matrices: not biases, norms, position embedding and tokens
+    # matrices: not biases, norms, position embedding and tokens; matrices_and_tokens: the two last, too
+    decay: Literal["matrices", "matrices_and_tokens", "all"]
     clip_grad: float | None  # largest gradient norm, after unscaling
 
 
@@ -251,7 +253,7 @@ class Recipe(Section):
         )
 
     def lr_factor(self) -> float:
-        """What the learning rates are multiplied by, from the declared global batch and the rule."""
+        """What the peak learning rate is multiplied by, from the declared global batch and the rule."""
         ratio = self.global_batch_size / self.optim.lr_base_batch_size
         return {"none": 1.0, "linear": ratio, "sqrt": ratio**0.5}[self.optim.lr_rule]
 
