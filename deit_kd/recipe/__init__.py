@@ -158,7 +158,7 @@ def fingerprint(recipe: Recipe) -> str:
     moving = [
         (key, repr(value))
         for key, value in flatten(recipe)
-        if not key.startswith("run.") and (value is None or isinstance(value, dict) or value != _DEFAULTS.get(key))
+        if not key.startswith("run.") and value is not None and (isinstance(value, dict) or value != _DEFAULTS.get(key))
     ]
     return hashlib.sha256(repr(sorted(moving)).encode()).hexdigest()
 

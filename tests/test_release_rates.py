@@ -1,0 +1,163 @@
+"""Learning rates, batches and what goes with them, against the values of the authors' releases, written out here."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT
+from torch import nn
+
+from deit_kd import recipe as recipes
+from deit_kd.optim import build_optimizer, build_schedule
+
+STEPS = 100  # an epoch
+
+
+class Rates(NamedTuple):
+    """Of a release, as its optimiser sees them."""
+
+    batch: int
+    peak: float
+    start: float  # of the first update
+    final: float
+    warmup_epochs: int
+    clip: float | None
+
+
+SRD = Rates(256, 2.5e-4, 2.5e-7, 2.5e-6, 20, 15.0)  # deit/config.py: 5e-4, 5e-7, 5e-6 at 512
+VKD = Rates(512, 5e-4, 5e-4, 5e-6, 0, None)  # train.py: fixed, no warm-up
+DEIT = Rates(1024, 1e-3, 1e-6, 1e-5, 5, None)  # main.py scales lr alone
+CO_ADVISE = Rates(1024, 1e-3, 1e-6, 1e-5, 20, 15.0)  # config.py: 5e-4, 5e-7, 5e-6, all doubled
+NKD = Rates(1024, 1e-3, 1e-6, 1e-5, 20, 5.0)  # imagenet_bs1024_adamw_swin.py
+ND = Rates(2048, 8e-4, 0.0, 1e-6, 20, None)  # 1e-4 at 256
+PUBLISHED = {
+    **dict.fromkeys(("deit_ti", "deit_s", "deit_ti_plain", "deit_s_plain"), SRD),
+    **dict.fromkeys(("deit_ti_vkd", "deit_s_vkd"), VKD),
+    **dict.fromkeys(("deit_ti_hard", "deit_s_hard", "deit_ti_soft", "deit_s_soft", "deit_ti_cskd", "deit_ti_two_stages"), DEIT),
+    "deit_s_cskd": DEIT._replace(batch=512, peak=5e-4),  # CSKD/configs/cskd_small.py
+    "deit_ti_funmatch": DEIT._replace(clip=1.0),  # its optimiser is DeiT's, its clipping the paper's
+    **dict.fromkeys(("deit_ti_two_teachers", "deit_s_two_teachers"), CO_ADVISE),
+    **dict.fromkeys(("deit_ti_nkd", "deit_s_nkd"), NKD),
+    **dict.fromkeys(("deit_b_nd", "deit_s_nd", "deit_ti_nd"), ND),
+}
+# Steps down by ten: (batch, rate, epochs of the steps).
+CIFAR, CIFAR_LOW = (64, 0.05, (150, 180, 210)), (64, 0.01, (150, 180, 210))
+CIFAR_ND, CIFAR_ND_LOW = (128, 0.1, (150, 180, 210)), (128, 0.02, (150, 180, 210))
+IMAGENET_ND = (512, 0.2, (30, 60, 90))
+STEPPED = {
+    **{name: CIFAR for name in recipes.names() if name.startswith(("cifar100_resnet32x4", "cifar100_teacher"))},
+    **{name: CIFAR_LOW for name in recipes.names() if name.startswith("cifar100_resnet50")},
+    **dict.fromkeys((f"cifar100_nd_{pair}" for pair in ("resnet56_resnet20", "resnet32x4_resnet8x4", "wrn_40_2_wrn_40_1")), CIFAR_ND),
+    **dict.fromkeys((f"cifar100_nd_{pair}" for pair in ("resnet50_mobilenetv2", "resnet32x4_shufflenetv1")), CIFAR_ND_LOW),
+    "cifar100_nd_resnet32x4_shufflenetv2": CIFAR_ND_LOW,
+    "imagenet_resnet34_resnet18": (256, 0.1, (30, 60, 90)),
+    **{name: IMAGENET_ND for name in recipes.names() if name.startswith("imagenet") and name.endswith("pp")},
+}
+
+
+def test_every_recipe_of_a_release_is_here() -> None:
+    own = ("quickstart", "finetune")
+    assert {name for name in recipes.names() if not name.startswith(own)} == {*PUBLISHED, *STEPPED}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_cosine(name: str) -> None:
+    published, recipe = PUBLISHED[name], recipes.load(name)
+    rate = build_schedule(recipe, STEPS)
+    total = 300 * STEPS
+    warm = published.warmup_epochs * STEPS
+    middle = published.final + (published.peak - published.final) / 2
+    assert recipe.global_batch_size == published.batch
+    assert (rate.total_steps, rate.warmup_steps, recipe.optim.clip_grad) == (total, warm, published.clip)
+    expected = {"peak": published.peak, "start": published.start, "final": published.final, "middle": middle}
+    found = {"peak": rate.peak_lr, "start": rate(0), "final": rate(total), "middle": rate(total // 2)}
+    assert found == pytest.approx(expected, rel=1e-6, abs=1e-12)
+
+
+@pytest.mark.parametrize("name", STEPPED)
+def test_steps_down(name: str) -> None:
+    recipe = recipes.load(name)
+    batch, peak, epochs = STEPPED[name]
+    rate = build_schedule(recipe, STEPS)
+    assert recipe.global_batch_size == batch
+    for number, epoch in enumerate(epochs):
+        assert rate(epoch * STEPS - 1) == pytest.approx(peak * 0.1**number, rel=1e-6)
+        assert rate(epoch * STEPS) == pytest.approx(peak * 0.1 ** (number + 1), rel=1e-6)
+    assert rate(0) == pytest.approx(peak, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", [name for name in recipes.names() if name.startswith(("cifar100", "imagenet"))])
+def test_cnns_are_trained_in_float32(name: str) -> None:
+    assert recipes.load(name).run.precision == "no"
+
+
+def test_what_else_follows_the_releases() -> None:
+    for size in ("ti", "s"):
+        nkd, two = recipes.load(f"deit_{size}_nkd"), recipes.load(f"deit_{size}_two_teachers")
+        assert (nkd.augmentation.mixup, nkd.augmentation.cutmix, nkd.student.drop_path) == (0, 0, 0)
+        assert two.student.drop_path == 0
+    assert recipes.load("imagenet_resnet50_mobilenetv1_kdpp").student.model_args == {"act_layer": "relu"}
+
+
+class Student(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cls_token, self.pos_embed = nn.Parameter(torch.ones(1, 1, 4)), nn.Parameter(torch.ones(1, 5, 4))
+        self.head, self.norm = nn.Linear(4, 2), nn.LayerNorm(4)
+
+
+class Module(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.student, self.projectors = Student(), nn.ModuleList([nn.Linear(4, 3), nn.Linear(4, 3, bias=False)])
+
+    def no_weight_decay(self) -> set[str]:
+        return {"student.cls_token", "student.pos_embed", "projectors.1.weight"}  # the last is constrained
+
+
+@pytest.mark.parametrize(
+    ("decay", "more"),
+    [
+        ("matrices", set[str]()),
+        ("matrices_and_tokens", {"student.cls_token", "student.pos_embed"}),
+        ("all", {"student.head.bias", "student.norm.weight", "student.norm.bias", "projectors.0.bias"}),  # for CNNs, which list nothing
+    ],
+)
+def test_what_decays(decay: str, more: set[str]) -> None:
+    """DeiT++ of ND decays tokens and position embedding, DeiT does not; a constrained projector never does by either."""
+    module = Module()
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    optimizer = build_optimizer(recipes.load("deit_ti_nd", [f"optim.decay={decay}"]), module)
+    decayed = {names[id(each)] for group in optimizer.param_groups if group["weight_decay"] for each in group["params"]}
+    assert decayed == {"student.head.weight", "projectors.0.weight"} | more
+    assert {group["weight_decay"] for group in optimizer.param_groups} <= {0.0, 0.3}
+    assert recipes.load("deit_b_nd").optim.decay == "matrices_and_tokens"
+
+
+def test_a_run_of_before_keeps_its_rates(tmp_path: Path) -> None:
+    """Its recipe.yaml lacks the key: all three rates are scaled as they were, its checkpoints fit it, and the recipe of today is told apart."""
+    stored = yaml.safe_load((ROOT / "recipes" / "deit_ti_hard.yaml").read_text())
+    del stored["optim"]["lr_rule_scales"]
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(stored, sort_keys=False))
+    old = recipes.load(tmp_path)
+    rate = build_schedule(old, STEPS)
+    assert (rate.peak_lr, rate(0), rate(300 * STEPS)) == pytest.approx((1e-3, 2e-6, 2e-5), rel=1e-9)
+    progress = 0.5 * (1 + math.cos(math.pi * 290 / 300))
+    assert rate(290 * STEPS) == pytest.approx(2e-5 + (1e-3 - 2e-5) * progress, rel=1e-9)
+    assert recipes.differences(old, recipes.load("deit_ti_hard")) == ["optim.lr_rule_scales: all -> lr"]
+    again = recipes.load(tmp_path, [])
+    assert recipes.differences(old, again) == []
+
+
+def test_a_key_of_later_does_not_change_the_mark_of_a_checkpoint() -> None:
+    """The mark of the quick start, as the version before this key made it."""
+    assert recipes.fingerprint(recipes.load("quickstart")) == BEFORE
+    assert recipes.fingerprint(recipes.load("quickstart", ["optim.lr_rule_scales=lr"])) != BEFORE
+
+
+BEFORE = "ae140de9e3f7debeff5c7acc104031eeb44513b4caf6d36795123dd0b771de1a"
