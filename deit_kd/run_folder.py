@@ -174,9 +174,8 @@ def _earlier_sessions(output: Path) -> list[dict[str, Any]]:
     before = json.loads(file.read_text()) if file.exists() else None
     if before is None:
         return []
-    told = ("command", "commit", "hardware", "processes", "micro_batch_size", "precision", "environment")
-    told += ("augmented_on", "decoded_on", "speed")
-    return [*before["earlier_sessions"], {key: before[key] for key in told if key in before}]
+    told = ("command", "commit", "hardware", "processes", "micro_batch_size", "precision", "augmented_on", "decoded_on", "speed")
+    return [*before["earlier_sessions"], {key: before[key] for key in (*told, "environment") if key in before}]
 
 
 def commit() -> str:

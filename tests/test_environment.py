@@ -61,9 +61,9 @@ def test_what_contradicts_the_recipe_is_refused(
 
 def test_what_agrees_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What `accelerate launch` sets always, and values that are the recipe's."""
-    launcher = {"MIXED_PRECISION": "no", "DYNAMO_BACKEND": "NO", "DYNAMO_MODE": "default", "USE_CPU": "False", "DYNAMO_USE_DYNAMIC": "False"}
-    for name, value in {**launcher, "GRADIENT_ACCUMULATION_STEPS": "1", "GRADIENT_CLIPPING": "1.0", "USE_DEEPSPEED": "false"}.items():
-        monkeypatch.setenv(f"ACCELERATE_{name}", value)
+    launcher = "MIXED_PRECISION=no DYNAMO_BACKEND=NO DYNAMO_MODE=default USE_CPU=False DYNAMO_USE_DYNAMIC=False"
+    for setting in f"{launcher} GRADIENT_ACCUMULATION_STEPS=1 GRADIENT_CLIPPING=1.0 USE_DEEPSPEED=false".split():
+        monkeypatch.setenv(*f"ACCELERATE_{setting}".split("="))
     make(tmp_path)
     half = recipes.load("quickstart", ["run.precision=bf16", "optim.clip_grad=1"])
     processes.must_agree(half, "bf16")

@@ -52,9 +52,9 @@ IMAGENET_ND = (512, 0.2, (30, 60, 90))
 STEPPED = {
     **{name: CIFAR for name in recipes.names() if name.startswith(("cifar100_resnet32x4", "cifar100_teacher"))},
     **{name: CIFAR_LOW for name in recipes.names() if name.startswith("cifar100_resnet50")},
-    **dict.fromkeys((f"cifar100_nd_{pair}" for pair in ("resnet56_resnet20", "resnet32x4_resnet8x4", "wrn_40_2_wrn_40_1")), CIFAR_ND),
-    **dict.fromkeys((f"cifar100_nd_{pair}" for pair in ("resnet50_mobilenetv2", "resnet32x4_shufflenetv1")), CIFAR_ND_LOW),
-    "cifar100_nd_resnet32x4_shufflenetv2": CIFAR_ND_LOW,
+    **{f"cifar100_nd_{pair}": CIFAR_ND for pair in ("resnet56_resnet20", "resnet32x4_resnet8x4", "wrn_40_2_wrn_40_1")},
+    **{f"cifar100_nd_resnet32x4_shufflenetv{version}": CIFAR_ND_LOW for version in (1, 2)},
+    "cifar100_nd_resnet50_mobilenetv2": CIFAR_ND_LOW,
     "imagenet_resnet34_resnet18": (256, 0.1, (30, 60, 90)),
     **{name: IMAGENET_ND for name in recipes.names() if name.startswith("imagenet") and name.endswith("pp")},
 }
@@ -125,11 +125,11 @@ class Module(nn.Module):
     [
         ("matrices", set[str]()),
         ("matrices_and_tokens", {"student.cls_token", "student.pos_embed"}),
-        ("all", {"student.head.bias", "student.norm.weight", "student.norm.bias", "projectors.0.bias"}),  # for CNNs, which list nothing
+        ("all", {"student.head.bias", "student.norm.weight", "student.norm.bias", "projectors.0.bias"}),
     ],
 )
 def test_what_decays(decay: str, more: set[str]) -> None:
-    """DeiT++ of ND decays tokens and position embedding, DeiT does not; a constrained projector never does by either."""
+    """DeiT++ of ND decays tokens and position embedding, DeiT does not; a constrained projector never does. `all` is for CNNs, which list nothing."""
     module = Module()
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     optimizer = build_optimizer(recipes.load("deit_ti_nd", [f"optim.decay={decay}"]), module)

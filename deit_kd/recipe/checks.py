@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from deit_kd.recipe.partial import Undecidable
@@ -33,9 +34,9 @@ PROBABILITIES = (
 )  # fmt: skip
 # Beyond these nothing runs and much would be made: a number far too large is a slip of the finger, or somebody else's.
 AT_MOST = {
-    **dict.fromkeys(("epochs", "global_batch_size", "optim.lr_base_batch_size", "augmentation.repeats", "projector.negatives"), 10**6),
+    **dict.fromkeys(("epochs", "global_batch_size", "augmentation.repeats", "projector.negatives"), 10**6),
     **dict.fromkeys(("data.img_size", "teacher.img_size"), 4096),
-    **dict.fromkeys(("data.num_classes", "projector.width"), 10**6),
+    **dict.fromkeys(("data.num_classes", "projector.width", "optim.lr_base_batch_size"), 10**6),
     "run.workers": 1024,
     "projector.depth": 100,
 }
@@ -114,9 +115,7 @@ def _checks(recipe: Recipe) -> Iterator[Iterable[str]]:
         for number, lesson in enumerate(recipe.lessons()):
             prefix = f"teachers.{number}." if recipe.teachers else ""
             for section, values in (("projector", lesson.projector), ("distill", lesson.distill)):
-                yield from (
-                    _unread(selector, prefix + section, values) for selector in READS if selector.startswith(f"{section}.")
-                )
+                yield from (_unread(selector, prefix + section, values) for selector in READS if selector.startswith(f"{section}."))
             yield from (check(lesson, prefix, recipe) for check in LESSON_CHECKS)
 
 
@@ -208,11 +207,8 @@ def _memory(lesson: Lesson, prefix: str, recipe: Recipe) -> Iterator[str]:
         yield f"{prefix}distill.feature_loss: noise_contrastive remembers images, which mixup and cutmix blend; set both to 0"
 
 
-LESSON_CHECKS = (
-    lambda *place: _term(*place, "kd"),
-    lambda *place: _times(*place, "kd"),
-    lambda *place: _term(*place, "feature"),
-    lambda *place: _times(*place, "feature"),
+LESSON_CHECKS: tuple[Callable[[Lesson, str, Recipe], Iterator[str]], ...] = (
+    *(partial(check, term=term) for term in ("kd", "feature") for check in (_term, _times)),
     _does_nothing,
     _projector,
     _taps,

@@ -141,6 +141,10 @@ def read_override(text: str, kind: Kind) -> Any:
         raise ValueError(f"{short(text)} cannot be read ({printable(fault.what)})") from None
 
 
+def _line(event: Event) -> int:
+    return event.start_mark.line + 1 if event.start_mark else 1
+
+
 @dataclass
 class _Fault(Exception):
     line: int
@@ -180,15 +184,16 @@ class _Reader:
         return next(self.events)
 
     def _refuse(self, event: Event, what: str) -> typing.NoReturn:
-        raise _Fault(event.start_mark.line + 1, what)
+        raise _Fault(_line(event), what)
 
     def _value(self, event: Event, kind: Kind, depth: int) -> Any:
         if isinstance(event, AliasEvent):
             self._refuse(event, f"an alias (*{short(event.anchor)[1:-1]}); write the value out")
-        if getattr(event, "anchor", None) is not None:
-            self._refuse(event, f"an anchor (&{short(event.anchor)[1:-1]}); write the value out where it is needed")
-        if getattr(event, "tag", None) is not None:
-            self._refuse(event, f"a tag ({short(event.tag)[1:-1]}); leave it out, the schema knows the type")
+        anchor, tag = getattr(event, "anchor", None), getattr(event, "tag", None)
+        if anchor is not None:
+            self._refuse(event, f"an anchor (&{short(anchor)[1:-1]}); write the value out where it is needed")
+        if tag is not None:
+            self._refuse(event, f"a tag ({short(tag)[1:-1]}); leave it out, the schema knows the type")
         if depth > MOST_DEPTH:
             self._refuse(event, f"more than {MOST_DEPTH} levels; a recipe needs five")
         if isinstance(event, ScalarEvent):
@@ -207,7 +212,7 @@ class _Reader:
         while not isinstance(event := self._next(), MappingEndEvent):
             if not isinstance(event, ScalarEvent) or event.anchor is not None or event.tag is not None:
                 self._refuse(event, "a key that is no plain text; write key: value")
-            key, line = event.value, event.start_mark.line + 1
+            key, line = event.value, _line(event)
             if key == "<<":
                 self._refuse(event, "a merge key (<<); write the keys out")
             if key in lines:

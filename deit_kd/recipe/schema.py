@@ -170,7 +170,7 @@ class Optim(Section):
     lr: float
     lr_rule: Literal["none", "linear", "sqrt"]  # how lr follows the global batch, and what else lr_rule_scales says
     lr_base_batch_size: int
-    lr_rule_scales: Literal["all", "lr"] = "all"  # all: lr, warmup_lr and min_lr; lr: the two others are as stated, as DeiT's code has it
+    lr_rule_scales: Literal["all", "lr"] = "all"  # all: warmup_lr and min_lr follow, too; lr: they are as stated
     schedule: Literal["cosine", "multistep"]
     warmup_lr: float
     warmup_epochs: float  # linear, from warmup_lr to lr
