@@ -76,7 +76,7 @@ def must_agree(recipe: Recipe, precision: str) -> None:
         if not variable.agrees(value.strip().lower(), recipe, precision):
             asked = name.removeprefix("ACCELERATE_USE_")
             what = f"the launcher asks for {asked} ({name}={value!r})" if asked != name else f"{name}={value!r} is set"
-            raise UserError(f"{what}, which the recipe does not state; {variable.remedy}, or unset it")
+            raise UserError(f"{what}, which contradicts the recipe; {variable.remedy}, or unset it")
 
 
 def _is(value: str, number: float | None) -> bool:

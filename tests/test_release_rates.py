@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 import yaml
-from conftest import ROOT
+from conftest import ROOT, SMALL
 from torch import nn
 
 from deit_kd import recipe as recipes
 from deit_kd.optim import build_optimizer, build_schedule
 
+Cli = Callable[..., tuple[int, str]]
 STEPS = 100  # an epoch
 
 
@@ -152,6 +155,26 @@ def test_a_run_of_before_keeps_its_rates(tmp_path: Path) -> None:
     assert recipes.differences(old, recipes.load("deit_ti_hard")) == ["optim.lr_rule_scales: all -> lr"]
     again = recipes.load(tmp_path, [])
     assert recipes.differences(old, again) == []
+
+
+def test_a_run_of_before_goes_on_at_its_rates(train_cli: Cli, fashion_folder: Path, tmp_path: Path) -> None:
+    """By its own recipe it continues; by one that scales otherwise it is refused by name."""
+    rates = ["optim.lr_rule=linear", "optim.lr_base_batch_size=12", "optim.warmup_epochs=1", "optim.warmup_lr=1.0e-4"]
+    run, output = ["--data", fashion_folder, "--output", tmp_path / "run"], tmp_path / "run"
+    stored = yaml.safe_load(recipes.dump(recipes.load("quickstart_alone", [*SMALL, *rates, "run.log_every_steps=1"])))
+    del stored["optim"]["lr_rule_scales"]
+    (tmp_path / "old.yaml").write_text(yaml.safe_dump(stored))
+    code, printed = train_cli("--recipe", tmp_path / "old.yaml", *run, "--max-steps", 1)
+    assert code == 0, printed
+    code, printed = train_cli("--recipe", tmp_path / "old.yaml", *run, "--max-steps", 2, "optim.lr_rule_scales=lr")
+    assert code == 2
+    assert "optim.lr_rule_scales" in printed
+    code, printed = train_cli("--recipe", output, *run, "--max-steps", 2)
+    assert code == 0, printed
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    first, second = (line["lr"] for line in lines if line["kind"] == "train")
+    assert first == pytest.approx(2e-4)  # twice 1e-4, as the rule of before has it
+    assert second > first
 
 
 def test_a_key_of_later_does_not_change_the_mark_of_a_checkpoint() -> None:
