@@ -152,7 +152,7 @@ def make_accelerator(recipe: Recipe, device: str, output: Path) -> Accelerator:
     try:
         accelerator = plain_accelerator(cpu, precision, log_with=trackers or None, project_dir=output)
     except ValueError as error:
-        raise UserError(f"run.precision={precision}, run.trackers={trackers}: {error}") from None
+        raise UserError(f"run.precision={precision}, run.trackers={trackers}, or a variable ACCELERATE_*: {error}") from None
     if len(accelerator.log_with) < len(trackers):
         raise UserError(f"run.trackers={trackers}: not all of these are installed; pip install what is missing")
     if launched != accelerator.num_processes:
