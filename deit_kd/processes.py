@@ -90,7 +90,7 @@ def on_cpu(device: str) -> bool:
     """Whether a run is on the CPU: it was asked to, the launcher was, or there is no GPU.
 
     Raises:
-        UserError: a GPU is asked for that is not there, or while the launcher is told to use the CPU.
+        UserError: a GPU is asked for that is not there, or while the launcher uses the CPU.
     """
     launched = not _off(os.environ.get("ACCELERATE_USE_CPU", "").strip().lower())
     if device == "cuda" and not torch.cuda.is_available():

@@ -220,7 +220,7 @@ def test_a_choice_drops_what_only_the_choice_before_read(overrides: list[str], f
 
 
 def test_faults_that_are_told_beside_a_wrong_type_are_real() -> None:
-    """No value is borrowed: what depends on the wrong one is left out, what does not is told."""
+    """No value is borrowed: what depends on the wrong one is left out, what does not is listed."""
     with pytest.raises(RecipeError) as raised:
         recipes.load("deit_ti_two_stages", ["distill.kd_loss=none", "epochs=3.5", "optim.min_lr=-1", "data.img_size=30"])
     found = str(raised.value).splitlines()[1:]

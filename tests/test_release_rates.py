@@ -143,7 +143,7 @@ def test_what_decays(decay: str, more: set[str]) -> None:
 
 
 def test_a_run_of_before_keeps_its_rates(tmp_path: Path) -> None:
-    """Its recipe.yaml lacks the key: all three rates are scaled as they were, its checkpoints fit it, and the recipe of today is told apart."""
+    """Its recipe.yaml lacks the key: all three rates are scaled as they were, its checkpoints fit it, and the recipe of today differs."""
     stored = yaml.safe_load((ROOT / "recipes" / "deit_ti_hard.yaml").read_text())
     del stored["optim"]["lr_rule_scales"]
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(stored, sort_keys=False))
