@@ -13,8 +13,11 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from deit_kd.data import Placement, Source, open_source
+from deit_kd.data.folders import CLASS_ORDER, other_order
+from deit_kd.data.sources import turned
 from deit_kd.data.transforms import evaluation_transform
 from deit_kd.errors import UserError
+from deit_kd.files import warn
 from deit_kd.models import AnyTeacher, CachedTeacher, Distiller, build_student, load_student, load_teacher
 from deit_kd.models.distiller import build_lesson_projector
 from deit_kd.models.loading import architecture_of
@@ -74,6 +77,12 @@ def build_teachers(recipe: Recipe, class_names: Sequence[str] | int, pretrained:
                 teacher.stated_dtype = getattr(torch, config.precision)
         if compares_logits and teacher.info.label_names and not isinstance(class_names, int):
             _same_labels(teacher.info.label_names, class_names)
+        elif compares_logits and not isinstance(class_names, int) and (theirs := other_order(class_names)):
+            place = next(n for n, (ours, other) in enumerate(zip(class_names, theirs, strict=True)) if ours != other)
+            warn(
+                f"teacher {config.name} does not name its classes: its logit {place} is taken for {class_names[place]}; a teacher that was "
+                f"trained with other code may mean {theirs[place]}: write its order to {CLASS_ORDER} beside train/, or label_names to its config"
+            )
         teachers.append(teacher)
     return teachers
 
@@ -201,7 +210,15 @@ def open_data(recipe: Recipe, data: Path | None) -> tuple[Source, Source]:
     Raises:
         UserError: missing or empty data, or not what the recipe states of it.
     """
-    train, val = (open_source(recipe.data.source, data, split) for split in ("train", "val"))
+    wanted, upright = recipe.data, recipe.data.exif_orientation == "apply"
+    train, val = (
+        open_source(wanted.source, data, split, upright=upright, label_column=wanted.label_column) for split in ("train", "val")
+    )
+    if not train.upright and (count := turned(train)):
+        warn(
+            f"{train.origin}: {count} of {min(64, len(train))} images carry an EXIF orientation, and are read as they are stored; set "
+            "data.exif_orientation=apply to turn them as viewers do"
+        )
     stated = recipe.data.num_classes
     if stated not in ("auto", len(train.class_names)):
         raise UserError(

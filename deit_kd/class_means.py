@@ -74,7 +74,7 @@ def _compute(recipe: Recipe, teacher: Teacher, source: Source, accelerator: Acce
 def _identity(recipe: Recipe, teacher: AnyTeacher, source: Source) -> dict[str, Any]:
     """What a file must agree on."""
     aug = recipe.augmentation
-    crop = aug.crop_scale, aug.crop_padding, aug.horizontal_flip
+    crop = aug.crop_scale, aug.crop_padding, aug.horizontal_flip, *(["upright"] if source.upright else [])
     return {
         "teacher": teacher.info.name,
         "teacher_sha256": teacher.info.sha256,

@@ -81,6 +81,12 @@ def main(arguments: list[str] | None = None) -> None:
     verb.add_argument("--teacher", help="whose decisions to compare with")
     verb.add_argument("--restrict", action="store_true", help="answers are among the data's classes only")
     verb.add_argument("--on-bad-image", choices=("refuse", "skip"), default="refuse")
+    verb.add_argument(
+        "--exif-orientation",
+        choices=("apply", "ignore"),
+        help="whether images are turned as their EXIF data say (default: apply; of a --benchmark ignore, as published numbers do)",
+    )
+    verb.add_argument("--label-column", help="of several labels that a table or shards have")
     verb.add_argument("--output", type=Path, help="the folder of the report (default: runs/evaluation_NAME)")
     verb.set_defaults(run=evaluate)
 
@@ -92,6 +98,9 @@ def main(arguments: list[str] | None = None) -> None:
     _weights_options(verb)
     verb.add_argument("images", nargs="+", help="files and folders; - reads an image, or paths a line, from standard input")
     verb.add_argument("--top", type=int, default=5, help="predictions of each image (default: 5)")
+    verb.add_argument(
+        "--exif-orientation", choices=("apply", "ignore"), default="apply", help="turn images as viewers do (default), or not"
+    )
     verb.set_defaults(run=predict)
 
     verb = verbs.add_parser(
@@ -316,6 +325,8 @@ def evaluate(options: argparse.Namespace) -> None:
         batch_size=options.batch_size,
         restrict=options.restrict,
         on_bad_image=options.on_bad_image,
+        exif_orientation=options.exif_orientation,
+        label_column=options.label_column,
     )
     print(f"report {folder}")
 
@@ -329,7 +340,8 @@ def predict(options: argparse.Namespace) -> None:
 
     model, failed = load_student(options.weights, img_size=options.img_size), 0
     try:
-        for line in predict(model, options.images, _device(options.device), options.batch_size, options.top):
+        upright = options.exif_orientation == "apply"
+        for line in predict(model, options.images, _device(options.device), options.batch_size, options.top, upright):
             print(json.dumps(line, ensure_ascii=False), flush=True)
             if "error" in line:
                 failed += 1

@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from PIL import Image
 
-from deit_kd.data.decode import rgb
-from deit_kd.data.sources import readable
+from deit_kd.data.decode import MOST_BYTES, decode_image, orientation, read_picture
+from deit_kd.data.folders import find_pictures, readable_name, told
 from deit_kd.errors import UserError
+from deit_kd.files import warn
 from deit_kd.models.taps import TimmModel
-
-UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises for files that are no images
+from deit_kd.text import for_terminal
 
 
 @torch.inference_mode()
-def predict(model: TimmModel, names: Sequence[str], device: torch.device, batch_size: int, top: int) -> Iterator[dict[str, Any]]:
+def predict(
+    model: TimmModel, names: Sequence[str], device: torch.device, batch_size: int, top: int, upright: bool = True
+) -> Iterator[dict[str, Any]]:
     """A line an image, in their order: image, and predictions (label, index, probability), or error.
 
     Args:
@@ -32,6 +31,7 @@ def predict(model: TimmModel, names: Sequence[str], device: torch.device, batch_
         device: where to.
         batch_size: images at once.
         top: how many predictions of each.
+        upright: images are turned as their EXIF orientation says, as viewers show them.
 
     Raises:
         UserError: an empty standard input.
@@ -46,14 +46,15 @@ def predict(model: TimmModel, names: Sequence[str], device: torch.device, batch_
         lines: list[dict[str, Any]] = []
         images = []
         for name, content in some:
+            shown = readable_name(name)
             try:
-                if Path(name).is_dir():
+                if os.path.isdir(name):
                     raise ValueError("a folder without images")
-                with Image.open(name if content is None else io.BytesIO(content)) as image:
-                    images.append(transform(rgb(image)))
-                lines.append({"image": name, "predictions": []})
-            except UNREADABLE as error:
-                lines.append({"image": name, "error": " ".join(str(error).split())})
+                images.append(transform(decode_image(read_picture(name) if content is None else content, upright)))
+                lines.append({"image": shown, "predictions": []})
+            except Exception as error:  # Pillow raises many types for files that are no images
+                reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
+                lines.append({"image": shown, "error": for_terminal(" ".join(reason.split()))})
         if images:
             probabilities, indices = model(torch.stack(images).to(device)).float().softmax(1).topk(min(top, model.num_classes))
             rows = zip([line for line in lines if "error" not in line], probabilities.tolist(), indices.tolist(), strict=True)
@@ -68,17 +69,18 @@ def predict(model: TimmModel, names: Sequence[str], device: torch.device, batch_
 def _expand(name: str) -> list[tuple[str, bytes | None]]:
     """(name, content if it is read already) of each image that an argument stands for."""
     if name == "-":
-        content = sys.stdin.buffer.read()
+        content = sys.stdin.buffer.read(MOST_BYTES)
         try:
-            Image.open(io.BytesIO(content)).close()
-        except UNREADABLE:
+            orientation(content)
+        except Exception:  # not an image
             paths = [os.fsdecode(line) for line in content.splitlines() if line.strip()]
             if not paths:
                 raise UserError("-: standard input is empty; pipe an image or a path a line into it") from None
             return [each for path in paths for each in (_expand(path) if path != "-" else [])]
         return [("-", content)]
-    if not Path(name).is_dir():
+    if not os.path.isdir(name):
         return [(name, None)]
-    walked = os.walk(name)
-    found = sorted(os.path.join(folder, file) for folder, _, files in walked for file in files if file.lower().endswith(readable()))
-    return [(path, None) for path in found] or [(name, None)]
+    found = find_pictures(name)
+    if found.left_out:
+        warn(f"{for_terminal(name)}: left out are {told(found.left_out)}")
+    return [(path, None) for path in found.paths] or [(name, None)]

@@ -255,6 +255,8 @@ def evaluate(
     teacher: str | None,
     device: torch.device,
     img_size: int | None,
+    exif_orientation: str | None = None,
+    label_column: str | None = None,
     **settings: Any,
 ) -> None:
     """`deit-kd evaluate`: writes a report of each part of what is asked for, and prints tables.
@@ -269,6 +271,8 @@ def evaluate(
         teacher: see `load_teacher`.
         device: where to.
         img_size: pixels a side, if not the network's own.
+        exif_orientation: apply or ignore; None: apply, but of a benchmark ignore, as published numbers do.
+        label_column: see `open_source`.
         settings: see `examine`.
 
     Raises:
@@ -280,7 +284,10 @@ def evaluate(
     elif data and split == "val" and source in (None, "image_folder"):
         parts = {"": Examination(open_folder_to_evaluate(data))}
     else:
-        parts = {"": Examination(open_source(source or ("image_folder" if data else "fashion_mnist"), data, split))}
+        named = source or ("image_folder" if data else "fashion_mnist")
+        parts = {"": Examination(open_source(named, data, split, label_column=label_column))}
+    for examination in parts.values():
+        examination.source.upright = (exif_orientation or ("ignore" if benchmark else "apply")) == "apply"
     config = timm.data.resolve_model_data_config(model)
     asked = load_teacher(teacher, image_mean=config["mean"], image_std=config["std"]).to(device) if teacher else None
     if asked is not None:  # it gets the student's images in its own size

@@ -31,6 +31,7 @@ from deit_kd.recipe import Recipe
 
 if TYPE_CHECKING:
     from deit_kd.classification import Classification
+    from deit_kd.data import Source
     from deit_kd.speed import Quickened
 
 
@@ -147,7 +148,7 @@ def describe(
         (output / "run.json").write_text(json.dumps(run, indent=2) + "\n")
     loading = f"{accelerator.num_processes} x {loader.accumulation_steps} x {loader.micro_batch_size}"
     accelerator.print(
-        f"train   {len(loader.source):,} images of {loader.source.origin}; validation {len(val):,} images\n"
+        f"train   {_counted(loader.source)} of {loader.source.origin}; validation {_counted(val)}\n"
         f"student {recipe.student.name}, {counted.student_parameters:,} parameters; projector {counted.projector_parameters:,}\n"
         + "".join(
             f"teacher {name}, {parameters:,} parameters, {teacher.describe() if isinstance(teacher, CachedTeacher) else quick}\n"
@@ -161,6 +162,11 @@ def describe(
     )
     if recipe.run.trackers:
         accelerator.init_trackers("deit_kd", config={key: str(value) for key, value in recipes.flatten(recipe)})
+
+
+def _counted(source: Source) -> str:
+    left_out = f" (left out: {source.left_out})" if source.left_out else ""
+    return f"{len(source):,} images{left_out}"
 
 
 def _without_folders(word: str) -> str:

@@ -22,7 +22,7 @@ from deit_kd.models.loading import file_of
 from deit_kd.recipe import Recipe, flatten
 
 # Where data come from and how labels are smoothed changes no image; the data themselves are compared.
-NO_MATTER = ("data.source", "data.num_classes", "data.train_images", "augmentation.label_smoothing")
+NO_MATTER = ("data.source", "data.num_classes", "data.train_images", "data.label_column", "augmentation.label_smoothing")
 TEACHER, WEIGHTS, FILE = "teacher.name", "teacher.weights", "sha256 of the teacher's file"
 PACKAGES = ("torch", "torchvision", "timm", "pillow", "numpy")
 
@@ -121,7 +121,8 @@ def must_fit(teacher: CachedTeacher, recipe: Recipe, loader: TrainLoader, autoca
 def of_validation(recipe: Recipe, source: Source) -> dict[str, Any]:
     """What a teacher's accuracy depends on beside the teacher."""
     size, aug = recipe.data.img_size, recipe.evaluation
-    found = {"view": [size, recipe.data.mean, recipe.data.std, aug.crop_pct, aug.interpolation], **of_images(source)}
+    view = [size, recipe.data.mean, recipe.data.std, aug.crop_pct, aug.interpolation, *(["upright"] if source.upright else [])]
+    found = {"view": view, **of_images(source)}
     plain: dict[str, Any] = json.loads(json.dumps(found))
     return plain
 

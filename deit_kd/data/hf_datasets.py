@@ -10,17 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from deit_kd.data.decode import decode_image
-from deit_kd.data.sources import Source, Split
+from deit_kd.data.decode import read_picture
+from deit_kd.data.sources import FileSource, Source, Split
 from deit_kd.errors import UserError
+from deit_kd.text import for_terminal
 
 VALIDATION = ("validation", "val", "valid", "test")  # the first that is there
+MOST_CLASSES = 1_000_000  # that labels without names may mean
 LABELS = ("label", "labels", "fine_label", "cls")  # columns, where none is declared to hold classes
 
 
-class RowSource:
+class RowSource(FileSource):
     """A table with a column of images and one of labels.
 
     Args:
@@ -36,22 +37,23 @@ class RowSource:
         self.class_names, self.origin = class_names, origin
         self.name = f"{rows.info.dataset_name or 'a table'}, images of {len(class_names)} classes"
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
     def where(self, index: int) -> str:  # noqa: D102
         return f"row {index} of {self.origin}, split {self.rows.split}"
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return decode_image(self.encoded(index)), int(self.labels[index])
-
     def encoded(self, index: int) -> bytes:  # noqa: D102
         cell = self.rows[index][self.image]
-        return Path(cell["path"]).read_bytes() if cell["bytes"] is None else cell["bytes"]
+        if cell is None or (cell["bytes"] is None and cell["path"] is None):
+            raise ValueError("the row has no image")
+        return read_picture(cell["path"]) if cell["bytes"] is None else cell["bytes"]
 
 
-def open_rows(data: Path | None, split: Split) -> Source:
+def open_rows(data: Path | None, split: Split, label_column: str | None = None) -> Source:
     """The source `hf_datasets`: of --data DIR, ORG/NAME of the hub, or an address with {split} in it.
+
+    Args:
+        data: where it is.
+        split: train or val.
+        label_column: of several that hold classes; None: the one that there is.
 
     Raises:
         UserError: the library is missing, or finds or knows nothing there.
@@ -76,14 +78,16 @@ def open_rows(data: Path | None, split: Split) -> Source:
     if "train" not in tables or not validation:
         raise UserError(f"--data {origin}: has the splits {', '.join(tables)}; needed are train and one of {', '.join(VALIDATION)}")
     chosen = {"train": tables["train"], "val": tables[validation[0]]}
-    columns = {name: _columns(datasets, table.features, origin) for name, table in chosen.items()}
+    columns = {name: _columns(datasets, table.features, label_column, origin) for name, table in chosen.items()}
     if columns["train"] != columns["val"]:
         raise UserError(
             f"--data {origin}: training and validation data have other columns, or classes in another order; write them alike"
         )
     image, column, names = columns["train"]
     labels = {name: _labels(table.data.column(column), names, origin) for name, table in chosen.items()}
-    names = names or tuple(map(str, range(1 + max(int(each.max()) for each in labels.values()))))
+    names = names or tuple(map(str, range(min(MOST_CLASSES, max(int(each.max()) for each in labels.values())) + 1)))
+    if len(names) > MOST_CLASSES:
+        raise UserError(f"--data {origin}: labels go up to {len(names) - 1:,}; count them from 0 without gaps")
     rows = chosen[split].cast_column(image, datasets.Image(decode=False))
     return RowSource(rows, _synsets(names), image, labels[split], origin)
 
@@ -101,26 +105,40 @@ def _load(datasets: Any, origin: str) -> Any:
     return {name: datasets.load_dataset(builder, data_files={name: paths}, split=name) for name, paths in files.items() if paths}
 
 
-def _columns(datasets: Any, features: Any, origin: str) -> tuple[str, str, tuple[str, ...] | None]:
+def _columns(datasets: Any, features: Any, chosen: str | None, origin: str) -> tuple[str, str, tuple[str, ...] | None]:
     """(column of images, column of labels, names of classes if they are declared)"""
     images = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
     classes = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
     classes = classes or [name for name in LABELS if name in features]
+    there = for_terminal(", ".join(f"{name} ({getattr(kind, 'dtype', type(kind).__name__)})" for name, kind in features.items()))[
+        :500
+    ]
+    if chosen is not None:
+        if chosen not in features:
+            raise UserError(f"--data {origin}: data.label_column={chosen}: no such column; there are {there}")
+        classes = [chosen]
+    if len(classes) > 1:
+        names = for_terminal(" and ".join(classes))
+        raise UserError(f"--data {origin}: has the labels {names}; choose with data.label_column={for_terminal(classes[0])}")
     if len(images) != 1 or len(classes) != 1:
-        raise UserError(f"--data {origin}: needed is one column of images and one of labels; its columns are {features}")
+        raise UserError(f"--data {origin}: needed is one column of images and one of labels; its columns are {there}")
     kind = features[classes[0]]
     return images[0], classes[0], tuple(kind.names) if isinstance(kind, datasets.ClassLabel) else None
 
 
 def _labels(column: Any, names: tuple[str, ...] | None, origin: str) -> np.ndarray:
     """[N] int64."""
-    if not str(column.type).lstrip("u").startswith("int"):
+    if str(column.type).lstrip("u") not in ("int8", "int16", "int32", "int64"):
         raise UserError(f"--data {origin}: labels are {column.type}; needed are whole numbers, best a ClassLabel with names")
     if column.null_count or not len(column):
         raise UserError(f"--data {origin}: has rows without a label, or no rows")
     labels = np.asarray(column).astype(np.int64)
     if labels.min() < 0:
         raise UserError(f"--data {origin}: has rows without a label (below 0)")
+    if names is not None and labels.max() >= len(names):
+        raise UserError(
+            f"--data {origin}: label {labels.max()} is none of the {len(names)} classes that are declared; write it anew"
+        )
     if names is None and labels.min() > 0:
         raise UserError(
             f"--data {origin}: labels begin with {labels.min()} instead of 0; count them from 0, or declare a ClassLabel"

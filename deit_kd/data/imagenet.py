@@ -63,9 +63,12 @@ def _real(root: Path) -> dict[str, Examination]:
     source = _folders(root)
     numbers = [re.fullmatch(r"ILSVRC2012_val_(\d{8})(_n\d{8})?\.\w+", Path(path).name) for path in source.paths]
     if None in numbers:
-        path = source.paths[numbers.index(None)]
-        raise UserError(f"{path}: ReaL's labels go by the names of ImageNet's validation images, ILSVRC2012_val_00000001.JPEG")
+        raise UserError(
+            f"{source.where(numbers.index(None))}: ReaL's labels go by the names of ImageNet's validation images, ILSVRC2012_val_00000001.JPEG"
+        )
     images = [int(number[1]) - 1 for number in numbers if number]
+    if strange := [place for place, image in enumerate(images) if not 0 <= image < len(labels)]:
+        raise UserError(f"{source.where(strange[0])}: ReaL has labels of the images 1 to {len(labels):,} alone; remove it")
     counted = [place for place, image in enumerate(images) if labels[image]]
     source.paths = [source.paths[place] for place in counted]
     source.labels = np.arange(len(counted))

@@ -8,106 +8,79 @@ import json
 import os
 import shutil
 import tarfile
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from deit_kd.data.decode import decode_image
-from deit_kd.data.sources import FolderSource, Source, Split, open_source
+from deit_kd.data import folders, shard_index
+from deit_kd.data.decode import ORIENTATION, decode_image, orientation, read_picture
+from deit_kd.data.sources import FileSource, FolderSource, Source, Split, open_source
 from deit_kd.errors import UserError
+from deit_kd.files import warn
+from deit_kd.text import for_terminal
 
 INDEX = "index_{split}.npz"  # where each image lies; made by `pack`, and by reading the shards through where it is not there
+MOST_OPEN = 16  # files: descriptors are few, and a run reads from all shards in turn
 
 
-class ShardSource:
-    """DIR/SPLIT-XXXXXX.tar with KEY.jpg (any format that Pillow reads) and KEY.cls (the label's number) for each image.
+class ShardSource(FileSource):
+    """DIR/SPLIT-XXXXXX.tar with KEY.jpg (a format of `decode.FORMATS`) and KEY.cls (the label's number) for each image.
 
     Args:
-        root: the folder of the shards, with classes.json, the list of class names.
+        root: the folder of the shards, with classes.json, the class names.
         split: which shards.
+        label_column: see `shard_index.read_through`.
 
     Raises:
         UserError: shards are missing, cut off, or not of this layout.
     """
 
-    def __init__(self, root: Path, split: Split):
+    def __init__(self, root: Path, split: Split, label_column: str | None = None):
         self.files = sorted(root.glob(f"{split}-*.tar"))
         if not self.files:
             raise UserError(f"{root}: has no {split}-*.tar; make shards of a folder of images with deit-kd pack")
-        try:
-            self.class_names = tuple(json.loads((root / "classes.json").read_text()))
-        except (OSError, ValueError, TypeError) as error:
-            raise UserError(f"{root}/classes.json: cannot be read ({error}); it holds the list of class names") from None
+        self.class_names = folders.read_class_names(root / "classes.json")
         index = root / INDEX.format(split=split)
-        try:
-            found = dict(np.load(index, allow_pickle=False)) if index.exists() else _read_through(self.files)
-            self.shard, self.offset, self.size, self.labels, self.keys = (
-                found[name] for name in ("shard", "offset", "size", "labels", "keys")
-            )
-        except (OSError, EOFError, ValueError, KeyError, BadZipFile, zlib.error) as error:
-            raise UserError(f"{index}: is damaged ({error}); remove it, and the shards are read through instead") from None
-        for number, file in enumerate(self.files):
-            ends = (self.offset + self.size)[self.shard == number]
-            if len(ends) == 0 or ends.max() > file.stat().st_size:
-                raise UserError(f"{file}: is cut off, or not the shard that {index.name} describes; copy or pack it again")
-        if self.shard.max() >= len(self.files) or self.labels.max() >= len(self.class_names) or self.labels.min() < 0:
-            raise UserError(f"{root}: shards or classes are missing that {index.name} describes; copy or pack it again")
+        if index.exists() and label_column is None:
+            found = shard_index.load(index, self.files, len(self.class_names))
+        else:
+            found, left_out = shard_index.read_through(self.files, self.class_names, label_column)
+            self.left_out = folders.told(left_out)
+            if set(left_out) - {folders.HIDDEN}:
+                warn(f"{root}: left out of the {split} shards are {self.left_out}")
+        self.shard, self.offset, self.size, self.labels, self.keys = found
         self.name, self.origin = f"images of {len(self.class_names)} classes in {len(self.files)} shards", str(root)
-        self._open: dict[int, int] = {}  # descriptors; a worker process inherits them, and reads at positions of its own
-
-    def __len__(self) -> int:
-        return len(self.labels)
+        self._open: dict[int, io.FileIO] = {}  # the last few files that were read, the latest last; positions are not shared
 
     def where(self, index: int) -> str:  # noqa: D102
-        return f"{self.files[self.shard[index]]}:{self.keys[index].decode()}"
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return decode_image(self.encoded(index)), int(self.labels[index])
+        return for_terminal(f"{self.files[self.shard[index]]}:{self.keys[index].decode('utf-8', 'replace')}")
 
     def encoded(self, index: int) -> bytes:  # noqa: D102
-        shard = int(self.shard[index])
-        if shard not in self._open:
-            self._open[shard] = os.open(self.files[shard], os.O_RDONLY)
-        return os.pread(self._open[shard], int(self.size[index]), int(self.offset[index]))
+        shard, size = int(self.shard[index]), int(self.size[index])
+        file = self._open.pop(shard, None) or io.FileIO(self.files[shard])
+        self._open[shard] = file
+        if len(self._open) > MOST_OPEN:
+            self._open.pop(next(iter(self._open))).close()
+        content = os.pread(file.fileno(), size, int(self.offset[index]))
+        if len(content) < size:
+            raise OSError(f"the shard ends within the image, after {len(content):,} of {size:,} bytes")
+        return content
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": {}}  # a process that is not forked opens its own
 
 
-def _read_through(files: Sequence[Path]) -> dict[str, np.ndarray]:
-    """The index of shards that came without one: images of each shard in their order, with the label of the same key."""
-    rows: list[tuple[int, int, int, int, bytes]] = []
-    for number, file in enumerate(tqdm(files, "reading shards through", unit="shard", delay=2, disable=None)):
-        images: dict[str, tarfile.TarInfo] = {}
-        labels: dict[str, int] = {}
-        try:
-            with tarfile.open(file, "r:") as tar:
-                for member in tar:
-                    key, _, extension = member.name.rpartition(".")
-                    if extension == "cls":
-                        content = tar.extractfile(member)
-                        labels[key] = int(content.read()) if content else -1
-                    elif f".{extension.lower()}" in Image.registered_extensions():
-                        images[key] = member
-        except (tarfile.TarError, ValueError, OSError) as error:
-            raise UserError(f"{file}: cannot be read as a shard ({error}); copy or pack it again") from None
-        if missing := images.keys() - labels.keys():
-            raise UserError(f"{file}: {min(missing)} has no .cls beside it; a shard holds KEY.jpg and KEY.cls for each image")
-        rows += [(number, member.offset_data, member.size, labels[key], key.encode()) for key, member in images.items()]
-    columns = list(zip(*rows, strict=True)) or [()] * 5
-    return dict(zip(("shard", "offset", "size", "labels", "keys"), map(np.asarray, columns), strict=True))
-
-
-def open_shards(data: Path | None, split: Split) -> Source:
+def open_shards(data: Path | None, split: Split, label_column: str | None = None) -> Source:
     """The source `shards`."""
     if data is None:
         raise UserError("data.source=shards needs a folder: pass --data DIR, made by deit-kd pack")
     if not data.is_dir():
         raise UserError(f"--data {data}: no such directory")
-    return ShardSource(data, split)
+    return ShardSource(data, split, label_column)
 
 
 def pack(data: Path, output: Path, short_side: int | None, shard_bytes: int) -> None:
@@ -165,19 +138,24 @@ def _samples(source: FolderSource, short_side: int | None) -> Iterator[tuple[int
         label, key = int(source.labels[index]), f"{index:08d}"
         extension = path.rpartition(".")[2].lower()
         if short_side is None:
-            yield label, key, extension, Path(path).read_bytes()
+            yield label, key, extension, read_picture(path)
             continue
         try:
-            image, _ = source[index]
+            content = read_picture(path)
+            image, turn = decode_image(content), orientation(content)
         except Exception as error:  # PIL raises many types for broken files
             raise UserError(f"{path}: cannot be read ({error}); remove it, or pack without --short-side") from None
         scale = short_side / min(image.size)
         if scale >= 1:
-            yield label, key, extension, Path(path).read_bytes()
+            yield label, key, extension, content
             continue
+        kept: dict[str, Any] = {}
+        if turn != 1:  # so that data.exif_orientation means here what it means of the folder
+            kept["exif"] = exif = Image.Exif()
+            exif[ORIENTATION] = turn
         stream = io.BytesIO()
         size = round(image.width * scale), round(image.height * scale)
-        image.resize(size, Image.Resampling.BICUBIC).save(stream, "jpeg", quality=95)
+        image.resize(size, Image.Resampling.BICUBIC).save(stream, "jpeg", quality=95, **kept)
         yield label, key, "jpg", stream.getvalue()
 
 

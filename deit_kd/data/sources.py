@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import gzip
 import os
-import zlib
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -14,9 +13,13 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from deit_kd.data.decode import Jpeg, as_jpeg, as_pixels, decode, decode_image
+from deit_kd.data import folders
+from deit_kd.data.decode import FORMATS, Jpeg, as_jpeg, as_pixels, decode, decode_image, orientation, read_picture
+from deit_kd.data.idx import read_idx
 from deit_kd.errors import UserError
+from deit_kd.files import warn
 from deit_kd.recipe import nearest
+from deit_kd.text import for_terminal
 
 Split = Literal["train", "val"]
 EMBEDDED = Path(__file__).parent / "fashion_mnist" / "fashion_mnist_12k.npz"
@@ -32,6 +35,8 @@ class Source(Protocol):
     labels: np.ndarray  # [N] int
     name: str  # what this is, as a card may say it
     origin: str  # where it lies, for messages
+    left_out: str  # what of the files there is not read, as `3 .heic`; empty for nothing
+    upright: bool  # images are turned as their EXIF orientation says
 
     def __len__(self) -> int: ...
 
@@ -48,17 +53,21 @@ class Source(Protocol):
 def pixels(source: Source, index: int) -> Tensor:
     """[3,H,W] uint8 of an image, which `source[index]` would give as an image of Pillow's."""
     content = source.encoded(index)
-    return as_pixels(source[index][0]) if content is None else decode(content)
+    return as_pixels(source[index][0]) if content is None else decode(content, source.upright)
 
 
 def pixels_or_jpeg(source: Source, index: int) -> Tensor | Jpeg:
     """The file of an image that the device can decode; else its `pixels`."""
     content = source.encoded(index)
-    return as_pixels(source[index][0]) if content is None else as_jpeg(content) or decode(content)
+    if content is None:
+        return as_pixels(source[index][0])
+    return as_jpeg(content, source.upright) or decode(content, source.upright)
 
 
 class ArraySource:
     """Images held in memory: uint8 [N,H,W] or [N,H,W,3]."""
+
+    left_out, upright = "", False
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, class_names: Sequence[str], name: str, origin: str):
         self.images, self.labels, self.class_names = images, labels, tuple(class_names)
@@ -83,6 +92,7 @@ class PartSource:
     def __init__(self, whole: Source, indices: np.ndarray):
         self.whole, self.indices = whole, indices
         self.class_names, self.labels, self.name, self.origin = whole.class_names, whole.labels[indices], whole.name, whole.origin
+        self.left_out, self.upright = whole.left_out, whole.upright
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -114,64 +124,84 @@ def hold_out(source: Source, share: float, seed: int) -> tuple[Source, Source]:
     return PartSource(source, np.flatnonzero(~chosen)), PartSource(source, np.flatnonzero(chosen))
 
 
-class FolderSource:
-    """ROOT/CLASS/*.EXT in any format that PIL reads, subfolders included."""
+class FileSource:
+    """What sources of encoded images have in common: `encoded` and `labels` are theirs."""
 
-    def __init__(self, root: Path, class_names: Sequence[str] | None = None):
-        folders = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
-        if not folders:
-            raise UserError(f"{root}: has no class folders; expected {root}/CLASS/IMAGE")
-        self.class_names = tuple(class_names or _label_space(folders))
-        label_of = {name: label for label, name in enumerate(self.class_names)}
-        if unknown := [name for name in folders if name not in label_of]:
-            raise UserError(f"{root}: class {unknown[0]!r} is not among the training classes{nearest(unknown[0], label_of)}")
-        extensions = readable()
-        self.paths: list[str] = []
-        labels: list[int] = []
-        for name in tqdm(folders, desc=f"reading {root}", unit="class", delay=2, leave=False, disable=None):
-            found = sorted(
-                os.path.join(folder, file)
-                for folder, _, files in os.walk(root / name, followlinks=True)
-                for file in files
-                if file.lower().endswith(extensions) and not file.startswith(".")
-            )
-            if not found:
-                raise UserError(f"{root / name}: the class has no image; add some or remove the folder")
-            self.paths += found
-            labels += [label_of[name]] * len(found)
-        self.labels = np.asarray(labels)
-        self.name, self.origin = f"images of {len(self.class_names)} classes in folders", str(root)
+    left_out, upright = "", False
+    labels: np.ndarray
 
     def __len__(self) -> int:
-        return len(self.paths)
-
-    def where(self, index: int) -> str:  # noqa: D102
-        return self.paths[index]
+        return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return decode_image(self.encoded(index)), int(self.labels[index])
+        return decode_image(self.encoded(index), self.upright), int(self.labels[index])
+
+    def encoded(self, index: int) -> bytes:
+        """The file of an image."""
+        raise NotImplementedError
+
+
+class FolderSource(FileSource):
+    """ROOT/CLASS/*.EXT in a format of `decode.FORMATS`, subfolders included; see `folders` for what is left out.
+
+    Args:
+        root: the folder.
+        class_names: in the order of labels; None: the folders, numbers by value, others by text.
+
+    Raises:
+        UserError: there are no classes, one has no picture or another name, or a folder cannot be read.
+    """
+
+    def __init__(self, root: Path, class_names: Sequence[str] | None = None):
+        shown = for_terminal(str(root))
+        found, left_out = folders.class_folders(root)
+        if not found:
+            raise UserError(f"{shown}: has no class folders; expected {shown}/CLASS/IMAGE")
+        names = {folder: folders.readable_name(folder) for folder in found}
+        self.class_names = tuple(class_names or _label_space(list(names.values())))
+        label_of = {name: label for label, name in enumerate(self.class_names)}
+        own = {folder: folders.same_name(name, label_of) for folder, name in names.items()}
+        if unknown := [names[folder] for folder, name in own.items() if name is None]:
+            near = nearest(unknown[0], label_of)
+            raise UserError(f"{shown}: class {for_terminal(unknown[0])!r} is not among the training classes{near}")
+        label = {folder: label_of[name] for folder, name in own.items() if name is not None}
+        classes: dict[str, list[str]] = {}
+        labels: list[int] = []
+        for folder in tqdm(found, desc=f"reading {shown}", unit="class", delay=2, leave=False, disable=None):
+            pictures = folders.find_pictures(os.path.join(root, folder))
+            if not pictures.paths:
+                others = f" of {', '.join(FORMATS)}, only {folders.told(pictures.left_out)}" if pictures.left_out else ""
+                raise UserError(
+                    f"{for_terminal(str(root / folder))}: the class has no image{others}; add some or remove the folder"
+                )
+            classes[folder] = pictures.paths
+            labels += [label[folder]] * len(pictures.paths)
+            left_out += pictures.left_out
+        self.paths = [path for paths in classes.values() for path in paths]
+        self.labels = np.asarray(labels)
+        self.name, self.origin = f"images of {len(self.class_names)} classes in folders", shown
+        self.left_out = folders.told(left_out)
+        for remark in folders.remarks(root, classes):
+            warn(f"{shown}: {remark}")
+        if set(left_out) - {folders.HIDDEN}:
+            warn(f"{shown}: left out are {self.left_out}")
+
+    def where(self, index: int) -> str:  # noqa: D102
+        return for_terminal(self.paths[index])
 
     def encoded(self, index: int) -> bytes:  # noqa: D102
-        return Path(self.paths[index]).read_bytes()
+        return read_picture(self.paths[index])
 
 
-def readable() -> tuple[str, ...]:
-    """Endings of files that Pillow can open as pictures: not those that it only writes, nor films and printed pages."""
-    known = Image.registered_extensions()
-    return tuple(
-        end for end, kind in known.items() if kind in Image.OPEN and kind not in ("EPS", "MPEG", "WMF", "HDF5", "GRIB", "BUFR")
-    )
-
-
-def _label_space(folders: Sequence[str]) -> Sequence[str]:
+def _label_space(names: Sequence[str]) -> Sequence[str]:
     """All 1000 ImageNet synsets when every folder is one, so that a part of ImageNet keeps ImageNet's labels; else the folders."""
-    if all(len(name) == 9 and name[0] == "n" and name[1:].isdigit() for name in folders):
+    if all(len(name) == 9 and name[0] == "n" and name[1:].isdigit() for name in names):
         from timm.data import ImageNetInfo
 
         synsets = ImageNetInfo("imagenet-1k").label_names()
-        if set(folders) <= set(synsets):
+        if set(names) <= set(synsets):
             return synsets
-    return folders
+    return names
 
 
 def _image_folder(data: Path | None, split: Split) -> Source:
@@ -181,12 +211,14 @@ def _image_folder(data: Path | None, split: Split) -> Source:
     train = data / "train"
     if not train.is_dir():
         raise UserError(f"{data}: has no train folder; expected {data}/train/CLASS/IMAGE and {data}/val/CLASS/IMAGE")
+    order = data / folders.CLASS_ORDER
+    stated = folders.read_class_names(order) if order.exists() else None
     if split == "train":
-        return FolderSource(train)
+        return FolderSource(train, stated)
     for name in ("val", "validation"):
         if (data / name).is_dir():
-            folders = sorted(entry.name for entry in os.scandir(train) if entry.is_dir() and not entry.name.startswith("."))
-            return FolderSource(data / name, _label_space(folders))
+            names = stated or _label_space([folders.readable_name(folder) for folder in folders.class_folders(train)[0]])
+            return FolderSource(data / name, names)
     raise UserError(f"{data}: has no val or validation folder; expected {data}/val/CLASS/IMAGE")
 
 
@@ -197,7 +229,13 @@ def open_folder_to_evaluate(data: Path) -> Source:
         UserError: there are none.
     """
     _must_exist(data)
-    return FolderSource(next((data / name for name in ("val", "validation") if (data / name).is_dir()), data))
+    own = next((data / name for name in ("val", "validation") if (data / name).is_dir()), data)
+    if own == data and (data / "train").is_dir():
+        raise UserError(
+            f"{data}: has no val or validation folder beside train; expected {data}/val/CLASS/IMAGE or {data}/CLASS/IMAGE"
+        )
+    order = data / folders.CLASS_ORDER
+    return FolderSource(own, folders.read_class_names(order) if order.exists() else None)
 
 
 def _must_exist(data: Path) -> None:
@@ -217,22 +255,15 @@ def _fashion_mnist(data: Path | None, split: Split) -> Source:
     for folder in (data, data / "FashionMNIST" / "raw"):
         found = [path for file in files for path in (folder / file, folder / f"{file}.gz") if path.is_file()]
         if len({path.name.removesuffix(".gz") for path in found}) == 2:
-            images, labels = (_read_idx(next(path for path in found if path.name.startswith(file))) for file in files)
-            return ArraySource(images, labels, FASHION_CLASSES, "Fashion-MNIST", f"Fashion-MNIST in {folder}")
+            first, second = (next(path for path in found if path.name.startswith(file)) for file in files)
+            arrays = read_idx(first, second, len(FASHION_CLASSES))
+            return ArraySource(*arrays, FASHION_CLASSES, "Fashion-MNIST", f"Fashion-MNIST in {folder}")
+    if (data / "train").is_dir():
+        raise UserError(
+            f"--data {data}: holds a train folder, and no Fashion-MNIST; to train on its images add data.source=image_folder"
+        )
     dataset = _download("FashionMNIST", data, f"{files[0]}[.gz] and {files[1]}[.gz]", train=split == "train")
     return ArraySource(dataset.data.numpy(), dataset.targets.numpy(), FASHION_CLASSES, "Fashion-MNIST", f"Fashion-MNIST in {data}")
-
-
-def _read_idx(path: Path) -> np.ndarray:
-    """Reads the IDX format of MNIST: two zero bytes, a type, the number of dimensions, their sizes, then bytes."""
-    try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        if content[:3] != b"\x00\x00\x08":
-            raise ValueError("not an IDX file of bytes")
-        shape = np.frombuffer(content, ">i4", count=content[3], offset=4)
-        return np.frombuffer(content, np.uint8, offset=4 + 4 * content[3]).reshape(shape)
-    except (OSError, EOFError, ValueError, IndexError, zlib.error) as error:
-        raise UserError(f"{path}: cannot be read ({error}); fetch the file again") from None
 
 
 def _cifar(name: str) -> Callable[[Path | None, Split], Source]:
@@ -256,31 +287,35 @@ def _imagenette(data: Path | None, split: Split) -> Source:
     return _image_folder(folder, split)
 
 
-def _shards(data: Path | None, split: Split) -> Source:
+def _shards(data: Path | None, split: Split, label_column: str | None = None) -> Source:
     from deit_kd.data.shards import open_shards  # which packs folders, and so imports this file
 
-    return open_shards(data, split)
+    return open_shards(data, split, label_column)
 
 
-def _hf_datasets(data: Path | None, split: Split) -> Source:
+def _hf_datasets(data: Path | None, split: Split, label_column: str | None = None) -> Source:
     from deit_kd.data.hf_datasets import open_rows
 
-    return open_rows(data, split)
+    return open_rows(data, split, label_column)
 
 
 def _download(name: str, data: Path, files: str, **kwargs: Any) -> Any:
     """The torchvision dataset in `data`, downloaded when it is not there."""
     import torchvision.datasets
 
+    made = [folder for folder in (data / name / "raw", data / name) if not folder.exists()]
     try:
         return getattr(torchvision.datasets, name)(str(data), download=True, **kwargs)
     except (OSError, RuntimeError) as error:  # no network, an interrupted download, a wrong checksum
+        for folder in made:
+            with suppress(OSError):  # it is not there, or holds a part of a download
+                folder.rmdir()
         raise UserError(
             f"--data {data}: does not hold {name}, and downloading it failed ({' '.join(str(error).split())}); put {files} there by hand"
         ) from None
 
 
-SOURCES: dict[str, Callable[[Path | None, Split], Source]] = {
+SOURCES: dict[str, Callable[..., Source]] = {
     "fashion_mnist": _fashion_mnist,
     "image_folder": _image_folder,
     "cifar10": _cifar("CIFAR10"),
@@ -289,14 +324,41 @@ SOURCES: dict[str, Callable[[Path | None, Split], Source]] = {
     "shards": _shards,
     "hf_datasets": _hf_datasets,
 }
+WITH_COLUMNS = ("shards", "hf_datasets")  # whose images may have several labels each
 
 
-def open_source(name: str, data: Path | None, split: Split) -> Source:
-    """Opens a split of a named source; `data` is the folder that --data names.
+def open_source(name: str, data: Path | None, split: Split, *, upright: bool = False, label_column: str | None = None) -> Source:
+    """Opens a split of a named source.
+
+    Args:
+        name: a key of `SOURCES`.
+        data: the folder that --data names.
+        split: train or val.
+        upright: whether images are turned as their EXIF orientation says.
+        label_column: of a table the column of labels, of shards the key of KEY.json; None: the one that there is.
 
     Raises:
         UserError: unknown source, or missing, unreadable or empty data.
     """
     if name not in SOURCES:
         raise UserError(f"data.source={name}: unknown{nearest(name, SOURCES)}; known: {', '.join(SOURCES)}")
-    return SOURCES[name](data, split)
+    if label_column is not None and name not in WITH_COLUMNS:
+        raise UserError(
+            f"data.label_column={label_column}: {name} has no columns, only {' and '.join(WITH_COLUMNS)}; set it to null"
+        )
+    source = SOURCES[name](data, split, **({"label_column": label_column} if name in WITH_COLUMNS else {}))
+    source.upright = upright
+    return source
+
+
+def turned(source: Source, most: int = 64) -> int:
+    """How many of some images, drawn from all, have an EXIF orientation by which viewers turn them."""
+    some = np.random.default_rng(0).permutation(len(source))[:most]
+    found = 0
+    for index in some.tolist():
+        try:
+            content = source.encoded(index)
+            found += content is not None and orientation(content) in range(2, 9)
+        except Exception:  # the loader names what cannot be read
+            continue
+    return found

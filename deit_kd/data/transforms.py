@@ -72,8 +72,8 @@ def _keep_one_bit(operation: AugmentOp) -> None:
     At the largest magnitude timm asks for 0 bits, about once in 640 images of rand-m9-mstd0.5-inc1. Pillow 13 refuses that
     (Pillow 12 gave a black image), which would end a run.
     """
+    operation.aug_fn = _posterize
 
-    def posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
-        return image if bits >= 8 else ImageOps.posterize(image, max(1, bits))
 
-    operation.aug_fn = posterize
+def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+    return image if bits >= 8 else ImageOps.posterize(image, max(1, bits))

@@ -30,6 +30,10 @@ class Data(Section):
     mean: tuple[float, float, float]  # of pixels in [0, 1]
     std: tuple[float, float, float]
     on_bad_image: Literal["refuse", "skip"]  # skip: the next readable image takes its place; evaluation leaves it out
+    # apply: images are turned as their EXIF orientation says, as viewers show them. null: as they are stored, which is what torchvision,
+    # timm and the papers train on; so recipes of ImageNet have null, those for own photos apply.
+    exif_orientation: Literal["apply"] | None = None
+    label_column: str | None = None  # of several labels that a table or KEY.json of shards has; null: the one that there is
 
 
 @dataclass(frozen=True, kw_only=True)
