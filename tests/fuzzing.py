@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from deit_kd.errors import UserError
+from deit_kd.text import printable
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "40"))  # 500 for a long look
 SECONDS, BYTES = 5, 1 << 30
@@ -124,5 +125,5 @@ def survives(read: Callable[[], Any]) -> None:
     except UserError as error:
         text = str(error)
         assert "\n" not in text.strip(), text
-        assert text.isprintable(), repr(text)
+        assert text == printable(text), repr(text)
         assert len(text) < 2000, text[:2000]

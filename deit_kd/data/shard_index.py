@@ -137,9 +137,8 @@ def read_through(shards: Sequence[Path], class_names: Sequence[str], label_key: 
         raise UserError(
             f"{shards[0].parent}: no shard has a picture KEY.jpg beside its label ({for_terminal(ends)}); pack them again"
         )
-    columns = list(zip(*rows, strict=True))
-    arrays = [np.asarray(column, dtype=np.int64) for column in columns[:4]]
-    return Index(*arrays, np.asarray(columns[4])), +left_out
+    columns: list[Any] = list(zip(*rows, strict=True))
+    return Index(*map(np.asarray, columns)), +left_out
 
 
 _Images = dict[str, tuple[str, int, int]]  # key -> name, offset, size
