@@ -8,6 +8,7 @@ import json
 import struct
 import tarfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -55,26 +56,17 @@ def look(source: Source) -> None:
     for index in range(min(len(source), 8)):
         assert 0 <= int(source.labels[index]) < len(source.class_names)
         assert source.where(index) == printable(source.where(index))
-        try:
+        with suppress(Exception):
             pixels(source, index)
-        except Exception as error:  # noqa: PERF203
-            assert str(error) or type(error).__name__
 
 
 @bounded
 @given(st.sampled_from(PICTURES).flatmap(damaged))
 def test_pictures(content: bytes) -> None:
     def read() -> None:
-        for way in (
-            lambda: decode_image(content, True),
-            lambda: decode(content),
-            lambda: as_jpeg(content, True),
-            lambda: orientation(content),
-        ):
-            try:
-                way()
-            except Exception as error:  # the loader says it in one line
-                assert str(error) or isinstance(error, (MemoryError, RuntimeError))
+        for way in (decode, as_jpeg, orientation, lambda content: decode_image(content, True)):
+            with suppress(Exception):  # the loader says it in one line
+                way(content)
 
     survives(read)
 
@@ -154,10 +146,10 @@ def indices(draw: st.DrawFn) -> bytes:
         if how == "gone":
             values.pop(name, None)
         elif name in values and values[name].size and name != "keys":
-            kinds = ["f8", "i1", "u8", "S3", "U3", "c16", "M8[s]", "?", "V4", ">i4"]
+            kind = draw(st.sampled_from(["f8", "i1", "u8", "S3", "U3", "c16", "M8[s]", "?", "V4", ">i4"]))
             with np.errstate(all="ignore"):
                 values[name] = {
-                    "type": lambda value: value.astype(draw(st.sampled_from(kinds))) if value.dtype.kind == "i" else value,
+                    "type": lambda value, kind=kind: value.astype(kind) if value.dtype.kind == "i" else value,
                     "length": lambda value: value[:1].repeat(draw(st.sampled_from([0, 1, 3, 2_000_000]))),
                     "rank": lambda value: draw(st.sampled_from([value[None], value.sum() if value.dtype.kind in "iu" else value[:0]])),
                     "value": lambda value: np.asarray([draw(st.sampled_from([-1, 2**31, 2**62, 2**63, 10**6])) for _ in value]),
@@ -198,7 +190,9 @@ numbers = st.sampled_from([-(2**31), -1, 0, 1, 2, 3, 28, 10**6, 2**31 - 1])
 @st.composite
 def idx_files(draw: st.DrawFn) -> bytes:
     shape = tuple(draw(st.lists(numbers, min_size=0, max_size=4)))
-    content = draw(st.sampled_from([idx((2, 3, 4), bytes(24)), idx((2,), b"\x00\x01"), idx((2,), b"\x00\x63"), idx(shape, bytes(24))]))
+    content = draw(
+        st.sampled_from([idx((2, 3, 4), bytes(24)), idx((2,), b"\x00\x01"), idx((2,), b"\x00\x63"), idx(shape, bytes(24))])
+    )
     content = draw(damaged(content)) if draw(st.booleans()) else content
     packed = gzip.compress(content) if draw(st.booleans()) else content
     return draw(damaged(packed)) if draw(st.integers(0, 3)) == 0 else packed
