@@ -279,18 +279,16 @@ def png_header(width: int, height: int) -> bytes:
         (png_header(40_000, 40_000), "exceeds limit"),
         (encoded(Image.new("L", (1, 60_000))), "is 1 x 60,000 pixels: a side over 200 times the other"),
         (encoded(Image.new("L", (60_000, 1))), "is 60,000 x 1 pixels"),
-        (encoded(photo(), "JPEG")[:-300], "truncated"),
+        (encoded(photo(), "JPEG")[:-300], "(?i)truncated"),
         (b"GIF89a" + bytes(20), "."),
         (b"RIFF\x10\0\0\0WEBPVP8 " + bytes(8), "."),
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "is no picture"),
     ],
 )
 def test_shapes_and_cuts_that_are_refused(content: bytes, reason: str) -> None:
-    for read in (decode.decode_image, decode.decode):
+    for read in (decode.decode_image, decode.decode, decode.as_jpeg):
         with pytest.raises(Exception, match=reason):
             read(content)
-    with pytest.raises(Exception, match=reason) if "truncated" not in reason else warnings.catch_warnings():
-        decode.as_jpeg(content)
 
 
 def test_what_is_no_regular_file_or_too_large_is_not_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

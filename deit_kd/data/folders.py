@@ -192,14 +192,12 @@ def read_class_names(file: Path) -> tuple[str, ...]:
     return tuple(names)
 
 
-def other_order(names: Sequence[str]) -> tuple[str, ...] | None:
-    """Where labels of these folders would be others for timm, or for who sorts them as text: that order; None where all agree."""
+def other_order(names: Sequence[str]) -> list[str] | None:
+    """The order that timm gives to folders which are sorted as text here, or the other way round; None where there is no difference."""
     from timm.utils import natural_key
 
-    for theirs in (sorted(names, key=natural_key), sorted(names)):
-        if theirs != list(names):
-            return tuple(theirs)
-    return None
+    orders = [sorted(names), ordered(names), sorted(names, key=natural_key)]
+    return next((order for order in orders if order != list(names)), None) if list(names) in orders else None
 
 
 def _kind(entry: os.DirEntry[str]) -> str:
