@@ -181,22 +181,27 @@ def test_recipes_for_own_photos_turn_them(recipe: str) -> None:
 
 def test_predict_and_evaluate_turn_pictures_unless_told_otherwise(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = open_source("fashion_mnist", None, "val")
-    names = [name.replace("/", " or ") for name in source.class_names]
     for index in range(40):
         image, label = source[index]
-        path = tmp_path / "photos/val" / names[label] / f"{index}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(encoded(image.resize((112, 112)).transpose(Image.Transpose.ROTATE_90), "JPEG", 6))
+        path = tmp_path / "photos/val" / source.class_names[label].replace("/", "") / f"{index}.jpg"
+        if label != 0:  # whose name is no name of a folder
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(encoded(image.resize((112, 112)).transpose(Image.Transpose.ROTATE_90), "JPEG", 6))
 
-    def right(*options: str) -> int:
+    def predicted(*options: str) -> float:
         with pytest.raises(SystemExit):
             main(["predict", "quickstart_teacher", str(tmp_path / "photos"), "--top", "1", *options])
         lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-        found = [line["predictions"][0]["label"].replace("/", " or ") for line in lines]
-        return sum(name == Path(line["image"]).parent.name for name, line in zip(found, lines, strict=True))
+        return 100 * float(np.mean([line["predictions"][0]["label"] == Path(line["image"]).parent.name for line in lines]))
 
-    assert right() > 30
-    assert right("--exif-orientation", "ignore") < 15
+    def evaluated(*options: str) -> float:
+        folder = tmp_path / f"report{len(options)}"
+        main(["evaluate", "quickstart_teacher", "--data", str(tmp_path / "photos"), "--output", str(folder), *options])
+        return float(json.loads((folder / "report.json").read_text())["top1"])
+
+    for measured in (predicted, evaluated):
+        assert measured() > 80
+        assert measured("--exif-orientation", "ignore") < 40
 
 
 def grey_tiff(bits: int, values: list[int]) -> bytes:
