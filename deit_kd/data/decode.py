@@ -153,7 +153,7 @@ def rgb(image: Image.Image) -> Image.Image:
         image = Image.fromarray((np.asarray(image) >> max(0, bits - 8)).clip(max=255).astype(np.uint8))
     elif image.mode in ("I", "F"):
         raise ValueError(f"32-bit pixels (mode {image.mode}) have no known range; convert it to 8 or 16 bits")
-    converted = image.convert("RGB")
+    converted = image if image.mode == "RGB" else image.convert("RGB")
     if bits == 16 and 0 < np.asarray(converted).max() < 16:
         warn(
             "pictures of 16 bits a pixel whose values all lie below 4,096 (12 bits, perhaps) are read as near black, as 16 bits have it; "
