@@ -13,8 +13,9 @@ import numpy as np
 
 from deit_kd.class_means import fingerprint
 from deit_kd.data import Source, TrainLoader
+from deit_kd.data.folder_source import FolderSource
 from deit_kd.data.shards import ShardSource
-from deit_kd.data.sources import FolderSource, PartSource
+from deit_kd.data.sources import PartSource
 from deit_kd.errors import UserError
 from deit_kd.files import sha256
 from deit_kd.models import CachedTeacher

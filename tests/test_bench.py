@@ -46,7 +46,7 @@ def timed(**changes: Any) -> Bench:
 
 
 def test_a_run_that_waits_for_slow_images_is_bound_by_data(fashion_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from deit_kd.data.sources import FolderSource
+    from deit_kd.data.folder_source import FolderSource
 
     read = FolderSource.__getitem__
 

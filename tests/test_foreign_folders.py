@@ -17,10 +17,11 @@ from torchvision.datasets import ImageFolder
 
 from deit_kd import build
 from deit_kd import recipe as recipes
-from deit_kd.data import folders, open_source, sources
+from deit_kd.data import folder_source, folders, open_source
+from deit_kd.data.folder_source import FolderSource
 from deit_kd.data.idx import read_idx
 from deit_kd.data.imagenet import open_benchmark
-from deit_kd.data.sources import FolderSource, open_folder_to_evaluate
+from deit_kd.data.sources import open_folder_to_evaluate
 from deit_kd.errors import UserError
 from deit_kd.report import match_labels
 
@@ -41,7 +42,7 @@ def make(root: Path, *names: str, content: bytes = PNG) -> Path:
 def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Warnings of folders and teachers."""
     lines: list[str] = []
-    monkeypatch.setattr(sources, "warn", lines.append)
+    monkeypatch.setattr(folder_source, "warn", lines.append)
     monkeypatch.setattr(build, "warn", lines.append)
     return lines
 

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from deit_kd.data.decode import read_picture
-from deit_kd.data.sources import FileSource, Source, Split
+from deit_kd.data.folder_source import FileSource
+from deit_kd.data.sources import Source, Split
 from deit_kd.errors import UserError
 from deit_kd.text import for_terminal
 

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from timm.data import ImageNetInfo
 
-from deit_kd.data.sources import FolderSource, Source
+from deit_kd.data.folder_source import FolderSource
+from deit_kd.data.sources import Source
 from deit_kd.errors import UserError
 from deit_kd.recipe import nearest
 

@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 from deit_kd.data import folders, shard_index
 from deit_kd.data.decode import ORIENTATION, decode_image, orientation, read_picture
-from deit_kd.data.sources import FileSource, FolderSource, Source, Split, open_source
+from deit_kd.data.folder_source import FileSource, FolderSource
+from deit_kd.data.sources import Source, Split, open_source
 from deit_kd.errors import UserError
 from deit_kd.files import warn
 from deit_kd.text import for_terminal
