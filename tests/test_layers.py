@@ -98,7 +98,18 @@ MAY_IMPORT = {
     "__main__": {"cli"},
     "release": {"__init__", "release", "checkpoint", "models", "recipe", "tracking"},
     "analysis": {"tracking"},
-    "run_folder": {"__init__", "checkpoint", "classification", "data", "models", "plan", "processes", "recipe", "sharding", "speed"},
+    "run_folder": {
+        "__init__",
+        "checkpoint",
+        "classification",
+        "data",
+        "models",
+        "plan",
+        "processes",
+        "recipe",
+        "sharding",
+        "speed",
+    },
 }
 # third-party packages that only these may import
 ONLY = {
