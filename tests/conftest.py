@@ -10,9 +10,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read at import: a test that would need the
 import importlib.util
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -24,6 +26,7 @@ from PIL import Image
 from timm.data import ImageNetInfo
 
 ROOT = Path(__file__).resolve().parent.parent
+MINUTES = 900  # seconds after which a test that hangs ends; no right run comes near it, however loaded the machine is
 sys.path.insert(0, str(ROOT))
 
 # What turns the quick start into a run of seconds, on a folder of 240 real images: 10 steps an epoch.
@@ -103,6 +106,33 @@ def train_cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, st
     return run
 
 
+@dataclass
+class FakeClock:
+    """In place of time.perf_counter: a reading takes a millisecond and nothing else does, unless a test says how long."""
+
+    now: float = 0.0
+
+    def read(self) -> float:
+        self.now += 0.001
+        return self.now
+
+    def pass_by(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def fake_clock(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
+    clock = FakeClock()
+    monkeypatch.setattr(time, "perf_counter", clock.read)
+    return clock
+
+
+@pytest.fixture
+def processor_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """time.perf_counter gives this thread's seconds on a processor, which other processes of the machine do not change."""
+    monkeypatch.setattr(time, "perf_counter", time.thread_time)
+
+
 @contextmanager
 def python_calls() -> Iterator[Counter[tuple[str, str]]]:
     """Counts calls of Python functions on this thread, by file and name."""
@@ -117,6 +147,21 @@ def python_calls() -> Iterator[Counter[tuple[str, str]]]:
         yield counted
     finally:
         sys.setprofile(None)
+
+
+def wait_until(condition: Callable[[], Any], process: subprocess.Popen[Any] | None = None) -> None:
+    """Waits with pauses, which leave the processor to the process that is waited for, until the condition holds.
+
+    Raises:
+        AssertionError: the process ends before, or nothing happens for many minutes.
+    """
+    for _ in range(MINUTES * 20):
+        if condition():
+            return
+        if process is not None and process.poll() is not None:
+            break
+        time.sleep(0.05)
+    assert condition(), process and (process.returncode, *(pipe.read() for pipe in (process.stdout, process.stderr) if pipe))
 
 
 def run_script(*arguments: object, **kwargs: object) -> subprocess.CompletedProcess[str]:

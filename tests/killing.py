@@ -5,7 +5,8 @@ A test uses it so:
     for moment, ended in killing.each_moment(work, folder):
         ...  # `work` was killed there; what it left in `folder` is looked at, or the work is done again and compared
 
-`work` runs in a forked child of this process, which has imported everything already: a kill takes some tens of milliseconds.
+`work` runs in a forked child of this process. What it imports should be imported here before: a kill then takes some tens of
+milliseconds.
 On the command line, for a process of its own: `python tests/killing.py MOMENT FOLDER train.py --recipe ...` (or `-m deit_kd pack ...`)
 is killed at that moment, and says how many moments there are if it ends before.
 

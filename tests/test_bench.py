@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SMALL, run_script
+from conftest import SMALL, FakeClock, run_script
 
 from deit_kd import cli
 from deit_kd import recipe as recipes
@@ -45,13 +44,15 @@ def timed(**changes: Any) -> Bench:
     return replace(made, **changes)
 
 
-def test_a_run_that_waits_for_slow_images_is_bound_by_data(fashion_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_waits_for_slow_images_is_bound_by_data(
+    fashion_folder: Path, monkeypatch: pytest.MonkeyPatch, fake_clock: FakeClock
+) -> None:
     from deit_kd.data.folder_source import FolderSource
 
     read = FolderSource.__getitem__
 
     def slow(source: FolderSource, index: int) -> Any:
-        time.sleep(0.01)
+        fake_clock.pass_by(0.01)
         return read(source, index)
 
     monkeypatch.setattr(FolderSource, "__getitem__", slow)
@@ -66,11 +67,13 @@ def test_a_run_that_waits_for_slow_images_is_bound_by_data(fashion_folder: Path,
     assert advice[0].startswith("run.workers="), advice
 
 
-def test_a_run_with_a_slow_teacher_is_bound_by_it(fashion_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_with_a_slow_teacher_is_bound_by_it(
+    fashion_folder: Path, monkeypatch: pytest.MonkeyPatch, fake_clock: FakeClock
+) -> None:
     forward = Teacher.forward
 
     def slow(teacher: Teacher, images: Any) -> Any:
-        time.sleep(0.3)
+        fake_clock.pass_by(0.3)
         return forward(teacher, images)
 
     monkeypatch.setattr(Teacher, "forward", slow)

@@ -9,71 +9,88 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import killing
 import pytest
-from conftest import ROOT, SMALL, run_script
+from conftest import ROOT, SMALL, run_script, wait_until
 
+import deit_kd.analysis
+import deit_kd.classification
+import deit_kd.engine
+import deit_kd.release  # noqa: F401  # once, instead of in each killed child
+import train
 from deit_kd.tracking import read_metrics
 
-STEPS = 240
+STEPS = 12
 COMMAND = [
-    *("train.py", "--recipe", "quickstart", "--max-steps", STEPS, *SMALL, "teacher.name=resnet10t", "teacher.weights=random"),
-    *("epochs=40", "ema_decay=0.9", "run.save_every_steps=1", "run.log_every_steps=1", "run.eval_every_epochs=40", "run.workers=1"),
+    *("--recipe", "quickstart", "--max-steps", STEPS, *SMALL, "teacher.name=resnet10t", "teacher.weights=random", "epochs=40"),
+    *("ema_decay=0.9", "run.save_every_steps=1", "run.log_every_steps=1", "run.eval_every_epochs=40", "run.keep_checkpoints=2"),
 ]
+
+
+def work_on(output: Path, data: Path, *more: object) -> Callable[[], None]:
+    return lambda: train.main([str(word) for word in (*COMMAND, "--data", data, "--output", output, *more)])
 
 
 def steps_of(output: Path) -> list[int]:
     return [int(path.name.removeprefix("step_")) for path in sorted(output.glob("checkpoints/step_*"))]
 
 
-def kill_at(moment: str, process: subprocess.Popen[bytes], output: Path, rng: random.Random) -> None:
-    """kill -9 of the whole group, after some time in training, inside a save, or while old checkpoints are pruned."""
-    folder, deadline = output / "checkpoints", time.monotonic() + 90
-    before = steps_of(output)[-1:]
-    while process.poll() is None and time.monotonic() < deadline:
-        if steps_of(output)[-1:] != before:  # it trains
-            break
-    if moment == "any":
-        time.sleep(rng.uniform(0, 0.5))
-    while process.poll() is None and time.monotonic() < deadline:
-        if moment == "save" and list(folder.glob(".step_*.tmp/*.safetensors")):
-            break
-        if moment == "prune" and len(steps_of(output)) > 2:
-            break
-        if moment == "any":
-            break
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+def assert_equal(output: Path, undisturbed: Path, steps: int = STEPS) -> None:
+    for file in ("student/model.safetensors", f"checkpoints/step_{steps:08d}/optimizer.safetensors"):
+        assert (output / file).read_bytes() == (undisturbed / file).read_bytes(), file
+    states = [json.loads((run / f"checkpoints/step_{steps:08d}/state.json").read_text()) for run in (output, undisturbed)]
+    assert states[0]["sha256"] == states[1]["sha256"]
+    assert not list(output.glob("checkpoints/.step*")), "nothing half-written stays"
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, fashion_folder: Path) -> Path:
     output = tmp_path_factory.mktemp("undisturbed") / "run"
-    done = run_script(*COMMAND, "--data", fashion_folder, "--output", output)
-    assert done.returncode == 0, done.stderr
+    ended = killing.run(work_on(output, fashion_folder), output)
+    assert ended.code == 0, ended.printed
     return output
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(30, marks=pytest.mark.slow)])
-def test_killed_at_any_moment_it_ends_in_the_same_weights(
-    kills: int, undisturbed: Path, fashion_folder: Path, tmp_path: Path
+@pytest.mark.parametrize("every", [9, pytest.param(1, marks=pytest.mark.slow)])
+def test_killed_before_changes_of_files_it_ends_in_the_same_weights(
+    every: int, undisturbed: Path, fashion_folder: Path, tmp_path: Path
 ) -> None:
-    output, seed = tmp_path / "run", random.SystemRandom().randrange(2**32)
-    rng, moments = random.Random(seed), ["save", "prune", "any"]
-    command = [sys.executable, *map(str, COMMAND), "--data", str(fashion_folder), "--output", str(output)]
-    for number in range(kills):
-        with (tmp_path / "log").open("ab") as log:
-            process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
-            kill_at(moments[number % 3], process, output, rng)
-        assert process.returncode == -signal.SIGKILL, f"seed {seed}: {(tmp_path / 'log').read_text()[-2000:]}"
+    """The first session is killed before its first change, the next one a little later: in the start, in saves, in their pruning."""
+    output, ended, reached = tmp_path / "run", None, 0
+    for moment in range(1, 10_000, every):
+        ended = killing.run(work_on(output, fashion_folder), output, at=moment)
+        if not ended.killed:
+            break
         logged = [line["step"] for line in read_metrics(output) if line["kind"] == "train"]
-        assert steps_of(output)[-1] >= max(logged) - 1, f"seed {seed}: lost more than save_every_steps"
-    done = run_script(*COMMAND, "--data", fashion_folder, "--output", output)
+        saved = steps_of(output)[-1:] or [0]
+        assert saved[0] >= max([*logged, 0]) - 1, f"moment {moment}: lost more than save_every_steps"
+        assert saved[0] >= reached, f"moment {moment}: a checkpoint is lost"
+        reached = saved[0]
+    assert ended is not None
+    assert ended.code == 0, ended.printed
+    assert reached, "it was killed after its first checkpoint too"
+    assert_equal(output, undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [30])
+def test_killed_at_any_moment_with_its_workers(kills: int, fashion_folder: Path, tmp_path: Path) -> None:
+    seed, steps = random.SystemRandom().randrange(2**32), 240
+    rng, more = random.Random(seed), ["run.workers=1", "--max-steps", steps]
+    assert killing.run(work_on(tmp_path / "undisturbed", fashion_folder, *more), tmp_path / "undisturbed").code == 0
+    output = tmp_path / "run"
+    command = ["train.py", *map(str, COMMAND), *map(str, more), "--data", str(fashion_folder), "--output", str(output)]
+    for _ in range(kills):
+        before = steps_of(output)[-1:]
+        with (tmp_path / "log").open("ab") as log:
+            process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
+            wait_until(lambda before=before: steps_of(output)[-1:] != before, process)  # type: ignore[misc]
+            time.sleep(rng.uniform(0, 0.5))
+            os.killpg(process.pid, signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, f"seed {seed}: {(tmp_path / 'log').read_text()[-2000:]}"
+    done = run_script(*command)
     assert done.returncode == 0, done.stderr
-    for file in ("student/model.safetensors", f"checkpoints/step_{STEPS:08d}/optimizer.safetensors"):
-        assert (output / file).read_bytes() == (undisturbed / file).read_bytes(), f"seed {seed}: {file}"
-    states = [json.loads((run / f"checkpoints/step_{STEPS:08d}/state.json").read_text()) for run in (output, undisturbed)]
-    assert states[0]["sha256"] == states[1]["sha256"]
-    assert not list(output.glob("checkpoints/.step*")), "nothing half-written stays"
+    assert_equal(output, tmp_path / "undisturbed", steps)

@@ -9,13 +9,12 @@ import socket
 import stat
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
-from conftest import ROOT, SMALL, run_script
+from conftest import MINUTES, ROOT, SMALL, run_script, wait_until
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
@@ -41,11 +40,7 @@ def torchrun(output: Path, data: Path, *more: object, **environment: str) -> sub
 
 
 def wait_for_a_checkpoint(output: Path, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 120
-    while not list(output.glob("checkpoints/step_*")):
-        assert process.poll() is None, process.stdout.read() if process.stdout else ""
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_until(lambda: list(output.glob("checkpoints/step_*")), process)
 
 
 def kill(output: Path, variable: bytes) -> None:
@@ -97,12 +92,12 @@ def test_a_signal_to_the_launcher_saves_and_asks_for_another_start(tmp_path: Pat
     process = torchrun(output, fashion_folder)
     wait_for_a_checkpoint(output, process)
     process.send_signal(signal.SIGUSR1)
-    said, _ = process.communicate(timeout=60)
+    said, _ = process.communicate(timeout=MINUTES)
     assert process.returncode == 75, said
     reached = max(int(path.name.removeprefix("step_")) for path in output.glob("checkpoints/step_*"))
     assert f"stopped at step {reached}; the same command goes on" in said
     again = torchrun(output, fashion_folder, "--max-steps", reached + 1)
-    said, _ = again.communicate(timeout=120)
+    said, _ = again.communicate(timeout=MINUTES)
     assert again.returncode == 0, said
     assert f"going on from {output}/checkpoints/step_{reached:08d}" in said
 
@@ -112,7 +107,7 @@ def test_a_process_that_dies_takes_the_run_down_and_back(tmp_path: Path, fashion
     process = torchrun(output, fashion_folder, "--max-steps", 40, MAX_RESTARTS="2")
     wait_for_a_checkpoint(output, process)
     kill(output, b"LOCAL_RANK=1\0")
-    said, _ = process.communicate(timeout=180)
+    said, _ = process.communicate(timeout=MINUTES)
     assert process.returncode == 0, said
     assert "going on from" in said
     assert (output / "student/model.safetensors").exists()
@@ -132,10 +127,10 @@ def test_two_machines_lose_one_and_get_it_back(tmp_path: Path, fashion_folder: P
     first, second = start(0), start(1)
     wait_for_a_checkpoint(output, first)
     kill(output, b"NODE_RANK=1\0")
-    second.communicate(timeout=60)
+    second.communicate(timeout=MINUTES)
     third = start(1)
-    said, _ = first.communicate(timeout=180)
-    assert (first.returncode, third.wait(timeout=60)) == (0, 0), said
+    said, _ = first.communicate(timeout=MINUTES)
+    assert (first.returncode, third.wait(timeout=MINUTES)) == (0, 0), said
     assert "24 = 2 x 1 x 12 images" in said
     assert "going on from" in said
     assert (output / "student/model.safetensors").exists()

@@ -196,6 +196,7 @@ def test_a_cache_takes_what_its_formula_says() -> None:
     }
 
 
+@pytest.mark.usefixtures("processor_clock")
 def test_plan_from_the_command_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     file = tmp_path / "plan.json"
     cli.main(["plan", "deit_ti_plain", "--gpu", "h100", "--gpus", "4", "--json", str(file), "epochs=30"])
@@ -217,6 +218,7 @@ def test_plan_from_the_command_line(capsys: pytest.CaptureFixture[str], tmp_path
     assert "pass --data DIR or --images N" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("processor_clock")
 def test_cores_of_a_gpu_that_decodes_are_told_on_a_machine_without_one(
     photo_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -228,6 +230,7 @@ def test_cores_of_a_gpu_that_decodes_are_told_on_a_machine_without_one(
     assert "images/s of one core for a run on a CPU" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("processor_clock")
 def test_measured_steps_stand_beside_the_prediction(fashion_folder: Path) -> None:
     small = ["data.source=image_folder", "global_batch_size=24", "run.workers=0", "teacher.weights=random"]
     told = forecast.forecast(recipes.load("quickstart", small), fashion_folder, None, "cpu", 1, 1)

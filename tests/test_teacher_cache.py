@@ -6,23 +6,19 @@ import json
 import os
 import re
 import shutil
-import signal
 import struct
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import killing
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator, debug_launcher
 from accelerate.state import AcceleratorState
-from conftest import ROOT
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -253,15 +249,16 @@ def test_two_processes_write_and_read_it(data: Path, exact: Path, tmp_path: Path
 def test_killed_while_writing_it_goes_on_to_the_same_bytes(data: Path, exact: Path, tmp_path: Path) -> None:
     output = tmp_path / "cache"
     words = ["cache-teacher", "quickstart", *SIZE, "--data", data, "--output", output, "--views", 2, "--shard-mb", 0.05, *EXACT]
-    command = [sys.executable, "-m", "deit_kd", *map(str, words)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while process.poll() is None and len(list(output.glob("view_*"))) < 3 and time.monotonic() < deadline:
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+
+    def work() -> None:
+        cli.main(list(map(str, words)))
+
+    changes = killing.run(work, output).changes
+    shutil.rmtree(output)
+    fourth = [number for number, change in enumerate(changes, 1) if "rename" in change and "view_" in change][3]
+    assert killing.run(work, output, at=fourth).killed
     there = {file: file.stat().st_mtime_ns for file in output.glob("view_*")}
-    assert 3 <= len(there) < 20
+    assert len(there) == 3
     with pytest.raises(UserError, match=r"view_00\d_steps_0000\d\d.safetensors is missing; give the deit-kd cache-teacher command"):
         CachedTeacher(output)
     write(output, data, *EXACT)

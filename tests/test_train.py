@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from conftest import ROOT, SMALL, run_script
+from conftest import MINUTES, ROOT, SMALL, run_script, wait_until
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors import safe_open
@@ -209,12 +208,9 @@ def test_an_interrupted_run_goes_on(number: signal.Signals, code: int, tmp_path:
     command = [sys.executable, "train.py", "--recipe", "quickstart", "--data", fashion_folder, "--output", output]
     command += [*SMALL, *RANDOM_TEACHER, "epochs=500", "run.save_every_steps=2", "run.eval_every_epochs=500", "run.workers=1"]
     process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    deadline = time.monotonic() + 120
-    while not list(output.glob("checkpoints/step_*")) and time.monotonic() < deadline:
-        assert process.poll() is None, process.stderr.read() if process.stderr else ""
-        os.sched_yield()
+    wait_until(lambda: list(output.glob("checkpoints/step_*")), process)
     os.killpg(process.pid, number)  # the group, as a terminal's Ctrl-C or a scheduler does
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=MINUTES)
     assert process.returncode == code, errors
     assert number == signal.SIGKILL or "Traceback" not in errors, (
         errors
@@ -243,10 +239,10 @@ def test_a_signal_before_training_asks_for_another_start(tmp_path: Path, fashion
         *RANDOM_TEACHER,
     ]
     process = subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():  # it imports torch, seconds before it trains
-        assert process.poll() is None
+    # it imports torch, seconds before it trains
+    wait_until(lambda: "libtorch" in Path(f"/proc/{process.pid}/maps").read_text(), process)
     process.send_signal(signal.SIGUSR1)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=MINUTES)
     assert (process.returncode, "Traceback" in errors) == (75, False), errors
 
 
@@ -424,7 +420,7 @@ def test_no_space_left(tmp_path: Path, fashion_folder: Path) -> None:
     )
     for size, expected in (("1m", "no space left for checkpoints"), ("8m", "no space left on the device")):
         # The second disk is large enough at the start; something else fills it then.
-        filler = f"(while ! [ -e '{disk}/run/run.json' ]; do :; done; cat /dev/zero > '{disk}/other') 2>/dev/null &"
+        filler = f"(while ! [ -e '{disk}/run/run.json' ]; do sleep 0.05; done; cat /dev/zero > '{disk}/other') 2>/dev/null &"
         script = f"mount -t tmpfs -o size={size} tmpfs '{disk}' && {{ {filler if size == '8m' else ''} }} ; exec '{sys.executable}' train.py {options}"
         script = script.replace("{  }", "true")
         done = subprocess.run(["unshare", "-rm", "bash", "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
@@ -497,7 +493,7 @@ def test_a_crash_with_workers_ends_the_process(fashion_folder: Path, tmp_path: P
         "run.workers=2",
     ]
     crash = "import sys, train, deit_kd.engine as e; e.Vote.cast = None; sys.argv = ['train.py', *sys.argv[1:]]; train.main()"
-    done = run_script("-c", crash, *options, timeout=120)
+    done = run_script("-c", crash, *options, timeout=MINUTES)
     assert done.returncode == 1
     assert "TypeError" in done.stderr
 
