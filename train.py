@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from deit_kd import recipe as recipes
+from deit_kd import streams
 from deit_kd.errors import UserError
-
-REQUEUE = 75  # exit code of a run that a signal stopped and the same command continues; sysexits.h calls it EX_TEMPFAIL
+from deit_kd.stop import REQUEUE, heard
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -56,6 +56,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     """Trains, exports, writes card and plots; user errors end in one line and exit code 2."""
+    streams.forgive()
     options = parse(arguments)
     try:
         recipe = recipes.load(options.recipe, options.overrides)
@@ -167,7 +168,13 @@ def prepare(
     return optimizer, ema
 
 
+def listen() -> None:
+    """Before training, where nothing is to be saved, and after it, where everything is, a signal ends the run for another start."""
+    for number in heard():
+        if number != signal.SIGINT:
+            signal.signal(number, lambda *_: sys.exit(REQUEUE))
+
+
 if __name__ == "__main__":
-    for number in (signal.SIGTERM, signal.SIGUSR1):  # until training begins, which saves first: there is nothing to save yet
-        signal.signal(number, lambda *_: sys.exit(REQUEUE))
+    listen()
     main()

@@ -96,10 +96,9 @@ def ours(recipe: recipes.Recipe, accelerator: Accelerator, start: dict[str, Tens
     )  # fmt: skip
     batch = Batch(images, targets, targets.argmax(1), torch.arange(len(images), device=images.device), 0, 0)
     vote, clock, stop = Vote(accelerator), Clock(accelerator.device), Stop()
-    stop.requested = False
 
     def step() -> Tensor:
-        done = engine._backward(task, accelerator, iter([batch]), 1, clock, False, lambda loss: vote.cast(stop, loss))
+        done = engine._backward(task, accelerator, iter([batch]), 1, clock, False, stop, vote)
         engine._update(task, accelerator, optimizer, loop, None, vote.skip, True)
         optimizer.zero_grad(set_to_none=True)
         clock._spans.clear()

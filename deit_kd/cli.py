@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from deit_kd import recipe as recipes
+from deit_kd import streams
 from deit_kd.errors import UserError
 
 WEIGHTS = "a run, an exported folder, hf-hub:ORG/NAME, a timm tag, a released name, or an authors' file"
@@ -18,6 +19,7 @@ WEIGHTS = "a run, an exported folder, hf-hub:ORG/NAME, a timm tag, a released na
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs a verb; user errors end in one line and exit code 2."""
+    streams.forgive()
     parser = argparse.ArgumentParser(
         prog="deit-kd",
         description="What surrounds training: grids of runs, data, a look at the machine, and what is done with students.",
@@ -339,15 +341,14 @@ def predict(options: argparse.Namespace) -> None:
     from deit_kd.predict import predict
 
     model, failed = load_student(options.weights, img_size=options.img_size), 0
-    try:
-        upright = options.exif_orientation == "apply"
-        for line in predict(model, options.images, _device(options.device), options.batch_size, options.top, upright):
-            print(json.dumps(line, ensure_ascii=False), flush=True)
-            if "error" in line:
-                failed += 1
-                print(f"{line['image']}: {line['error']}", file=sys.stderr)
-    except BrokenPipeError:  # the reader has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    upright = options.exif_orientation == "apply"
+    for line in predict(model, options.images, _device(options.device), options.batch_size, options.top, upright):
+        print(json.dumps(line, ensure_ascii=False), flush=True)
+        if "error" in line:
+            failed += 1
+            print(f"{line['image']}: {line['error']}", file=sys.stderr)
+        if streams.is_gone(sys.stdout):  # the reader has enough
+            break
     sys.exit(1 if failed else 0)
 
 

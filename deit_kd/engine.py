@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,8 +16,8 @@ from torch import Tensor, nn
 
 from deit_kd.errors import UserError
 from deit_kd.run_state import RunState
-from deit_kd.stop import Stop
-from deit_kd.tracking import Clock, Tracker
+from deit_kd.stop import Stop, Stopped, goes_on
+from deit_kd.tracking import Clock, Tracker, Window
 from deit_kd.vote import Vote
 
 SKIPPED_IN_A_ROW = 3  # steps without a finite loss end the run
@@ -113,46 +111,56 @@ def fit(
     }:  # stopped between saving and evaluating
         _evaluate(task, tracker, step, ema)
     over = _is_over(task, tracker, accelerator)
-    window, buffers, unread = _Window(step), _Buffers(task.module), _Unread(task, tracker)
+    window, buffers, unread = Window(step), _Buffers(task.module), _Unread(task, tracker)
     lazily = not loop.reads_every_step and _can_skip_by_itself(optimizer, accelerator)
     task.module.train()
 
-    with Stop() as stop:
-        while step < loop.total_steps and not over:
-            epoch, step_of_epoch = divmod(step, task.steps_per_epoch)
-            if batches is None or step_of_epoch == 0:
-                batches = task.train_batches(epoch, step_of_epoch, clock)
-            lr = schedule(step)
-            for group in optimizer.param_groups:
-                group["lr"] = lr * group.get("lr_scale", 1.0)
-            step += 1
-            log = step % loop.log_every_steps == 0 or step == loop.total_steps
-            buffers.keep()
-            done = _backward(task, accelerator, batches, loop.accumulation_steps, clock, log, partial(vote.cast, stop))
-            unread.steps.append((step, done, vote.skip))
-            due = step % loop.save_every_steps == 0 or step == loop.total_steps or vote.stopping
-            counts = lazily or unread.read()
-            with clock.span("student"):
-                if lazily or not counts:
-                    buffers.restore(vote.skip)
-                _update(task, accelerator, optimizer, loop, ema, vote.skip if lazily else None, counts)
-                optimizer.zero_grad(set_to_none=True)
-            tracker.advance()
-            if lazily and (log or due):
-                counts = unread.read()
+    with Stop(alone=accelerator.num_processes == 1) as stop:
+        try:
+            while step < loop.total_steps and not over:
+                epoch, step_of_epoch = divmod(step, task.steps_per_epoch)
+                if batches is None or step_of_epoch == 0:
+                    batches = task.train_batches(epoch, step_of_epoch, clock)
+                lr = schedule(step)
+                for group in optimizer.param_groups:
+                    group["lr"] = lr * group.get("lr_scale", 1.0)
+                step += 1
+                log = step % loop.log_every_steps == 0 or step == loop.total_steps
+                buffers.keep()
+                done = _backward(task, accelerator, batches, loop.accumulation_steps, clock, log, stop, vote)
+                unread.steps.append((step, done, vote.skip))
+                due = step % loop.save_every_steps == 0 or step == loop.total_steps or vote.stopping
+                counts = lazily or unread.read()
+                with clock.span("student"):
+                    if lazily or not counts:
+                        buffers.restore(vote.skip)
+                    _update(task, accelerator, optimizer, loop, ema, vote.skip if lazily else None, counts)
+                    optimizer.zero_grad(set_to_none=True)
+                state.reached = step
+                tracker.advance()
+                if lazily and (log or due):
+                    counts = unread.read()
 
-            if log:  # beside those that save, the only steps that wait for the device
-                means, speed = tracker.means(), window.close(step, loop.images_per_step, clock)
-                tracker.log("train", step, {"epoch": step / task.steps_per_epoch, "lr": lr, **means, **speed})
-            with window.paused():
-                if due and (counts or vote.stopping or step == loop.total_steps):  # a skipped one could push out a good one
-                    state.save(step)  # before evaluating, which can take long and fail
-                if _evaluation_is_due(loop, task, step) and not vote.stopping:
-                    _evaluate(task, tracker, step, ema)
-                    over = _is_over(task, tracker, accelerator)
-            if vote.stopping:
-                tracker.say(f"stopped at step {step}; the same command goes on from {folder / 'checkpoints'}")
-                break
+                if log:  # beside those that save, the only steps that wait for the device
+                    means, speed = tracker.means(), window.close(step, loop.images_per_step, clock)
+                    tracker.log("train", step, {"epoch": step / task.steps_per_epoch, "lr": lr, **means, **speed})
+                with window.paused():
+                    if due and (counts or vote.stopping or step == loop.total_steps):  # a skipped one could push out a good one
+                        state.save(step)  # before evaluating, which can take long and fail
+                    if _evaluation_is_due(loop, task, step) and not vote.stopping:
+                        with stop.waiting():
+                            _evaluate(task, tracker, step, ema)
+                        over = _is_over(task, tracker, accelerator)
+                if vote.stopping:
+                    tracker.say(goes_on(step, folder))
+                    break
+        except Stopped as stopped:  # while it evaluated, or before the step was made, which changed buffers alone
+            buffers.restore(torch.full_like(vote.skip, step > state.reached))
+            unread.read()
+            state.save_what_is_not()
+            stopped.give_reason()
+            tracker.say(goes_on(state.reached, folder))
+            return False
     return over or step >= loop.total_steps
 
 
@@ -166,17 +174,19 @@ def _backward(
     accumulation_steps: int,
     clock: Clock,
     detailed: bool,
-    cast: Callable[[Tensor], None],
+    stop: Stop,
+    vote: Vote,
 ) -> _Done:
     """The gradients of an optimiser step; its loss is put to the vote before the last backward pass, which hides the wait."""
     done: _Done = []
     for micro in range(1, accumulation_steps + 1):
-        batch, last = next(batches), micro == accumulation_steps
+        with stop.waiting():
+            batch, last = next(batches), micro == accumulation_steps
         with nullcontext() if last else accelerator.no_sync(task.module):
             terms = task.compute_terms(batch, clock, detailed)
             done.append((batch.indices, {name: value.detach().clone() for name, value in terms.items()}))
             if last:
-                cast(torch.stack([values["loss"] for _, values in done]).sum())
+                vote.cast(stop, torch.stack([values["loss"] for _, values in done]).sum())
             with clock.span("student"):
                 accelerator.backward(terms["loss"] / accumulation_steps)
     return done
@@ -237,13 +247,13 @@ class _Unread:
         self.steps: list[tuple[int, _Done, Tensor]] = []  # number, terms, and 1 if it does not count
 
     def read(self) -> bool:
-        """Waits for the device. Whether the last step counts.
+        """Waits for the device. Whether the last step counts; True if there is none.
 
         Raises:
             UserError: too many in a row do not.
         """
-        skipped = torch.stack([skip for *_, skip in self.steps]).tolist()
-        for (step, done, _), skip in zip(self.steps, skipped, strict=True):
+        skipped = torch.stack([skip for *_, skip in self.steps]).tolist() if self.steps else [False]
+        for (step, done, _), skip in zip(self.steps, skipped, strict=False):
             self.in_a_row = self.in_a_row + 1 if skip else 0
             if skip:
                 self._tell(step, done)
@@ -292,23 +302,3 @@ class _Buffers:
         """Puts them back where `skip` is 1, without asking the device."""
         for kept, live in zip(self.kept, self.live, strict=True):
             live.copy_(torch.where(skip.bool(), kept, live))
-
-
-class _Window:
-    """The steps since the last log: how many, and how long they took without evaluation and saving."""
-
-    def __init__(self, step: int):
-        self.step, self.started = step, time.perf_counter()
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        before = time.perf_counter()
-        yield
-        self.started += time.perf_counter() - before
-
-    def close(self, step: int, images_per_step: int, clock: Clock) -> dict[str, float]:
-        """Images a second, and seconds a step by part; the next window begins."""
-        seconds, steps, now = clock.read(), step - self.step, time.perf_counter()
-        rate = steps * images_per_step / (now - self.started)
-        self.step, self.started = step, now
-        return {"images_per_second": rate, **{f"seconds_{name}": value / steps for name, value in seconds.items()}}

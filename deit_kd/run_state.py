@@ -33,6 +33,13 @@ class RunState:
     layout: dict[str, Any]  # how the global batch is cut
     keep_checkpoints: int
     on_full_disk: str  # stop or go_on
+    reached: int = 0  # whole steps
+    _saved: int = 0  # of them those that a checkpoint holds
+
+    def save_what_is_not(self) -> None:
+        """Saves the steps that were reached, unless none was made since the last save; see `save`."""
+        if self.reached > self._saved:
+            self.save(self.reached)
 
     def save(self, step: int) -> None:
         """Saves; the checkpoints that are there stay until this one is whole.
@@ -73,6 +80,8 @@ class RunState:
             raise UserError(f"{fault[0]}; free some, and give the same command again")
         if fault[0]:
             self.tracker.say(f"{fault[0]}; the run goes on")
+        else:
+            self._saved = step
 
     def restore(self, path: Path) -> int:
         """Puts everything back; returns the step that was reached.
@@ -107,7 +116,8 @@ class RunState:
             )
             self.tracker.say(f"{path.name} was saved with {before}; going on with {now}")
         self.tracker.restore(state["window"])
-        return int(state["step"])
+        self.reached = self._saved = int(state["step"])
+        return self.reached
 
 
 def _load(module: nn.Module, tensors: dict[str, Tensor]) -> None:

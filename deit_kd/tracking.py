@@ -55,6 +55,27 @@ class Clock:
         return seconds
 
 
+class Window:
+    """The steps since the last log: how many, and how long they took without evaluation and saving."""
+
+    def __init__(self, step: int):
+        self.step, self.started = step, time.perf_counter()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """The time that the block takes does not count."""
+        before = time.perf_counter()
+        yield
+        self.started += time.perf_counter() - before
+
+    def close(self, step: int, images_per_step: int, clock: Clock) -> dict[str, float]:
+        """Images a second, and seconds a step by part; the next window begins."""
+        seconds, steps, now = clock.read(), step - self.step, time.perf_counter()
+        rate = steps * images_per_step / (now - self.started)
+        self.step, self.started = step, now
+        return {"images_per_second": rate, **{f"seconds_{name}": value / steps for name, value in seconds.items()}}
+
+
 class Tracker:
     """Means over the steps between two logs, kept on the device; only `log` copies them to the host.
 

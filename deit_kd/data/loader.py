@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import Dataset
 
 from deit_kd.data.device import OnDevice
 from deit_kd.data.draws import Crop, Drawn, Plan, Worker, make_plan
@@ -21,6 +21,7 @@ from deit_kd.data.jpegs import UndecodedError
 from deit_kd.data.mixing import mix, smooth_one_hot
 from deit_kd.data.sources import Source, pixels, pixels_or_jpeg
 from deit_kd.data.transforms import Transform
+from deit_kd.data.workers import Batches, stack
 from deit_kd.errors import UserError
 from deit_kd.recipe import Augmentation
 from deit_kd.seed import derive_seed
@@ -60,6 +61,7 @@ class Placement:
     workers: int
     on_bad_image: str  # refuse or skip
     warn: Callable[[str], None]
+    patience: float = 60.0  # seconds until a batch that does not come is told
 
 
 _Keys = tuple[int, np.ndarray]  # epoch, and [B,2]: index of each image of a batch, and which view of it in this epoch
@@ -96,14 +98,15 @@ class _SeededDataset(Dataset[_Item]):
             candidate %= len(self.source)
             try:
                 image = read(self.source, candidate)
-            except Exception as error:  # PIL raises many types for broken files; each means that this image cannot be read
+                with _seeded(derive_seed(self.seed, "sample", epoch, index, *([view] if view else []))):
+                    return _Item(self.transform(image), int(self.source.labels[candidate]), fault)
+            except (
+                Exception
+            ) as error:  # PIL raises many types for broken files and odd shapes; each means that this image is no use
                 reason = "empty file" if _is_empty(self.source.where(candidate)) else str(error) or type(error).__name__
                 fault = fault or f"{self.source.where(candidate)}: cannot be read ({reason})"
                 if self.on_bad_image == "refuse" or not self.training:
                     return _Item(None, SKIPPED, fault)
-                continue
-            with _seeded(derive_seed(self.seed, "sample", epoch, index, *([view] if view else []))):
-                return _Item(self.transform(image), int(self.source.labels[candidate]), fault)
         return _Item(None, SKIPPED, fault)
 
 
@@ -143,40 +146,18 @@ def _collate(items: list[_Item]) -> tuple[Tensor | None, Plan | None, Tensor, li
     stacked = None
     if first is not None:
         held = [image for image in images if not isinstance(image, Crop)]
-        stacked = default_collate([torch.zeros_like(first) if image is None else image for image in held])
+        stacked = stack([torch.zeros_like(first) if image is None else image for image in held])
     faults = [item.fault for item in items if item.fault]
     refused = any(image is None for image in images)
     return stacked, make_plan(drawn) if any(drawn) else None, torch.tensor([item.label for item in items]), faults, refused
 
 
-class _EpochBatches(Sampler[Any]):
-    """This process's micro-batches, in order."""
+def _batches(dataset: _SeededDataset, placement: Placement) -> Batches:
+    def describe(keys: _Keys) -> str:
+        return f"{dataset.source.where(int(keys[1][0, 0]))} and the {len(keys[1]) - 1} other images of its batch"
 
-    def __init__(self) -> None:
-        self.batches: list[_Keys] = []
-
-    def __iter__(self) -> Iterator[_Keys]:
-        return iter(self.batches)
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-
-def _leave_stopping_to_the_main_process(_: int) -> None:
-    os.setpgrp()  # a terminal's Ctrl-C and a scheduler's SIGTERM go to the whole group
-
-
-def _data_loader(dataset: _SeededDataset, batches: _EpochBatches, placement: Placement) -> DataLoader[Any]:
-    return DataLoader(
-        dataset,
-        batch_sampler=batches,
-        num_workers=placement.workers,
-        collate_fn=_collate,
-        pin_memory=placement.device.type == "cuda",
-        persistent_workers=placement.workers > 0,
-        worker_init_fn=_leave_stopping_to_the_main_process,
-        generator=torch.Generator(),  # the loader draws its own base seed from it, not from the model's stream
-    )
+    pin = placement.device.type == "cuda"
+    return Batches(dataset, _collate, placement.workers, pin, placement.warn, describe, placement.patience)
 
 
 class TrainLoader:
@@ -216,13 +197,12 @@ class TrainLoader:
         self.micro_batch_size = self.global_batch_size // cuts
         self.accumulation_steps = accumulation_steps
         self.steps_per_epoch = len(source) // self.global_batch_size
-        self._batches = _EpochBatches()
         in_worker = transform.worker if isinstance(transform, OnDevice) else transform
         self._finish = transform.finish if isinstance(transform, OnDevice) else None
         self.augments_on = "device" if self._finish else "cpu"
         self.decodes_on = placement.device.type if isinstance(in_worker, Worker) and in_worker.sends_jpegs else "workers"
         self._dataset = _SeededDataset(source, in_worker, seed, placement.on_bad_image, True)
-        self._loader = _data_loader(self._dataset, self._batches, placement)
+        self._batches = _batches(self._dataset, placement)
 
     def epoch(self, epoch: int, start_step: int = 0, stop_step: int | None = None) -> Iterator[Batch]:
         """Micro-batches of an epoch from optimiser step `start_step` (within the epoch) on, to its end or before `stop_step`.
@@ -237,8 +217,8 @@ class TrainLoader:
             for step in range(start_step, self.steps_per_epoch if stop_step is None else stop_step)
             for micro in range(self.accumulation_steps)
         ]
-        keys = self._batches.batches = [(view, order[start : start + self.micro_batch_size]) for start in starts]
-        for start, its_keys, collated in zip(starts, keys, self._loader, strict=True):
+        keys = [(view, order[start : start + self.micro_batch_size]) for start in starts]
+        for start, its_keys, collated in zip(starts, keys, self._batches(keys), strict=True):
             try:
                 images, labels = self._finished(*collated)
             except UndecodedError as error:
@@ -319,15 +299,15 @@ class EvaluationLoader:
     def __init__(self, source: Source, transform: Transform, placement: Placement, batch_size: int, seed: int = 0):
         self.source, self.placement, self._warned = source, placement, set[str]()
         mine = np.arange(placement.process_index, len(source), placement.num_processes)
-        mine, batches = np.stack([mine, np.zeros_like(mine)], axis=1), _EpochBatches()
-        batches.batches = [(0, mine[start : start + batch_size]) for start in range(0, len(mine), batch_size)]
-        self._loader = _data_loader(_SeededDataset(source, transform, seed, placement.on_bad_image, False), batches, placement)
+        mine = np.stack([mine, np.zeros_like(mine)], axis=1)
+        self._keys = [(0, mine[start : start + batch_size]) for start in range(0, len(mine), batch_size)]
+        self._batches = _batches(_SeededDataset(source, transform, seed, placement.on_bad_image, False), placement)
 
     def __len__(self) -> int:
-        return len(self._loader)
+        return len(self._keys)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for images, _, labels, faults, _ in self._loader:
+        for images, _, labels, faults, _ in self._batches(self._keys):
             for fault in faults:
                 if self.placement.on_bad_image == "refuse":
                     raise UserError(f"{fault}; remove it, or set data.on_bad_image=skip")
