@@ -21,7 +21,8 @@ class _Forgiving:
     def __init__(self, stream: TextIO):
         self._stream, self.gone = stream, False
         if getattr(stream, "errors", None) == "strict":  # a name that the terminal's encoding lacks
-            stream.reconfigure(errors="backslashreplace")  # type: ignore[attr-defined]
+            with suppress(OSError, ValueError):  # it flushes
+                stream.reconfigure(errors="backslashreplace")  # type: ignore[attr-defined]
 
     def write(self, text: str) -> int:
         try:

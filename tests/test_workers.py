@@ -1,0 +1,286 @@
+"""Loading processes that die, hang, raise, cannot start, or have no shared memory; and those that are spawned."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import pickle
+import signal
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import killing
+import pytest
+import torch
+from conftest import SMALL, run_script
+from PIL import Image
+
+import deit_kd.engine  # noqa: F401  # here once, instead of in each child
+import train
+from deit_kd import build, classification
+from deit_kd import recipe as recipes
+from deit_kd.data import EvaluationLoader, Placement, TrainLoader, loader, open_source, workers
+from deit_kd.data.device import choose_augmentation
+from deit_kd.data.sources import FolderSource
+from deit_kd.data.transforms import evaluation_transform
+from deit_kd.errors import UserError
+
+CPU = torch.device("cpu")
+
+
+def train_loader(folder: Path, number: int, say: Callable[[str], None] = print, patience: float = 60.0, *more: str) -> TrainLoader:
+    """Batches of 120 images [3,63,63] in three of 1.9 MB, which come through shared memory."""
+    recipe = recipes.load("quickstart", ["augmentation.random_erasing=0.5", "data.img_size=63", *more])
+    here = Placement(CPU, 1, 0, number, recipe.data.on_bad_image, say, patience)
+    sizes = {"num_classes": 10, "seed": 5, "global_batch_size": 120, "accumulation_steps": 3}
+    return TrainLoader(
+        open_source("image_folder", folder, "train"), choose_augmentation(recipe, CPU), recipe.augmentation, here, **sizes
+    )
+
+
+def stream(loader: TrainLoader, epochs: int = 2) -> list[str]:
+    return [hashlib.sha1(batch.images.numpy()).hexdigest() for epoch in range(epochs) for batch in loader.epoch(epoch)]
+
+
+@pytest.fixture(scope="module")
+def expected(fashion_folder: Path) -> list[str]:
+    return stream(train_loader(fashion_folder, 0))
+
+
+class Odd(FolderSource):
+    """Does something odd, as a loading process, with one image, as long as there is a file."""
+
+    do: Callable[[], Any]
+    file: Path
+    index = 77
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        if index == self.index and self.file.exists() and torch.utils.data.get_worker_info() is not None:
+            self.do()
+        return super().__getitem__(index)
+
+
+def make_odd(made: TrainLoader | EvaluationLoader, file: Path, do: Callable[[], Any], index: int = 77) -> None:
+    file.touch()
+    source: Any = made.source
+    source.__class__ = Odd
+    source.file, source.do, source.index = file, do, index
+
+
+def once(file: Path, do: Callable[[], Any]) -> Callable[[], Any]:
+    return lambda: (file.unlink(), do())
+
+
+def kill_it() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def crash_it() -> None:
+    ctypes.string_at(0)
+
+
+def leave_it() -> None:
+    raise SystemExit(3)
+
+
+@pytest.mark.parametrize("do", [kill_it, crash_it, leave_it])
+def test_a_loading_process_that_dies_is_replaced(
+    do: Callable[[], Any], expected: list[str], fashion_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warned: list[str] = []
+    monkeypatch.setattr(workers, "warn", warned.append)
+    before, made, file = signal.getsignal(signal.SIGCHLD), train_loader(fashion_folder, 2), tmp_path / "once"
+    make_odd(made, file, once(file, do))
+    assert stream(made) == expected
+    assert len(warned) == 1
+    assert warned[0].startswith("a loading process died")
+    assert "others take its place" in warned[0]
+    assert signal.getsignal(signal.SIGCHLD) == before, "torch's handler would raise in the middle of a save"
+
+
+def test_one_that_dies_again_and_again_ends_the_program_by_name(fashion_folder: Path, tmp_path: Path) -> None:
+    """In evaluation."""
+    source = open_source("image_folder", fashion_folder, "val")
+    made = EvaluationLoader(
+        source, evaluation_transform(recipes.load("quickstart")), Placement(CPU, 1, 0, 1, "refuse", print), batch_size=10
+    )
+    make_odd(made, tmp_path / "always", kill_it, 25)
+    batches = iter(made)
+    assert [len(next(batches)[1]), len(next(batches)[1])] == [10, 10]
+    with pytest.raises(UserError, match=r"died 3 times at the same batch \(.*png and the 9 other images") as told:
+        next(batches)
+    assert source.where(20) in str(told.value)
+
+
+class PeculiarError(Exception):
+    def __init__(self, one: int, two: int):
+        super().__init__("is\npeculiar")
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_what_a_transform_cannot_take_is_a_fault_of_the_image(
+    number: int, fashion_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = train_loader(fashion_folder, number)
+
+    def refuses(_: Image.Image) -> None:
+        raise PeculiarError(1, 2)
+
+    made._dataset.transform = refuses  # type: ignore[assignment]
+    with pytest.raises(UserError, match=r"png: cannot be read \(is"):
+        next(made.epoch(0))
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_batch_that_does_not_come_is_told(
+    number: int, expected: list[str], fashion_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An image hangs until it is told that the program waits for it."""
+    read, write = os.pipe()
+    told: list[str] = []
+
+    def warn(text: str) -> None:
+        told.append(text)
+        if text.startswith("waits for"):
+            os.write(write, b"x")
+
+    monkeypatch.setattr(workers, "warn", warn)
+    monkeypatch.setattr(workers, "_watch", workers._Watch())
+    made, (file, get) = train_loader(fashion_folder, number, patience=0.3), (tmp_path / "once", FolderSource.__getitem__)
+    file.touch()
+
+    def hangs(source: FolderSource, index: int) -> tuple[Image.Image, int]:
+        if index == 77 and file.exists():
+            file.unlink()
+            os.read(read, 1)
+        return get(source, index)
+
+    monkeypatch.setattr(FolderSource, "__getitem__", hangs)
+    assert stream(made) == expected
+    assert any("and the 39 other images of its batch since" in text for text in told)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_run_that_waits_for_data_without_end_is_saved_and_stopped(number: int, fashion_folder: Path, tmp_path: Path) -> None:
+    """A process that is stopped hears no SIGTERM either."""
+    output, get, seen = tmp_path / "run", FolderSource.__getitem__, [0]
+
+    def hangs(source: FolderSource, index: int) -> tuple[Image.Image, int]:
+        if "train" in source.origin:
+            seen[0] += 1
+            if seen[0] == 60 and number:
+                os.kill(os.getpid(), signal.SIGSTOP)
+            elif seen[0] == 60:
+                os.read(os.pipe()[0], 1)
+        return get(source, index)
+
+    def work() -> None:
+        FolderSource.__getitem__ = hangs  # type: ignore[method-assign]
+        classification.placement = lambda *options: replace(build.placement(*options), patience=0.1)  # type: ignore[assignment]
+        options = ["--recipe", "quickstart", "--data", str(fashion_folder), "--output", str(output), "--max-steps", "6", *SMALL]
+        train.main([*options, "teacher.name=resnet10t", "teacher.weights=random", f"run.workers={number}"])
+
+    ended = killing.run(work, output)
+    assert ended.code == 75, ended.printed
+    assert "waits for" in ended.printed
+    assert "the run is asked to stop" in ended.printed
+    assert "stopped at step 2; the same command goes on" in ended.printed
+    assert (output / "checkpoints/step_00000002").is_dir()
+
+
+def test_a_folder_too_long_for_sockets(
+    expected: list[str], fashion_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    long = tmp_path / ("a" * 60) / ("b" * 60)
+    long.mkdir(parents=True)
+    for folder, reason in ((long, "AF_UNIX path too long"), (tmp_path / "is not there", "No such file or directory")):
+        monkeypatch.setattr(tempfile, "tempdir", str(folder))
+        assert stream(train_loader(fashion_folder, 2, said.append)) == expected
+        assert f"descriptors cannot be handed over ({reason}" in said[-1].replace("[Errno 2] ", "")
+        assert "batches come through pipes, which is slower" in said[-1]
+
+
+def mount_shared_memory(options: str) -> None:
+    """This process, which has no threads, gets a /dev/shm of its own."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    user, space, private = 0x10000000, 0x00020000, 0x4000 | 1 << 18
+    assert libc.unshare(space if os.geteuid() == 0 else space | user) == 0, os.strerror(ctypes.get_errno())
+    assert libc.mount(b"none", b"/", None, private, None) == 0, os.strerror(ctypes.get_errno())
+    assert libc.mount(b"tmpfs", b"/dev/shm", b"tmpfs", 0, options.encode()) == 0, os.strerror(ctypes.get_errno())
+
+
+@pytest.mark.parametrize(
+    ("on", "options", "told"),
+    [
+        ("cpu", "size=64k", "has no room for a batch"),  # for none
+        ("cpu", "size=4m", "has no room for a batch"),  # for two
+        ("device", "size=1m", "has no room for a batch"),
+        ("cpu", "nr_inodes=1", "loading processes cannot start"),  # not for the semaphores of a queue
+    ],
+)
+def test_little_shared_memory(on: str, options: str, told: str, fashion_folder: Path, tmp_path: Path) -> None:
+    here = f"run.augment_on={on}"
+
+    def work() -> None:
+        said: list[str] = []
+        mount_shared_memory(options)
+        alone = stream(train_loader(fashion_folder, 0, said.append, 60.0, here))
+        assert not said
+        assert stream(train_loader(fashion_folder, 2, said.append, 60.0, here)) == alone
+        assert len(said) == 1
+        print(*said)
+
+    ended = killing.run(work, tmp_path)
+    assert ended.code == 0, ended.printed
+    assert told in ended.printed
+    assert ("--shm-size=8g" if "size" in options else "run.workers=0") in ended.printed
+
+
+AUGMENTATIONS = [
+    [],
+    ["augmentation.auto_augment=rand-m9-mstd0.5-inc1", "augmentation.random_erasing=0.5"],
+    ["augmentation.auto_augment=original"],
+    ["augmentation.auto_augment=v0"],
+    ["augmentation.auto_augment=3a", "augmentation.color_jitter=0.3"],
+    ["augmentation.crop_scale=null", "augmentation.crop_padding=4"],
+    ["augmentation.interpolation=random"],
+]
+
+
+@pytest.mark.parametrize("overrides", AUGMENTATIONS, ids=str)
+@pytest.mark.parametrize("on", ["cpu", "device"])
+def test_all_that_a_loading_process_needs_can_be_sent_to_it(overrides: list[str], on: str, fashion_folder: Path) -> None:
+    made = train_loader(fashion_folder, 0, print, 60.0, f"run.augment_on={on}", *overrides)
+    evaluation = EvaluationLoader(
+        made.source, evaluation_transform(recipes.load("quickstart", overrides)), Placement(CPU, 1, 0, 0, "refuse", print), 10
+    )
+    for batches, keys in ((made._batches, [(0, made._order(0)[:40])]), (evaluation._batches, evaluation._keys[:1])):
+        dataset, collate, begin = pickle.loads(
+            pickle.dumps((batches._make.args[0], batches._make.keywords["collate_fn"], workers._begin))
+        )
+        assert begin is workers._begin
+        there, here = (
+            each.images if isinstance(each, loader.Batch) else each
+            for each in (collate(dataset.__getitems__(keys[0])), next(batches(keys)))
+        )
+        assert pickle.dumps(there[0][:3]) == pickle.dumps(here[:3])
+
+
+def test_spawned_processes_give_the_same_stream(expected: list[str], fashion_folder: Path) -> None:
+    script = (
+        "import sys, multiprocessing; multiprocessing.set_start_method('spawn'); sys.path.insert(0, 'tests'); "
+        "from pathlib import Path; from test_workers import *; print(*stream(train_loader(Path(sys.argv[1]), 1)))"
+    )
+    done = run_script("-c", script, fashion_folder)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == expected
+
+
+def test_what_doctor_asks() -> None:
+    assert (workers.shared_memory_free() or 0) > 0
+    assert workers.cannot_hand_over() is None
