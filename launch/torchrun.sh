@@ -25,14 +25,16 @@ else # the first machine is the host; the others find it by name
   [ -z "${LOCAL_ADDR:-}" ] || meeting+=(--local_addr "$LOCAL_ADDR")
 fi
 # What a scheduler sends reaches the training processes, which then save; they get two minutes.
-export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 PET_SHUTDOWN_TIMEOUT="${PET_SHUTDOWN_TIMEOUT:-120}"
+signals="TERM INT USR1"
+[ "$(trap -p HUP)" = "trap -- '' SIGHUP" ] || signals="$signals HUP" # what nohup ignores stays ignored
+export PET_SIGNALS_TO_HANDLE="SIGQUIT,SIG${signals// /,SIG}" PET_SHUTDOWN_TIMEOUT="${PET_SHUTDOWN_TIMEOUT:-120}"
 "$python" -m torch.distributed.run --nnodes "${NNODES:-1}" --nproc_per_node "$processes" --rdzv_backend c10d --rdzv_id "${RUN_ID:-deit_kd}" \
   "${meeting[@]}" --max_restarts "${MAX_RESTARTS:-0}" "$root/train.py" "$@" &
 launcher=$!
 
 # The launcher ends with 1 whatever it was sent; the code that asks for another start is given back here.
 signalled=no
-for name in TERM INT USR1; do
+for name in $signals; do
   trap "signalled=yes; kill -$name $launcher 2>/dev/null || true" "$name"
 done
 code=0

@@ -23,7 +23,7 @@ import deit_kd.engine  # noqa: F401  # here once, instead of in each child
 import train
 from deit_kd import build, classification
 from deit_kd import recipe as recipes
-from deit_kd.data import EvaluationLoader, Placement, TrainLoader, loader, open_source, workers
+from deit_kd.data import EvaluationLoader, Placement, TrainLoader, open_source, workers
 from deit_kd.data.device import choose_augmentation
 from deit_kd.data.sources import FolderSource
 from deit_kd.data.transforms import evaluation_transform
@@ -188,8 +188,9 @@ def test_a_run_that_waits_for_data_without_end_is_saved_and_stopped(number: int,
     assert ended.code == 75, ended.printed
     assert "waits for" in ended.printed
     assert "the run is asked to stop" in ended.printed
-    assert "stopped at step 2; the same command goes on" in ended.printed
-    assert (output / "checkpoints/step_00000002").is_dir()
+    (saved,) = (int(path.name.removeprefix("step_")) for path in output.glob("checkpoints/step_*"))
+    assert saved == 2 or (number and saved == 1), "a process that is stopped may hold the batch before it too"
+    assert f"stopped at step {saved}; the same command goes on" in ended.printed
 
 
 def test_a_folder_too_long_for_sockets(
@@ -252,6 +253,10 @@ AUGMENTATIONS = [
 ]
 
 
+def values(batch: Any) -> Any:
+    return workers._each_tensor(batch, lambda tensor: tensor.tolist())
+
+
 @pytest.mark.parametrize("overrides", AUGMENTATIONS, ids=str)
 @pytest.mark.parametrize("on", ["cpu", "device"])
 def test_all_that_a_loading_process_needs_can_be_sent_to_it(overrides: list[str], on: str, fashion_folder: Path) -> None:
@@ -264,11 +269,8 @@ def test_all_that_a_loading_process_needs_can_be_sent_to_it(overrides: list[str]
             pickle.dumps((batches._make.args[0], batches._make.keywords["collate_fn"], workers._begin))
         )
         assert begin is workers._begin
-        there, here = (
-            each.images if isinstance(each, loader.Batch) else each
-            for each in (collate(dataset.__getitems__(keys[0])), next(batches(keys)))
-        )
-        assert pickle.dumps(there[0][:3]) == pickle.dumps(here[:3])
+        there, _ = collate(dataset.__getitems__(keys[0]))
+        assert values(there) == values(next(batches(keys)))
 
 
 def test_spawned_processes_give_the_same_stream(expected: list[str], fashion_folder: Path) -> None:
@@ -284,3 +286,22 @@ def test_spawned_processes_give_the_same_stream(expected: list[str], fashion_fol
 def test_what_doctor_asks() -> None:
     assert (workers.shared_memory_free() or 0) > 0
     assert workers.cannot_hand_over() is None
+
+
+@pytest.mark.parametrize(
+    ("error", "died"),
+    [
+        (RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly"), True),
+        (RuntimeError("Pin memory thread exited unexpectedly"), True),
+        (EOFError(), True),
+        (ConnectionResetError(104, "Connection reset by peer"), True),
+        (FileNotFoundError(2, "No such file or directory"), True),
+        (FileNotFoundError("Caught FileNotFoundError in DataLoader worker process 0."), False),
+        (RuntimeError("Caught RuntimeError in DataLoader worker process 0."), False),
+        (OSError(24, "Too many open files"), False),
+        (ValueError("something else"), False),
+    ],
+    ids=str,
+)
+def test_what_tells_of_a_death(error: Exception, died: bool) -> None:
+    assert workers._tells_of_a_death(error) is died

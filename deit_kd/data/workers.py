@@ -176,15 +176,14 @@ class Batches:
                     if stream is None:
                         stream = self._start(keys[done:])
                     batch, note = next(stream)
-            except RuntimeError as error:
-                if not str(error).startswith("DataLoader worker"):  # torch's words for one that died
+            except Exception as error:
+                if not (self.workers and _tells_of_a_death(error)):
                     raise
                 died, stream = died + 1, None
                 self._replace(died, keys[done])
                 continue
-            except BaseException as error:
-                if not isinstance(error, Exception):  # a signal: a process that hangs must not keep this one
-                    self._kill()
+            except BaseException:  # a signal: a process that hangs must not keep this one
+                self._kill()
                 raise
             if note and not self._said:
                 self._said = True
@@ -239,6 +238,13 @@ class Batches:
         for process in self._processes:
             process.kill()
             process.join(1)
+
+
+def _tells_of_a_death(error: Exception) -> bool:
+    """Whether torch says that a loading process died, or it died while it handed a batch over."""
+    if isinstance(error, (EOFError, ConnectionError, FileNotFoundError)):
+        return not str(error).startswith("Caught ")  # as those do that a process raised and survived
+    return isinstance(error, RuntimeError) and str(error).startswith(("DataLoader worker", "Pin memory thread exited"))
 
 
 def _named(codes: set[int]) -> str:
