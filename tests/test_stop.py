@@ -140,19 +140,6 @@ RUN = [
 ]  # 5 steps an epoch: a step that is saved, an evaluation whose step is not
 
 
-def calls(owner: Any, name: str, number: int, do: Callable[[], None]) -> None:
-    """From now on in this process call `number` of the function does something else first."""
-    function, count = getattr(owner, name), [0]
-
-    def wrapped(*arguments: Any, **kwargs: Any) -> Any:
-        count[0] += 1
-        if count[0] == number:
-            do()
-        return function(*arguments, **kwargs)
-
-    setattr(owner, name, wrapped)
-
-
 def session(
     data: Path, output: Path, moment: tuple[Any, str, int] | None, *numbers: int, do: Callable[[], None] | None = None
 ) -> killing.Ended:
@@ -161,7 +148,7 @@ def session(
             signal.signal(number, signal.SIG_DFL)
         train.listen()
         if moment is not None:
-            calls(*moment, do or (lambda: signalled(*numbers)))
+            killing.at_call(*moment, do or (lambda: signalled(*numbers)))
         train.main([*RUN, "--data", str(data), "--output", str(output)])
 
     return killing.run(work, output)

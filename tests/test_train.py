@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -14,9 +15,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import killing
 import pytest
 import timm
 import torch
+from accelerate.state import AcceleratorState
 from conftest import MINUTES, ROOT, SMALL, run_script, wait_until
 from huggingface_hub import ModelCard
 from PIL import Image
@@ -24,13 +27,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
+import train
 from deit_kd import build, engine
 from deit_kd import recipe as recipes
 from deit_kd.classification import Classification
 from deit_kd.data import Batch, open_source
 from deit_kd.data.transforms import evaluation_transform
 from deit_kd.models import load_teacher
-from deit_kd.tracking import TIMES, Clock
+from deit_kd.tracking import TIMES, Clock, Tracker
 
 Cli = Callable[..., tuple[int, str]]
 RANDOM_TEACHER = ["teacher.name=resnet10t", "teacher.weights=random"]
@@ -200,9 +204,7 @@ def test_accumulation_divides_the_declared_batch(tmp_path: Path, fashion_folder:
     assert "24 = 1 (processes) x 3 (accumulation) x 8" in (tmp_path / "run/student/README.md").read_text()
 
 
-@pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 75), (signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGKILL, -9)]
-)
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 75), (signal.SIGTERM, 75), (signal.SIGHUP, 75), (signal.SIGKILL, -9)])
 def test_an_interrupted_run_goes_on(number: signal.Signals, code: int, tmp_path: Path, fashion_folder: Path) -> None:
     output = tmp_path / "run"
     command = [sys.executable, "train.py", "--recipe", "quickstart", "--data", fashion_folder, "--output", output]
@@ -411,22 +413,30 @@ def test_two_processes_share_the_batch(tmp_path: Path, fashion_folder: Path) -> 
     assert [line["images"] for line in metrics(output) if line["kind"] == "eval"] == [40]
 
 
-def test_no_space_left(tmp_path: Path, fashion_folder: Path) -> None:
-    """A real file system of 2 MB: refused before the first step, and in one line when it fills up later."""
+def fill(disk: Path) -> None:
+    with (disk / "other").open("wb", buffering=0) as stream, contextlib.suppress(OSError):
+        while True:
+            stream.write(b"0" * 1000)
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"), [("1m", "no space left for checkpoints"), ("8m", "no space left on the device")], ids=str
+)
+def test_no_space_left(size: str, expected: str, tmp_path: Path, fashion_folder: Path) -> None:
+    """A real file system: refused before the first step, and in one line when it fills up later."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    options = (
-        f"--recipe quickstart --data '{fashion_folder}' --output '{disk}/run' --max-steps 3 {' '.join(SMALL + RANDOM_TEACHER)}"
-    )
-    for size, expected in (("1m", "no space left for checkpoints"), ("8m", "no space left on the device")):
-        # The second disk is large enough at the start; something else fills it then.
-        filler = f"(while ! [ -e '{disk}/run/run.json' ]; do sleep 0.05; done; cat /dev/zero > '{disk}/other') 2>/dev/null &"
-        script = f"mount -t tmpfs -o size={size} tmpfs '{disk}' && {{ {filler if size == '8m' else ''} }} ; exec '{sys.executable}' train.py {options}"
-        script = script.replace("{  }", "true")
-        done = subprocess.run(["unshare", "-rm", "bash", "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
-        assert done.returncode == 2, done.stdout + done.stderr
-        assert expected in done.stderr
-        assert "Traceback" not in done.stderr
+    options = ["--recipe", "quickstart", "--data", fashion_folder, "--output", disk / "run", "--max-steps", 3]
+
+    def work() -> None:
+        killing.mount(disk, f"size={size}")
+        killing.at_call(Tracker, "start", 1, lambda: fill(disk))  # the disk was large enough until then
+        train.main([str(word) for word in [*options, *SMALL, *RANDOM_TEACHER]])
+
+    ended = killing.run(work, disk)
+    assert ended.code == 2, ended.printed
+    assert expected in ended.printed
+    assert "Traceback" not in ended.printed
 
 
 def test_a_full_disk_leaves_the_old_checkpoint_and_the_run_goes_on_if_told_so(tmp_path: Path, fashion_folder: Path) -> None:
@@ -447,29 +457,26 @@ def test_a_disk_that_is_full_to_the_last_byte_and_then_is_not(tmp_path: Path, fa
     """Not even a log line fits for a while; afterwards all of them are there, and the same command resumes where the run just fits."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    arguments = [
-        *SMALL,
-        *RANDOM_TEACHER,
-        "epochs=60",
-        "run.on_full_disk=go_on",
-        "run.log_every_steps=1",
-        "run.save_every_steps=100",
-    ]
-    arguments += ["run.eval_every_epochs=60", "run.keep_checkpoints=1"]
-    train = f"'{sys.executable}' train.py --recipe quickstart --data '{fashion_folder}' --output '{disk}/run' {' '.join(arguments)}"
-    script = f"""mount -t tmpfs -o size=4m tmpfs '{disk}'
-      {train} --max-steps 300 & run=$!
-      until [ -s '{disk}/run/metrics.jsonl' ]; do sleep 0.1; done
-      dd if=/dev/zero of='{disk}/filler' bs=1k status=none 2>/dev/null
-      sleep 2; rm '{disk}/filler'; wait $run || exit 1
-      grep -c '"kind": "train"' '{disk}/run/metrics.jsonl'
-      dd if=/dev/zero of='{disk}/filler' bs=1k count=$(($(df -k --output=avail '{disk}' | tail -1) - 600)) status=none
-      {train} --max-steps 301; ls '{disk}/run/checkpoints'"""
-    done = subprocess.run(["unshare", "-rm", "bash", "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "lines are kept until there is; the run goes on" in done.stderr
-    assert "300" in done.stdout.splitlines()
-    assert "going on from" in done.stdout
+    options = ["--recipe", "quickstart", "--data", fashion_folder, "--output", disk / "run", *SMALL, *RANDOM_TEACHER, "epochs=60"]
+    options += ["run.on_full_disk=go_on", "run.log_every_steps=1", "run.save_every_steps=100", "run.eval_every_epochs=60"]
+    options += ["run.keep_checkpoints=1", "--max-steps"]
+
+    def work() -> None:
+        killing.mount(disk, "size=4m")
+        killing.at_call(Tracker, "log", 20, lambda: fill(disk))
+        killing.at_call(Tracker, "log", 40, (disk / "other").unlink)
+        train.main([str(word) for word in [*options, 50]])
+        assert [line["step"] for line in metrics(disk / "run") if line["kind"] == "train"] == list(range(1, 51))
+        AcceleratorState._reset_state(reset_partial_state=True)
+        fill(disk)
+        os.truncate(disk / "other", (disk / "other").stat().st_size - 600_000)  # the next checkpoint takes more than what is left
+        train.main([str(word) for word in [*options, 51]])
+
+    ended = killing.run(work, disk)
+    assert ended.code == 0, ended.printed
+    assert "lines are kept until there is; the run goes on" in ended.printed
+    assert "going on from" in ended.printed
+    assert "step 51 is not saved" in ended.printed
 
 
 def test_features_alone_can_come_from_a_teacher_of_other_classes(train_cli: Cli, fashion_folder: Path, tmp_path: Path) -> None:

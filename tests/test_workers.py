@@ -206,15 +206,6 @@ def test_a_folder_too_long_for_sockets(
         assert "batches come through pipes, which is slower" in said[-1]
 
 
-def mount_shared_memory(options: str) -> None:
-    """This process, which has no threads, gets a /dev/shm of its own."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    user, space, private = 0x10000000, 0x00020000, 0x4000 | 1 << 18
-    assert libc.unshare(space if os.geteuid() == 0 else space | user) == 0, os.strerror(ctypes.get_errno())
-    assert libc.mount(b"none", b"/", None, private, None) == 0, os.strerror(ctypes.get_errno())
-    assert libc.mount(b"tmpfs", b"/dev/shm", b"tmpfs", 0, options.encode()) == 0, os.strerror(ctypes.get_errno())
-
-
 @pytest.mark.parametrize(
     ("on", "options", "told"),
     [
@@ -229,7 +220,7 @@ def test_little_shared_memory(on: str, options: str, told: str, fashion_folder: 
 
     def work() -> None:
         said: list[str] = []
-        mount_shared_memory(options)
+        killing.mount(Path("/dev/shm"), options)
         alone = stream(train_loader(fashion_folder, 0, said.append, 60.0, here))
         assert not said
         assert stream(train_loader(fashion_folder, 2, said.append, 60.0, here)) == alone
