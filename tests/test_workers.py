@@ -274,7 +274,8 @@ def test_spawned_processes_give_the_same_stream(expected: list[str], fashion_fol
     assert done.stdout.split() == expected
 
 
-def test_what_doctor_asks() -> None:
+def test_what_doctor_asks(fashion_folder: Path) -> None:
+    assert train_loader(fashion_folder, 2).shared_bytes() == 5 * 40 * 3 * 63 * 63 * 4
     assert (workers.shared_memory_free() or 0) > 0
     assert workers.cannot_hand_over() is None
 

@@ -21,7 +21,7 @@ from deit_kd.data.jpegs import UndecodedError
 from deit_kd.data.mixing import mix, smooth_one_hot
 from deit_kd.data.sources import Source, pixels, pixels_or_jpeg
 from deit_kd.data.transforms import Transform
-from deit_kd.data.workers import Batches, stack
+from deit_kd.data.workers import Batches, count_bytes, stack
 from deit_kd.errors import UserError
 from deit_kd.recipe import Augmentation
 from deit_kd.seed import derive_seed
@@ -203,6 +203,17 @@ class TrainLoader:
         self.decodes_on = placement.device.type if isinstance(in_worker, Worker) and in_worker.sends_jpegs else "workers"
         self._dataset = _SeededDataset(source, in_worker, seed, placement.on_bad_image, True)
         self._batches = _batches(self._dataset, placement)
+
+    def shared_bytes(self) -> int:
+        """What the batches on their way from loading processes take of shared memory at a time, as an image of the first batch tells.
+
+        Raises:
+            UserError: it cannot be read, when the recipe refuses such.
+        """
+        images, plan, _, faults, refused = _collate(self._dataset.items((0, self._order(0)[:1]), self._dataset.read))
+        if refused:
+            raise UserError(f"{faults[0]}; remove it, or set data.on_bad_image=skip")
+        return count_bytes((images, plan)) * self.micro_batch_size * (2 * self.placement.workers + 1)
 
     def epoch(self, epoch: int, start_step: int = 0, stop_step: int | None = None) -> Iterator[Batch]:
         """Micro-batches of an epoch from optimiser step `start_step` (within the epoch) on, to its end or before `stop_step`.

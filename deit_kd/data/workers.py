@@ -100,6 +100,13 @@ def _each_tensor(value: Any, change: Callable[[Any], Any]) -> Any:
     return value
 
 
+def count_bytes(batch: Any) -> int:
+    """Of all tensors in it."""
+    counted: list[int] = []
+    _each_tensor(batch, lambda tensor: counted.append(tensor.nbytes))
+    return sum(counted)
+
+
 def _of_full_memory(error: Exception) -> str:
     free = shared_memory_free()
     room = "" if free is None else f", {free / 1e6:.0f} MB free"
