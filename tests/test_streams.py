@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import killing
 import pytest
@@ -109,9 +110,9 @@ def test_a_run_that_nobody_reads_comes_to_its_end(stream: Callable[[], int], fas
 def test_a_verb_whose_reader_has_enough_ends_quietly(fashion_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """predict stops; a verb that writes files does its work."""
     files = sorted(map(str, (fashion_folder / "val").rglob("*.png")))[:20]
-    asked: list[str] = []
+    asked: list[Any] = []
 
-    def noted(name: str) -> Image.Image:
+    def noted(name: Any, formats: Any = None) -> Image.Image:
         asked.append(name)
         raise OSError("broken")
 

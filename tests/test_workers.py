@@ -25,7 +25,7 @@ from deit_kd import build, classification
 from deit_kd import recipe as recipes
 from deit_kd.data import EvaluationLoader, Placement, TrainLoader, open_source, workers
 from deit_kd.data.device import choose_augmentation
-from deit_kd.data.sources import FolderSource
+from deit_kd.data.folder_source import FolderSource
 from deit_kd.data.transforms import evaluation_transform
 from deit_kd.errors import UserError
 
@@ -131,7 +131,7 @@ def test_what_a_transform_cannot_take_is_a_fault_of_the_image(
         raise PeculiarError(1, 2)
 
     made._dataset.transform = refuses  # type: ignore[assignment]
-    with pytest.raises(UserError, match=r"png: cannot be read \(is"):
+    with pytest.raises(UserError, match=r"png: cannot be read \(is peculiar\)"):
         next(made.epoch(0))
 
 

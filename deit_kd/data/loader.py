@@ -100,10 +100,9 @@ class _SeededDataset(Dataset[_Item]):
                 image = read(self.source, candidate)
                 with _seeded(derive_seed(self.seed, "sample", epoch, index, *([view] if view else []))):
                     return _Item(self.transform(image), int(self.source.labels[candidate]), fault)
-            except (
-                Exception
-            ) as error:  # PIL raises many types for broken files and odd shapes; each means that this image is no use
-                reason = "empty file" if _is_empty(self.source.where(candidate)) else str(error) or type(error).__name__
+            except Exception as error:  # many types for broken files and odd shapes; each means that this image is no use
+                said = " ".join(str(error).split()) or type(error).__name__
+                reason = "empty file" if _is_empty(self.source.where(candidate)) else said
                 fault = fault or f"{self.source.where(candidate)}: cannot be read ({reason})"
                 if self.on_bad_image == "refuse" or not self.training:
                     return _Item(None, SKIPPED, fault)

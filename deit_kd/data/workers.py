@@ -181,7 +181,7 @@ class Batches:
             try:
                 with _watch.waiting(self.describe, keys[done], self.patience):
                     if stream is None:
-                        stream = self._start(keys[done:])
+                        stream = self._start(keys[done : done + 1] if died else keys[done:])  # to know which batch kills
                     batch, note = next(stream)
             except Exception as error:
                 if not (self.workers and _tells_of_a_death(error)):
@@ -198,7 +198,7 @@ class Batches:
                     f"{note}; batches come through pipes, which is slower: give a container more of it (--shm-size=8g), lower "
                     "run.workers, or set TMPDIR to a short path with room"
                 )
-            done, died = done + 1, 0
+            done, died, stream = done + 1, 0, None if died else stream
             yield batch
 
     def _new_loader(self) -> DataLoader[Any]:
