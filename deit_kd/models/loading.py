@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import timm
 import torch
-from safetensors import SafetensorError
-from timm.models._hub import load_model_config_from_hf
+from timm.layers import to_2tuple
 from torch import Tensor
 
 from deit_kd.errors import UserError
+from deit_kd.models.described import MOST_PIXELS, RELEASED, describe, folder_of, why
 from deit_kd.models.students import authors_to_timm
 from deit_kd.models.taps import TimmModel
-from deit_kd.models.teacher import RELEASED
-from deit_kd.models.weights import read_weights
+from deit_kd.models.weights import must_be_finite, open_weights
 from deit_kd.recipe import nearest
+from deit_kd.text import printable
 
 SIZES = {192: "tiny", 384: "small", 768: "base"}  # width of a DeiT -> its name; heads are 64 wide
 TRAINING_ONLY = ("distillation_loss.", "projector.", "projectors.")  # left out of a student
@@ -47,32 +46,55 @@ def load_student(
     name = str(source)
     changed: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}
     changed |= {} if num_classes is None else {"num_classes": num_classes}
-    if Path(name).is_file():
+    if img_size is not None and not 0 < img_size <= MOST_PIXELS:
+        raise UserError(f"{printable(name)}: images of {img_size} pixels a side; give an --img-size from 1 to {MOST_PIXELS}")
+    if os.path.isfile(name):
         found = read_student(Path(name))
         if found.unexpected:
             raise UserError(
                 f"{source}: is of no student known here: {_list(found.unexpected)} have no place in {found.architecture}"
             )
         return _checked(build_found(found, **changed, **({} if img_size is None else {"img_size": img_size})), source)
-    if folder := folder_of(name):
-        name = f"local-dir:{folder.resolve()}"
-    elif not name.startswith(("hf-hub:", "local-dir:")) and ("/" in name or Path(name).suffix in (".pth", ".tar", ".safetensors")):
+    network = describe(name)
+    if network is None and ("/" in name or Path(name).suffix in (".pth", ".tar", ".safetensors")):
         raise UserError(
-            f"{source}: no such file, and no folder with a config.json; give a run's student/ folder, hf-hub:ORG/NAME, a timm tag, or a "
-            "file of weights"
+            f"{printable(name)}: no such file, and no folder with a config.json; give a run's student/ folder, hf-hub:ORG/NAME, a timm tag, "
+            "or a file of weights"
         )
-    try:
-        if img_size is not None and timm.create_model(name, pretrained=False).pretrained_cfg.get("fixed_input_size"):
-            changed["img_size"] = img_size
-        model = timm.create_model(name, pretrained=True, **changed)
-        stored = config_of(name)
-    except (RuntimeError, ValueError, OSError, KeyError, TypeError, UnpicklingError, SafetensorError) as error:
-        raise UserError(f"{source}: cannot be loaded as a student ({' '.join(str(error).split())[:300]}){_meant(name)}") from None
-    if stored is not None:  # else timm fills in the licence of its own weights of this architecture
-        model.pretrained_cfg["license"] = stored.get("pretrained_cfg", stored).get("license") or "unknown"
+    own = network.pretrained if network else _pretrained_cfg(name)
+    changed |= {"img_size": img_size} if img_size is not None and own.get("fixed_input_size") else {}
+    if network:
+        model = network.load(drawn_before=img_size is not None, **changed)  # fresh heads of a seed are those that they always were
+    else:
+        _ = _create(name) if img_size is not None else None  # likewise
+        model = _create(name, pretrained=True, **changed)
     if img_size is not None:  # timm leaves the stored size there, and so in the preprocessing
         model.pretrained_cfg["input_size"] = (3, img_size, img_size)
     return _checked(model.eval().float(), source)
+
+
+def _create(name: str, **arguments: Any) -> TimmModel:
+    try:
+        return timm.create_model(name, **arguments)
+    except Exception as error:  # timm and the hub's client raise many types
+        raise UserError(f"{printable(name)}: cannot be loaded as a student ({why(error)}){_meant(name)}") from None
+
+
+def _pretrained_cfg(name: str) -> dict[str, Any]:
+    """Of a network of timm's own.
+
+    Raises:
+        UserError: timm knows none of this name.
+    """
+    try:
+        config = timm.get_pretrained_cfg(name)
+    except RuntimeError:  # an unknown tag
+        config = None
+    if config is None:
+        raise UserError(
+            f"{printable(name)}: no such file, no folder with a config.json, nor a network that timm knows{_meant(name)}"
+        )
+    return config.to_dict()
 
 
 def _checked(model: TimmModel, source: str | Path) -> TimmModel:
@@ -80,7 +102,9 @@ def _checked(model: TimmModel, source: str | Path) -> TimmModel:
         if value.is_floating_point() and not value.isfinite().all():
             raise UserError(f"{source}: {name} is not finite in float32; these weights are of a run that diverged")
     channels, side, _ = model.pretrained_cfg["input_size"]
-    patch = getattr(getattr(model, "patch_embed", None), "patch_size", (1,))[0]
+    patch = to_2tuple(getattr(getattr(model, "patch_embed", None), "patch_size", 1))[0]
+    if not model.num_classes:
+        raise UserError(f"{source}: has no classes; only networks that classify can be used here")
     if channels != 3:
         raise UserError(f"{source}: takes images of {channels} channels; only those of 3 can be used here")
     if side % patch:
@@ -88,33 +112,11 @@ def _checked(model: TimmModel, source: str | Path) -> TimmModel:
     return model
 
 
-def folder_of(name: str) -> Path | None:
-    """Where a run, an exported folder or a released name has its weights."""
-    places = (Path(name), Path(name) / "student", RELEASED / name)
-    return next((path for path in places if (path / "config.json").is_file()), None)
-
-
 def file_of(source: str) -> Path | None:
     """The file of weights that a local source has; None of others."""
     folder = folder_of(source)
     file = Path(source) if folder is None else folder / "model.safetensors"
-    return file if file.is_file() else None
-
-
-def config_of(name: str) -> dict[str, Any] | None:
-    """The config.json of a folder, local-dir: or hf-hub: source; None of others.
-
-    Raises:
-        RuntimeError, ValueError, OSError: it cannot be had.
-    """
-    if name.startswith("hf-hub:"):
-        pretrained, architecture, arguments = load_model_config_from_hf(name.removeprefix("hf-hub:"))
-        return {"architecture": architecture, "model_args": arguments, "pretrained_cfg": pretrained}
-    folder = Path(name.removeprefix("local-dir:")) if name.startswith("local-dir:") else folder_of(name)
-    content: Any = None if folder is None else json.loads((folder / "config.json").read_text())
-    if folder is not None and not isinstance(content, dict):
-        raise ValueError("config.json is no mapping")
-    return content
+    return file if os.path.isfile(file) else None
 
 
 def architecture_of(source: str | Path) -> tuple[str, dict[str, Any]]:
@@ -124,23 +126,16 @@ def architecture_of(source: str | Path) -> tuple[str, dict[str, Any]]:
         UserError: as there.
     """
     name = str(source)
-    arguments: dict[str, Any] | None
-    if Path(name).is_file():
+    if os.path.isfile(name):
         found = read_student(Path(name))
-        architecture, arguments = found.architecture, dict[str, Any](found.arguments)
-    else:
-        try:
-            config = config_of(name)
-        except Exception as error:  # the hub's client has many
-            raise UserError(
-                f"{source}: cannot be loaded as a student ({' '.join(str(error).split())[:300]}){_meant(name)}"
-            ) from None
-        if config is None and ("/" in name or name.partition(".")[0] not in timm.list_models()):
-            raise UserError(f"{source}: no such file, and no folder with a config.json, nor a network that timm knows")
-        architecture = name.partition(".")[0] if config is None else config.get("architecture", "")
-        arguments = {} if config is None else config.get("model_args")
+        return found.architecture, dict(found.arguments)
+    network = describe(name)
+    if network is None:
+        _pretrained_cfg(name)
+        return name.partition(".")[0], {}
+    _ = network.must_be_usual() if network.hub_id else network.open_weights()
     stated_elsewhere = ("num_classes", "img_size", "in_chans", "global_pool")
-    return architecture, {key: value for key, value in (arguments or {}).items() if key not in stated_elsewhere}
+    return network.architecture, {key: value for key, value in network.arguments.items() if key not in stated_elsewhere}
 
 
 def preprocessing_of(source: str | Path, img_size: int | None = None) -> dict[str, Any]:
@@ -164,9 +159,9 @@ def read_student(path: Path) -> Found:
     """Tells by names and shapes which DeiT a file of weights is of.
 
     Raises:
-        UserError: see `read_weights`; or no DeiT, one of another shape, or one with parts missing.
+        UserError: see `open_weights` and `must_be_finite`; or no DeiT, one of another shape, or one with parts missing.
     """
-    stored = read_weights(path)
+    stored = opened = open_weights(path)
     if any(key.startswith("student.") for key in stored):  # module.safetensors of a checkpoint
         stored = {key.removeprefix("student."): value for key, value in stored.items()}
     dropped = tuple(key for key in stored if key.startswith(TRAINING_ONLY))
@@ -182,6 +177,7 @@ def read_student(path: Path) -> Found:
                 f"{path}: looks like {architecture}, but {key} is {list(tensors[key].shape)} instead of {list(value.shape)}; give a "
                 "folder with a config.json that timm wrote"
             )
+    must_be_finite(opened, path)
     return Found(architecture, arguments, tensors, dropped, tuple(key for key in tensors if key not in with_shapes))
 
 
