@@ -6,10 +6,11 @@ here: it gets the values that were checked, and the weights that `open_weights` 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
-import math
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,8 +38,8 @@ MOST_ARGUMENT = 100_000
 MOST_NUMBERS, MOST_TENSORS = 250_000_000, 5_000  # of a network without weights beside its config
 MOST_OF_HUB = 10_000_000_000  # likewise, where its weights are not fetched; timm's largest has 6.7
 # where timm looks for a folder's weights, and the ends of other names
-WEIGHTS = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")
-WEIGHTS += tuple(f"open_clip_{name}" for name in ("model.safetensors", "pytorch_model.safetensors", *WEIGHTS[1:3]))
+_FILES = ("model.safetensors", "pytorch_model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")
+WEIGHTS = ("model.safetensors", *_FILES[2:], *[f"open_clip_{name}" for name in _FILES[:4]])
 SUFFIXES = (".safetensors", ".pth", ".pth.tar", ".bin")
 # arguments of timm's that are no network's: they choose what is loaded, and how strictly
 NOT_OF_NETWORKS = {
@@ -92,22 +93,21 @@ def _argument(value: Any, levels: int = 3) -> Any:
             _argument(each, levels - 1)
     elif isinstance(value, str) and (len(value) > 200 or not value.isprintable()):
         raise ValueError("texts must be one line of at most 200 characters")
-    elif isinstance(value, (int, float)) and not (math.isfinite(value) and abs(value) <= MOST_ARGUMENT):
+    elif isinstance(value, (int, float)) and not abs(value) <= MOST_ARGUMENT:
         raise ValueError(f"numbers must be at most {MOST_ARGUMENT}")
     return value
 
 
-def _arguments(value: dict[str, Any]) -> dict[str, Any]:
-    for name, each in value.items():
-        if not name.isidentifier() or name in NOT_OF_NETWORKS or name.startswith("pretrained_"):
-            raise ValueError(f"{printable(name[:60])!r} is no argument of a network")
-        try:
-            _argument(each)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
+def _name(name: str) -> str:
+    if not name.isidentifier() or name in NOT_OF_NETWORKS or name.startswith("pretrained_"):
+        raise ValueError("is no argument of a network")
+    return name
+
+
+def _sizes(value: dict[str, Any]) -> dict[str, Any]:
     size = value.get("img_size")
     for side in size if isinstance(size, list) and len(size) == 2 else [1 if size is None else size]:
-        if not isinstance(side, int) or isinstance(side, bool) or not 1 <= side <= MOST_PIXELS:
+        if type(side) is not int or not 1 <= side <= MOST_PIXELS:
             raise ValueError(f"img_size: must be one or two numbers of pixels from 1 to {MOST_PIXELS}")
     return value
 
@@ -124,6 +124,9 @@ Mean = Annotated[float, Field(ge=-10, le=10)]  # of pixels in [0, 1]
 Std = Annotated[float, Field(ge=1e-4, le=1000)]
 Names = Annotated[Any, AfterValidator(_names)]
 Labels = Annotated[Any, AfterValidator(_labels)]
+Arguments = Annotated[
+    dict[Annotated[str, AfterValidator(_name)], Annotated[Any, AfterValidator(_argument)]], AfterValidator(_sizes)
+]
 Classes = Annotated[int, Field(ge=0, le=MOST_CLASSES)]
 
 
@@ -155,7 +158,7 @@ class _Config(Document):
     num_classes: Classes | None = None
     label_names: Labels | None = None
     labels: Labels | None = None
-    model_args: Annotated[dict[str, Any], AfterValidator(_arguments)] | None = None
+    model_args: Arguments | None = None
     pretrained_cfg: _Pretrained | None = None
 
 
@@ -164,8 +167,9 @@ class _WithWeights(PretrainedCfg):
     """timm copies a config with everything in it, the weights too, for each network."""
 
     def to_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        without = PretrainedCfg.to_dict(dataclasses.replace(self, state_dict=None), *args, **kwargs)
-        return without if self.state_dict is None else {**without, "state_dict": self.state_dict}
+        without = copy.copy(self)
+        without.state_dict = None
+        return {**PretrainedCfg.to_dict(without, *args, **kwargs), "state_dict": self.state_dict}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -282,7 +286,8 @@ def must_fit(
     stored = most_numbers if tensors is None else sum(value.numel() for value in tensors.values())
     number = MOST_TENSORS if tensors is None else len(tensors)
     try:
-        with torch.random.fork_rng(devices=[]), torch.device("meta"), torch.no_grad():
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.device("meta"), torch.no_grad():
+            warnings.simplefilter("ignore")  # an odd network is told of below
             with _at_most(stored + stored // 4 + 1_000_000, 4 * number + 100):
                 model = create().eval()
             output = model(torch.zeros(1, *input_size))
@@ -363,7 +368,11 @@ def describe(source: str) -> Described | None:
     names = config.label_names or config.labels or own.label_names or own.labels
     arguments = {key: value for key, value in (config.model_args or {}).items() if value is not None}
     stated |= {"license": own.license or "unknown"} | ({"label_names": names} if names else {})
-    stated.setdefault("input_size", (3, 224, 224))
+    stated = {
+        "input_size": (3, 224, 224),
+        "classifier": getattr(timm.get_pretrained_cfg(architecture), "classifier", None),
+        **stated,
+    }
     if stated["input_size"][0] != 3 or arguments.get("in_chans", 3) != 3:
         raise UserError(f"{file}: takes images of other than 3 channels; only those of 3 can be used here")
     pretrained, _, arguments = _parse_model_cfg(

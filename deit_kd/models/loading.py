@@ -13,6 +13,7 @@ import torch
 from timm.layers import to_2tuple
 from torch import Tensor
 
+from deit_kd.documents import short
 from deit_kd.errors import UserError
 from deit_kd.models.described import MOST_PIXELS, RELEASED, describe, folder_of, why
 from deit_kd.models.students import authors_to_timm
@@ -48,7 +49,7 @@ def load_student(
     changed |= {} if num_classes is None else {"num_classes": num_classes}
     if img_size is not None and not 0 < img_size <= MOST_PIXELS:
         raise UserError(f"{printable(name)}: images of {img_size} pixels a side; give an --img-size from 1 to {MOST_PIXELS}")
-    if os.path.isfile(name):
+    if _is_file(name):
         found = read_student(Path(name))
         if found.unexpected:
             raise UserError(
@@ -66,11 +67,17 @@ def load_student(
     if network:
         model = network.load(drawn_before=img_size is not None, **changed)  # fresh heads of a seed are those that they always were
     else:
-        _ = _create(name) if img_size is not None else None  # likewise
+        if img_size is not None:
+            _create(name)  # likewise
         model = _create(name, pretrained=True, **changed)
     if img_size is not None:  # timm leaves the stored size there, and so in the preprocessing
         model.pretrained_cfg["input_size"] = (3, img_size, img_size)
     return _checked(model.eval().float(), source)
+
+
+def _is_file(name: str) -> bool:
+    """Whether something other than a folder has this name; what it is, is looked at when it is opened."""
+    return "\0" not in name and os.path.lexists(name) and not os.path.isdir(name)
 
 
 def _create(name: str, **arguments: Any) -> TimmModel:
@@ -105,6 +112,9 @@ def _checked(model: TimmModel, source: str | Path) -> TimmModel:
     patch = to_2tuple(getattr(getattr(model, "patch_embed", None), "patch_size", 1))[0]
     if not model.num_classes:
         raise UserError(f"{source}: has no classes; only networks that classify can be used here")
+    heads, modules = model.pretrained_cfg.get("classifier") or (), dict(model.named_modules())
+    if not heads or any(head not in modules for head in ([heads] if isinstance(heads, str) else heads)):
+        raise UserError(f"{source}: pretrained_cfg.classifier: {short(heads)} is no module of it; name its last layer there")
     if channels != 3:
         raise UserError(f"{source}: takes images of {channels} channels; only those of 3 can be used here")
     if side % patch:
@@ -126,14 +136,17 @@ def architecture_of(source: str | Path) -> tuple[str, dict[str, Any]]:
         UserError: as there.
     """
     name = str(source)
-    if os.path.isfile(name):
+    if _is_file(name):
         found = read_student(Path(name))
         return found.architecture, dict(found.arguments)
     network = describe(name)
     if network is None:
         _pretrained_cfg(name)
         return name.partition(".")[0], {}
-    _ = network.must_be_usual() if network.hub_id else network.open_weights()
+    if network.hub_id:
+        network.must_be_usual()
+    else:
+        network.open_weights()
     stated_elsewhere = ("num_classes", "img_size", "in_chans", "global_pool")
     return network.architecture, {key: value for key, value in network.arguments.items() if key not in stated_elsewhere}
 
@@ -161,7 +174,7 @@ def read_student(path: Path) -> Found:
     Raises:
         UserError: see `open_weights` and `must_be_finite`; or no DeiT, one of another shape, or one with parts missing.
     """
-    stored = opened = open_weights(path)
+    stored = open_weights(path)
     if any(key.startswith("student.") for key in stored):  # module.safetensors of a checkpoint
         stored = {key.removeprefix("student."): value for key, value in stored.items()}
     dropped = tuple(key for key in stored if key.startswith(TRAINING_ONLY))
@@ -177,7 +190,7 @@ def read_student(path: Path) -> Found:
                 f"{path}: looks like {architecture}, but {key} is {list(tensors[key].shape)} instead of {list(value.shape)}; give a "
                 "folder with a config.json that timm wrote"
             )
-    must_be_finite(opened, path)
+    must_be_finite({key: tensors[key] for key in with_shapes}, path)
     return Found(architecture, arguments, tensors, dropped, tuple(key for key in tensors if key not in with_shapes))
 
 
@@ -226,4 +239,4 @@ def _meant(name: str) -> str:
 
 
 def _list(keys: list[str] | tuple[str, ...]) -> str:
-    return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+    return ", ".join(printable(key[:100]) for key in keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")

@@ -10,9 +10,9 @@ import pickletools
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import IO
+from typing import IO, Any
 
-MOST_OPCODES = 1_000_000  # a large network's with its optimizer's state has 300,000
+MOST_OPCODES = 600_000  # a network of 1,000 tensors with its optimizer's state and an average has 100,000
 MOST_VALUES = 4_000_000  # that a walk through a value may meet
 MOST_LEVELS = 100
 _CALLS = (
@@ -61,6 +61,7 @@ def check_pickle(stream: IO[bytes], harmless: Collection[str]) -> None:
     stack: list[_Value | None] = []  # None: a mark
     memo: dict[int, _Value | None] = {}
     try:
+        argument: Any
         for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
             if count > MOST_OPCODES:
                 raise Unbounded("more steps than weights take")

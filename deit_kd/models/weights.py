@@ -30,6 +30,7 @@ WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")  # of DataParallel and DDP, o
 PLAIN = {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8}
 PLAIN |= {torch.uint8, torch.bool}
 MOST_HEADER = 16 * MEGABYTE  # of the names and shapes before the numbers
+MOST_DIMENSIONS = 8
 MOST_DIRECTORY = 8 * MEGABYTE  # of a zip file's list of entries
 MOST_LEGACY = 4000 * MEGABYTE  # of a file of before torch 1.6, which torch reads whole
 LEGACY = (0x1950A86A20F9469CFC6C).to_bytes(10, "little")  # such a file begins with this number
@@ -120,6 +121,8 @@ def _must_be_plain(tensors: Mapping[str, Tensor], path: Path) -> None:
         shown = printable(key[:200])
         if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
             raise UserError(f"{path}: {shown} is a sparse, quantised or empty (meta) tensor; save plain ones")
+        if value.ndim > MOST_DIMENSIONS:
+            raise UserError(f"{path}: {shown} has {value.ndim} dimensions, at most {MOST_DIMENSIONS} are right; save plain tensors")
         if value.dtype not in PLAIN:
             raise UserError(f"{path}: {shown} is of {value.dtype}; save float32, float16 or bfloat16")
         if (size := value.numel() * value.element_size()) > value.untyped_storage().nbytes():
