@@ -15,7 +15,9 @@ from torch import Tensor
 
 from deit_kd.documents import short
 from deit_kd.errors import UserError
-from deit_kd.models.described import MOST_PIXELS, RELEASED, describe, folder_of, why
+from deit_kd.files import warn
+from deit_kd.models.config_json import MOST_PIXELS
+from deit_kd.models.described import RELEASED, describe, folder_of, why
 from deit_kd.models.students import authors_to_timm
 from deit_kd.models.taps import TimmModel
 from deit_kd.models.weights import must_be_finite, open_weights
@@ -55,7 +57,7 @@ def load_student(
             raise UserError(
                 f"{source}: is of no student known here: {_list(found.unexpected)} have no place in {found.architecture}"
             )
-        return _checked(build_found(found, **changed, **({} if img_size is None else {"img_size": img_size})), source)
+        return _checked(build_found(found, **changed, **({} if img_size is None else {"img_size": img_size})), source, img_size)
     network = describe(name)
     if network is None and ("/" in name or Path(name).suffix in (".pth", ".tar", ".safetensors")):
         raise UserError(
@@ -72,7 +74,7 @@ def load_student(
         model = _create(name, pretrained=True, **changed)
     if img_size is not None:  # timm leaves the stored size there, and so in the preprocessing
         model.pretrained_cfg["input_size"] = (3, img_size, img_size)
-    return _checked(model.eval().float(), source)
+    return _checked(model.eval().float(), source, img_size)
 
 
 def _is_file(name: str) -> bool:
@@ -104,7 +106,7 @@ def _pretrained_cfg(name: str) -> dict[str, Any]:
     return config.to_dict()
 
 
-def _checked(model: TimmModel, source: str | Path) -> TimmModel:
+def _checked(model: TimmModel, source: str | Path, img_size: int | None) -> TimmModel:
     for name, value in model.state_dict().items():
         if value.is_floating_point() and not value.isfinite().all():
             raise UserError(f"{source}: {name} is not finite in float32; these weights are of a run that diverged")
@@ -119,6 +121,12 @@ def _checked(model: TimmModel, source: str | Path) -> TimmModel:
         raise UserError(f"{source}: takes images of {channels} channels; only those of 3 can be used here")
     if side % patch:
         raise UserError(f"{source}: {side} pixels are not divisible by its patches of {patch}; give another --img-size")
+    if img_size is not None:
+        try:
+            with torch.inference_mode():
+                model(torch.zeros(1, 3, img_size, img_size))
+        except Exception as error:  # networks raise many types for images that are too small
+            raise UserError(f"{source}: takes no images of {img_size} pixels ({why(error)}); give another --img-size") from None
     return model
 
 
@@ -152,9 +160,21 @@ def architecture_of(source: str | Path) -> tuple[str, dict[str, Any]]:
 
 
 def preprocessing_of(source: str | Path, img_size: int | None = None) -> dict[str, Any]:
-    """input_size, mean, std, crop_pct and interpolation of what `load_student` loads; an interpolation of another sort is bicubic."""
+    """input_size, mean, std, crop_pct and interpolation of what `load_student` loads, as evaluation and training know them.
+
+    Raises:
+        UserError: as there; or it takes images that are not square.
+    """
     config: dict[str, Any] = timm.data.resolve_model_data_config(load_student(source, img_size=img_size))
+    _, height, width = config["input_size"]
+    if height != width:
+        raise UserError(
+            f"{source}: takes images of {height} x {width} pixels; give an --img-size, for only square ones can be used here"
+        )
     known = config["interpolation"] if config["interpolation"] in ("bilinear", "bicubic") else "bicubic"
+    for key, used in (("interpolation", known), ("crop_mode", "center")):
+        if config[key] != used:
+            warn(f"{source}: its images were made with {key}={config[key]}, here {used} is used; accuracies may differ a little")
     return {**config, "mean": list(config["mean"]), "std": list(config["std"]), "interpolation": known}
 
 
@@ -181,7 +201,7 @@ def read_student(path: Path) -> Found:
     tensors = authors_to_timm({key: value for key, value in stored.items() if key not in dropped})
     architecture, arguments = _architecture(tensors, path)
     with torch.device("meta"):  # shapes alone: a file may claim anything
-        with_shapes = timm.create_model(architecture, **arguments).state_dict()
+        with_shapes = _create(architecture, **arguments).state_dict()
     if missing := [key for key in with_shapes if key not in tensors]:
         raise UserError(f"{path}: looks like {architecture}, but has no {_list(missing)}; fetch the file again from its authors")
     for key, value in with_shapes.items():
@@ -195,7 +215,7 @@ def read_student(path: Path) -> Found:
 
 
 def _architecture(tensors: Mapping[str, Tensor], path: Path) -> tuple[str, dict[str, int]]:
-    blocks = {int(found[1]) for key in tensors if (found := re.match(r"blocks\.(\d+)\.", key))}
+    blocks = {int(found[1]) for key in tensors if (found := re.match(r"blocks\.(\d{1,9})\.", key))}
     position, head = tensors.get("pos_embed"), tensors.get("head.weight")
     convolutional = "patch_embed.proj.stem.0.weight" in tensors
     patches = tensors.get("patch_embed.proj.patches.weight" if convolutional else "patch_embed.proj.weight")
@@ -221,7 +241,7 @@ def _architecture(tensors: Mapping[str, Tensor], path: Path) -> tuple[str, dict[
 
 def build_found(found: Found, **changed: Any) -> TimmModel:
     """The student of a file, in eval mode and float32; `changed` is num_classes or img_size, where they shall differ."""
-    model = timm.create_model(found.architecture, **{**found.arguments, **changed})
+    model = _create(found.architecture, **{**found.arguments, **changed})
     heads = model.pretrained_cfg["classifier"]
     heads = (heads,) if isinstance(heads, str) else tuple(heads)
     kept = found.tensors

@@ -23,6 +23,7 @@ _CALLS = (
 CALLED = re.compile("|".join(_CALLS))  # what a pickle of tensors and numbers calls
 _KINDS = r"torch\.(storage\.UntypedStorage|\w+Storage|u?int\d+|b?float\d\w*|bool|complex\d+|q\w+|strided|sparse_\w+)"
 NAMED = re.compile("|".join((*_CALLS, _KINDS)))  # and what else it names
+_NAMING = ("GLOBAL", "INST", "STACK_GLOBAL")
 _FILLED = ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD")  # opcodes that put values into one that is there
 
 
@@ -71,6 +72,8 @@ def check_pickle(stream: IO[bytes], harmless: Collection[str]) -> None:
                 stack.append(memo[int(argument)])
             elif opcode.name == "MARK":
                 stack.append(None)
+            elif not opcode.stack_before and opcode.stack_after and opcode.name not in _NAMING:  # most of a pickle
+                stack.append(_Value(text=argument if isinstance(argument, str) else ""))
             else:
                 _run(opcode, argument, stack, harmless)
     except (Foreign, Unbounded):
@@ -94,7 +97,7 @@ def _run(opcode: pickletools.OpcodeInfo, argument: object, stack: list[_Value | 
         raise Unbounded("a damaged pickle")
     del stack[first:]
     name = opcode.name
-    if name in ("GLOBAL", "INST", "STACK_GLOBAL"):
+    if name in _NAMING:
         named = f"{values[0].text}.{values[1].text}" if name == "STACK_GLOBAL" else str(argument).replace(" ", ".")
         if named not in harmless and not NAMED.fullmatch(named):
             raise Foreign(named)
@@ -110,8 +113,6 @@ def _run(opcode: pickletools.OpcodeInfo, argument: object, stack: list[_Value | 
             if not known:
                 raise Foreign(called or "without a name")
         for _ in opcode.stack_after:
-            made = _Value(text=argument if isinstance(argument, str) else "")
+            made = _Value(text=values[-1].text if values and name.startswith("TUPLE") else "")
             made.take(values)
-            if name.startswith("TUPLE") and values:
-                made.text = values[-1].text
             stack.append(made)

@@ -31,7 +31,7 @@ PLAIN = {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int6
 PLAIN |= {torch.uint8, torch.bool}
 MOST_HEADER = 16 * MEGABYTE  # of the names and shapes before the numbers
 MOST_DIMENSIONS = 8
-MOST_DIRECTORY = 8 * MEGABYTE  # of a zip file's list of entries
+MOST_DIRECTORY = 4 * MEGABYTE  # of a zip file's list of entries
 MOST_LEGACY = 4000 * MEGABYTE  # of a file of before torch 1.6, which torch reads whole
 LEGACY = (0x1950A86A20F9469CFC6C).to_bytes(10, "little")  # such a file begins with this number
 
