@@ -59,11 +59,6 @@ def load_student(
             )
         return _checked(build_found(found, **changed, **({} if img_size is None else {"img_size": img_size})), source, img_size)
     network = describe(name)
-    if network is None and ("/" in name or Path(name).suffix in (".pth", ".tar", ".safetensors")):
-        raise UserError(
-            f"{printable(name)}: no such file, and no folder with a config.json; give a run's student/ folder, hf-hub:ORG/NAME, a timm tag, "
-            "or a file of weights"
-        )
     own = network.pretrained if network else _pretrained_cfg(name)
     changed |= {"img_size": img_size} if img_size is not None and own.get("fixed_input_size") else {}
     if network:
@@ -101,7 +96,8 @@ def _pretrained_cfg(name: str) -> dict[str, Any]:
         config = None
     if config is None:
         raise UserError(
-            f"{printable(name)}: no such file, no folder with a config.json, nor a network that timm knows{_meant(name)}"
+            f"{printable(name)}: no such file, and no folder with a config.json, nor a network that timm knows{_meant(name)}; give a run's "
+            "student/ folder, hf-hub:ORG/NAME, a timm tag, or a file of weights"
         )
     return config.to_dict()
 
