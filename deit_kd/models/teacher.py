@@ -1,4 +1,4 @@
-"""The teacher is furniture: frozen, in evaluation mode, with its own normalisation, never prepared and never saved."""
+"""The teacher: frozen, in evaluation mode, with its own normalisation, never prepared and never saved."""
 
 from __future__ import annotations
 
