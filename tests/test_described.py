@@ -26,6 +26,7 @@ from deit_kd.errors import UserError
 from deit_kd.models.loading import architecture_of, load_student, preprocessing_of
 from deit_kd.models.teacher import doubts, load_teacher
 from deit_kd.models.weights import open_weights, read_weights
+from deit_kd.release.convert import convert
 
 NAMES = list("abcdefg")
 
@@ -423,6 +424,24 @@ def test_a_package_of_weights_is_a_student_too() -> None:
     assert student(torch.zeros(1, 3, 64, 64)).shape == (1, 3)
     assert torch.equal(student.conv_stem.weight, teacher.conv_stem.weight)
     assert student.pretrained_cfg["license"] == "apache-2.0"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("n.txt", b"a\nb\na", "names two classes a; tell them apart"),  # else its folder could not be read
+        ("n.txt", b"a\nb", "is no list of 3 class names"),
+        ("n.txt", b"\xff\xfe", "cannot be read as UTF-8"),
+        ("n.json", b'["a", 1, "c"]', "must be a list of class names"),
+        ("n.json", b'{"0": "a"', "Invalid JSON"),
+    ],
+)
+def test_class_names_pass_the_door_of_their_config(name: str, content: bytes, says: str, tmp_path: Path) -> None:
+    torch.save(timm.create_model("deit_tiny_patch16_224", depth=1, img_size=32, num_classes=3).state_dict(), tmp_path / "deit.pth")
+    (tmp_path / name).write_bytes(content)
+    assert f"{name}: " in (line := refused(lambda: convert(tmp_path / "deit.pth", tmp_path / "folder", tmp_path / name)))
+    assert says in line
+    assert not (tmp_path / "folder").exists()
 
 
 @pytest.mark.parametrize("size", [0, 5, 17, 100_000])
