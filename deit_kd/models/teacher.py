@@ -222,15 +222,17 @@ def doubts(teacher: Teacher, img_size: int, mean: Sequence[float]) -> list[str]:
     own = timm.data.resolve_model_data_config(teacher.model)
     side, given, lines = own["input_size"][-1], teacher.img_size or img_size, []
     if not 1 / SIZES_APART < side / given < SIZES_APART:
+        smaller = f"set data.img_size={side} (teacher.img_size={side} enlarges what it gets, which helps less)"
+        remedy = smaller if given < side else f"set teacher.img_size={side}, to which it shrinks what it gets"
         lines.append(
             f"teacher {printable(teacher.info.name)}: was trained on images of {side} pixels a side and gets {given}, of which it may make nothing; "
-            f"set data.img_size={side}, or teacher.img_size={side}, to which it resizes what it gets"
+            f"{remedy}"
         )
     if any(own["mean"]) and max(abs(a - b) for a, b in zip(own["mean"], mean, strict=True)) > MEANS_APART:
         stated = [",".join(f"{value:.4g}" for value in own[key]) for key in ("mean", "std")]
         lines.append(
             f"teacher {printable(teacher.info.name)}: was trained on images of other means than data.mean={','.join(f'{value:.4g}' for value in mean)}; "
-            f"the recipe may be of other images than yours: for the teacher's, set data.mean=[{stated[0]}] data.std=[{stated[1]}]"
+            f"what it gets is converted, but the recipe may be of other images than yours: for the teacher's, set data.mean=[{stated[0]}] data.std=[{stated[1]}]"
         )
     return lines
 
