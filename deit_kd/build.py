@@ -22,6 +22,7 @@ from deit_kd.models import AnyTeacher, CachedTeacher, Distiller, build_student, 
 from deit_kd.models.distiller import build_lesson_projector
 from deit_kd.models.loading import architecture_of
 from deit_kd.models.taps import TimmModel
+from deit_kd.models.teacher import doubts
 from deit_kd.recipe import Finetune, Lesson, Recipe, nearest
 from deit_kd.recipe.checks import impossible
 from deit_kd.seed import derive_seed
@@ -72,6 +73,8 @@ def build_teachers(recipe: Recipe, class_names: Sequence[str] | int, pretrained:
                 img_size=config.img_size,
                 taps=[tap for each in same if (tap := each.distill.teacher_tap) is not None and each.distill.feature_weight],
             )
+            for doubt in doubts(teacher, recipe.data.img_size, recipe.data.mean) if config.weights != "random" else ():
+                warn(doubt)
             teacher.gives_feature_map = False  # nothing but its taps is read in training
             if config.precision in ("bfloat16", "float16") and pretrained:
                 teacher.stated_dtype = getattr(torch, config.precision)

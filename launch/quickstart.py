@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from deit_kd.analysis import contact_sheet
 from deit_kd.data import open_source
-from deit_kd.models.teacher import RELEASED
+from deit_kd.models.described import RELEASED
 from deit_kd.tracking import read_metrics
 
 

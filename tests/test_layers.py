@@ -137,7 +137,7 @@ ONLY = {
     "torchvision": {"data"},
     "matplotlib": {"analysis"},
     "huggingface_hub": {"release"},
-    "pydantic": {"documents", "recipe"},
+    "pydantic": {"documents", "models", "recipe"},
     "yaml": {"recipe"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))

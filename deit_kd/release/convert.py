@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -10,11 +9,15 @@ from jinja2 import Environment, StrictUndefined
 from timm.models import model_entrypoint
 
 import deit_kd
+from deit_kd.documents import MEGABYTE, check, parse_json, read_bytes
 from deit_kd.errors import UserError
 from deit_kd.files import sha256
+from deit_kd.models.config_json import Labels
 from deit_kd.models.loading import build_found, read_student
 from deit_kd.release.export import save_student
 
+CLASS_NAMES = "give a JSON list of the class names, or a text file with a name a line"
+LABELS: type[list[str]] = Labels  # as a config.json may have them
 TEMPLATE = Path(__file__).with_name("converted.md.jinja")
 
 
@@ -72,9 +75,13 @@ def _class_names(file: Path | None, number: int) -> list[str] | None:
     if file is None:
         return None
     try:
-        names = json.loads(file.read_text()) if file.suffix == ".json" else file.read_text().splitlines()
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read ({error}); it holds the class names") from None
-    if not isinstance(names, list) or len(names) != number or not all(isinstance(name, str) for name in names):
-        raise UserError(f"{file}: is no list of {number} class names, as many as the student has")
+        text = read_bytes(file, CLASS_NAMES, 16 * MEGABYTE).decode()
+    except UnicodeDecodeError:
+        raise UserError(f"{file}: cannot be read as UTF-8; {CLASS_NAMES}") from None
+    is_json = file.suffix == ".json"
+    names = (
+        parse_json(text, str(file), LABELS, CLASS_NAMES) if is_json else check(text.splitlines(), str(file), LABELS, CLASS_NAMES)
+    )
+    if len(names) != number:
+        raise UserError(f"{file}: is no list of {number} class names, as many as the student has; {CLASS_NAMES}")
     return names

@@ -14,9 +14,8 @@ from torch import Tensor
 from deit_kd.errors import UserError
 from deit_kd.files import replace_folder, write_tensors
 from deit_kd.models import load_student
-from deit_kd.models.loading import folder_of
+from deit_kd.models.described import RELEASED, folder_of
 from deit_kd.models.taps import TimmModel
-from deit_kd.models.teacher import RELEASED
 
 FORMATS = ("onnx", "torch-export", "fp16", "bf16")
 EXACT = 1e-4  # the largest difference of a logit that kernels of another library explain, relative to the largest logit
