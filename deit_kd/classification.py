@@ -179,7 +179,7 @@ class Classification:
         torch.cuda.current_stream().wait_stream(self._stream)
 
     def compute_terms(self, batch: Batch, clock: Clock, detailed: bool) -> dict[str, Tensor]:
-        """The equation. On detailed steps also `agreement` (share of equal decisions) and `cosine` of the features."""
+        """The equation, and `agreement`, the share of equal decisions; on detailed steps also `Terms.closeness` of the features."""
         taught = self._ahead.pop(0) if self._ahead else self._ask(batch, clock)
         terms = self._equation(batch, taught, clock, detailed)
         self.global_batch.advance()
@@ -218,8 +218,11 @@ class Classification:
             for number, terms in enumerate(self.terms):  # else DDP waits for gradients that never come
                 if not (number in asked and terms.on("feature", batch.epoch)):
                     loss = loss + sum(0.0 * p.sum() for p in self.projectors[number].parameters())
-        if detailed and 0 in asked:
-            values |= _detail(student, taught[self.terms[0].teacher], self.terms[0], self.knows_labels[0])
+        if 0 in asked:
+            first = taught[self.terms[0].teacher]
+            if self.knows_labels[0]:
+                values["agreement"] = (student.prediction().argmax(1) == first.logits.argmax(1)).float().mean()
+            values |= self.terms[0].closeness(student, first) if detailed else {}
         return {"loss": loss, **values}
 
     def whole(self, student: nn.Module) -> TimmModel:
@@ -292,17 +295,6 @@ class Classification:
         share = values / values.sum()
         rank = torch.special.entr(share).sum().exp()
         return {"projector_norm": values.norm().item(), "effective_rank": rank.item(), "singular_values": values.tolist()}
-
-
-def _detail(student: StudentOutput, teacher: TeacherOutput, terms: Terms, same_labels: bool) -> dict[str, Tensor]:
-    detail = {}
-    if same_labels:
-        detail["agreement"] = (student.prediction().argmax(1) == teacher.logits.argmax(1)).float().mean()
-    projected = student.projected[0]
-    theirs = None if terms.tap is None else teacher.tapped[terms.tap]
-    if isinstance(projected, Tensor) and isinstance(theirs, Tensor) and projected.shape == theirs.shape:
-        detail["cosine"] = F.cosine_similarity(projected.detach().float(), theirs, dim=1).mean()
-    return detail
 
 
 def _used_here(batches: Sequence[Batch], taught: Sequence[_Taught]) -> None:

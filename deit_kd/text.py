@@ -14,7 +14,15 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
-_HIDDEN = ("Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp")  # control, direction and joining marks, unassigned, private, half of a pair, lines
+_HIDDEN = (
+    "Cc",
+    "Cf",
+    "Cn",
+    "Co",
+    "Cs",
+    "Zl",
+    "Zp",
+)  # control, direction and joining marks, unassigned, private, half of a pair, lines
 _JOINERS = "\u200c\u200d"  # which Persian, Indic scripts and emoji spell words with
 _STACKED = 3  # combining marks on one letter; more cover the lines around
 _WORD = r"(?:api|access|secret|private|auth|account|signing)[_-]?keys?|pass(?:word|wd|phrase)|pwd|secrets?"
@@ -59,7 +67,8 @@ def printable(text: object, most: int = 0) -> str:
         text = f"{text[: most - 1]}…"
     if text.isascii() and text.isprintable():
         return text
-    shown, stacked, before = [], 0, ""
+    shown: list[str] = []
+    stacked, before = 0, ""
     for character in text:
         category = unicodedata.category(character)
         stacked = stacked + 1 if category in ("Mn", "Me") else 0
@@ -178,7 +187,7 @@ def redact_all(value: Any) -> Any:
 
 def redact_words(words: list[str]) -> list[str]:
     """A command line that may leave the machine: words that are paths, or whose value is one, keep their last name."""
-    shown = []
+    shown: list[str] = []
     for word in words:
         if shown and re.fullmatch(rf"(?i)--[\w-]{{0,40}}?(?:{_SECRET}|{_TOKEN})", shown[-1]):
             shown.append("...")
@@ -196,8 +205,7 @@ def leaks(text: str) -> list[str]:
     found = []
     if hide_secrets(text) != text:
         found.append("a password, a token, or a URL with user or query")
-    found += [each for each in dict.fromkeys(match[0] for match in _PATH.finditer(hide_secrets(text)) if match[0] != "/")]
-    return found
+    return found + list(dict.fromkeys(match[0] for match in _PATH.finditer(hide_secrets(text))))
 
 
 def _redact_value(text: str) -> str:

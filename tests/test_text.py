@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from fuzzing import bounded, limited
 from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from deit_kd import text
-from fuzzing import bounded, limited
 
 NASTY = [
     os.fsdecode(b"caf\xe9"),
@@ -24,12 +24,72 @@ NASTY = [
     *("\u202egnp.exe", "\u2066x\u2069", "\u200f", "line\u2028end", "a\u00adb", "\ufeffcat", "\ue000"),
     *(r"$\frac{1}$", "$", "$$", r"\$", r"x^{y_{z", "a|b", "`code`", "``", "`", r"\`", "\\", "a\\"),
     *("<script>alert(1)</script>", "<!-- -->", "&lt;", "&amp;", "a & b", "<b>", "</td>"),
-    *("](http://evil.test)", "[x](http://evil.test)", "![x](y)", "<http://evil.test>", "http://evil.test", "www.evil.test", "[x]: y", "a@b.cc"),
+    *(
+        "](http://evil.test)",
+        "[x](http://evil.test)",
+        "![x](y)",
+        "<http://evil.test>",
+        "http://evil.test",
+        "www.evil.test",
+        "[x]: y",
+        "a@b.cc",
+    ),
     *("{{ jinja }}", "{% raw %}", "${HOME}", "%s", "{0}"),
-    *("---", "- item", "+ item", "* item", "1. one", "2) two", "# head", "> quote", "===", "~~~", "~~gone~~", "***", "__bold__", "_it_"),
-    *("", " ", "  two  ", "y" * 10_000, "é" * 5_000, "\U0001f431", "\U0001f468\u200d\U0001f469\u200d\U0001f467", "e\u0301", "a" + "\u0301" * 50),
-    *("\u732b", "\u05d7\u05ea\u05d5\u05dc", "\u0645\u06cc\u200c\u0631\u0648\u0645", "snake_case_name", "T-shirt/top", "CON", "..", ".", "../../etc"),
-    *("=1+1", "+1", "-1", "@SUM(A1)", "|calc", "null", "true", "0o17", "1e3", "2001-01-01", "a: b", "#c", "!!python/object", "&a", "*a"),
+    *(
+        "---",
+        "- item",
+        "+ item",
+        "* item",
+        "1. one",
+        "2) two",
+        "# head",
+        "> quote",
+        "===",
+        "~~~",
+        "~~gone~~",
+        "***",
+        "__bold__",
+        "_it_",
+    ),
+    *(
+        "",
+        " ",
+        "  two  ",
+        "y" * 10_000,
+        "é" * 5_000,
+        "\U0001f431",
+        "\U0001f468\u200d\U0001f469\u200d\U0001f467",
+        "e\u0301",
+        "a" + "\u0301" * 50,
+    ),
+    *(
+        "\u732b",
+        "\u05d7\u05ea\u05d5\u05dc",
+        "\u0645\u06cc\u200c\u0631\u0648\u0645",
+        "snake_case_name",
+        "T-shirt/top",
+        "CON",
+        "..",
+        ".",
+        "../../etc",
+    ),
+    *(
+        "=1+1",
+        "+1",
+        "-1",
+        "@SUM(A1)",
+        "|calc",
+        "null",
+        "true",
+        "0o17",
+        "1e3",
+        "2001-01-01",
+        "a: b",
+        "#c",
+        "!!python/object",
+        "&a",
+        "*a",
+    ),
 ]
 markdown = MarkdownIt("commonmark").enable("table").enable("strikethrough")
 anything = st.one_of(st.sampled_from(NASTY), st.text(st.characters(), max_size=80), st.binary(max_size=40).map(os.fsdecode))
@@ -80,7 +140,9 @@ def test_a_terminal_gets_one_line_that_moves_nothing(name: str) -> None:
     safe = text.for_terminal(name)
     safe.encode()
     assert "\n" not in safe
-    assert not any(ord(character) < 32 or 127 <= ord(character) < 160 or character in "\u202e\u2066\u2069\u2028" for character in safe)
+    assert not any(
+        ord(character) < 32 or 127 <= ord(character) < 160 or character in "\u202e\u2066\u2069\u2028" for character in safe
+    )
 
 
 @bounded
@@ -204,16 +266,36 @@ def test_paths_keep_their_last_name(said: str, left: str) -> None:
     assert text.redact(said) == left
     assert text.redact(left) == left
     assert not text.leaks(left)
-    assert text.redact_all({"a": [said, {"b": said}], "password": "p", "n": 1}) == {"a": [left, {"b": left}], "password": "...", "n": 1}
+    assert text.redact_all({"a": [said, {"b": said}], "password": "p", "n": 1}) == {
+        "a": [left, {"b": left}],
+        "password": "...",
+        "n": 1,
+    }
     assert said == "/" or text.leaks(said)
 
 
 @pytest.mark.parametrize(
     "plain",
     [
-        *("hf-hub:timm/regnety_160.deit_in1k", "T-shirt/top", "and/or", "resize to 64 / 0.9", "images/s", "a ... b", "n/a", "hf_datasets"),
+        *(
+            "hf-hub:timm/regnety_160.deit_in1k",
+            "T-shirt/top",
+            "and/or",
+            "resize to 64 / 0.9",
+            "images/s",
+            "a ... b",
+            "n/a",
+            "hf_datasets",
+        ),
         *("distill.student_tap=distillation_token", "distillation_token: needs a head", "student.model_args.class_token=false"),
-        *("https://huggingface.co/papers/2303.11098", "1 x 2 x 3 images", "CPU, 2 cores (x86_64)", "2 (processes) x 3", "epochs=3", "a <b/> c"),
+        *(
+            "https://huggingface.co/papers/2303.11098",
+            "1 x 2 x 3 images",
+            "CPU, 2 cores (x86_64)",
+            "2 (processes) x 3",
+            "epochs=3",
+            "a <b/> c",
+        ),
         *("timm.create_model('hf-hub:org/name')", "run.precision=no", "seed=0", "12:30", "{depth: 1, patch_size: 8}", "</td>"),
     ],
 )
@@ -223,7 +305,15 @@ def test_what_is_no_secret_stays(plain: str) -> None:
 
 
 def test_a_command_keeps_no_folder() -> None:
-    words = ["--recipe", "my/own.yaml", "--data", "https://u:p@h.test/a?t=1", "--output", "runs/of anna/x", "teacher.weights=w/x.pth"]
+    words = [
+        "--recipe",
+        "my/own.yaml",
+        "--data",
+        "https://u:p@h.test/a?t=1",
+        "--output",
+        "runs/of anna/x",
+        "teacher.weights=w/x.pth",
+    ]
     words += ["teacher.name=hf-hub:timm/a.b", "student.model_args={depth: 1}", "--token", "PASSWORD", "optim.lr=1e-3"]
     assert text.redact_words(words) == [
         *("--recipe", ".../own.yaml", "--data", "https://h.test/a", "--output", ".../x", "teacher.weights=.../x.pth"),

@@ -88,7 +88,7 @@ def test_metrics_hold_every_term_and_the_teacher(finished: Path) -> None:
     assert set(by_kind) == {"teacher", "train", "eval", "projector"}
     train = by_kind["train"]
     assert train["loss"] == pytest.approx(train["ce"] + train["kd"] + train["feature"], rel=1e-5)
-    assert {"lr", "agreement", "cosine", *TIMES} <= set(train)
+    assert {"lr", "agreement", "feature_correlation", *TIMES} <= set(train)
     assert by_kind["eval"]["images"] == 2000
     assert by_kind["teacher"]["teacher_top1"] > 85
     assert len(by_kind["projector"]["singular_values"]) == 96
@@ -379,7 +379,7 @@ def test_a_step_without_a_finite_loss_is_skipped_and_told(
         assert not torch.equal(value, weights[6][name]), f"the third step did not move {name}"
     (skipped,) = [line for line in metrics(output) if line["kind"] == "skipped"]
     assert (skipped["step"], skipped["terms"], len(skipped["samples"])) == (2, ["kd"], 12)
-    assert all(Path(name).is_file() for name in skipped["samples"])
+    assert all(isinstance(index, int) and 0 <= index < 240 for index in skipped["samples"]), "metrics.jsonl is published: no names"
     assert all(math.isfinite(line["loss"]) for line in metrics(output) if line["kind"] == "train")
 
 
