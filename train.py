@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from deit_kd import recipe as recipes
 from deit_kd.errors import UserError
+from deit_kd.text import error_for_terminal, lines_for_terminal
 
 REQUEUE = 75  # exit code of a run that a signal stopped and the same command continues; sysexits.h calls it EX_TEMPFAIL
 
@@ -83,7 +84,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def fail(message: str) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {error_for_terminal(message)}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -103,7 +104,9 @@ def train(recipe: recipes.Recipe, options: argparse.Namespace, output: Path) -> 
     sharded = sharding.take_over()
     accelerator = processes.make_accelerator(recipe, options.device, output)
     resume = run_folder.prepare(output, recipe, options.resume, accelerator)
-    say = accelerator.print
+
+    def say(text: str) -> None:
+        accelerator.print(lines_for_terminal(text))
 
     with accelerator.main_process_first():  # one process downloads, the others find it
         sources = build.open_data(recipe, options.data)

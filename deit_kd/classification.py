@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_leaves
 from deit_kd import sharding, stream
 from deit_kd.build import accumulation, build_distiller, placement, tokens
 from deit_kd.class_means import load_or_compute
+from deit_kd.closeness import closeness
 from deit_kd.collective import GlobalBatch
 from deit_kd.data import Batch, EvaluationLoader, Source, TrainLoader
 from deit_kd.data.device import choose_augmentation
@@ -179,7 +180,7 @@ class Classification:
         torch.cuda.current_stream().wait_stream(self._stream)
 
     def compute_terms(self, batch: Batch, clock: Clock, detailed: bool) -> dict[str, Tensor]:
-        """The equation, and `agreement`, the share of equal decisions; on detailed steps also `Terms.closeness` of the features."""
+        """The equation, and `agreement`, the share of equal decisions; on detailed steps also `closeness` of the features."""
         taught = self._ahead.pop(0) if self._ahead else self._ask(batch, clock)
         terms = self._equation(batch, taught, clock, detailed)
         self.global_batch.advance()
@@ -222,7 +223,8 @@ class Classification:
             first = taught[self.terms[0].teacher]
             if self.knows_labels[0]:
                 values["agreement"] = (student.prediction().argmax(1) == first.logits.argmax(1)).float().mean()
-            values |= self.terms[0].closeness(student, first) if detailed else {}
+            if detailed and self.terms[0].tap is not None:
+                values |= closeness(self.terms[0].distill, student.projected[0], first.tapped[self.terms[0].tap])
         return {"loss": loss, **values}
 
     def whole(self, student: nn.Module) -> TimmModel:

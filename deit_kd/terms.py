@@ -20,7 +20,6 @@ from deit_kd.seed import derive_seed
 
 TENSORS = ("kd_head", "student_tap", "teacher_tap", "class_means")  # keys that choose tensors; all others are a loss's parameters
 COUPLED = ("dist", "logsum", "logsum_correlation", "logsum_difference", "correlation_congruence")  # no means over samples
-PER_CHANNEL = ("logsum_correlation", "logsum_difference")  # normalise channels over the batch, as logsum with normalisation=batch
 
 
 class Terms:
@@ -117,20 +116,6 @@ class Terms:
             return sum((self._compare(name, a, b, batch, stage) for stage, (a, b) in pairs), batch.targets.new_zeros(()))
         assert not isinstance(theirs, list)
         return self._compare(name, ours, theirs, batch)
-
-    def closeness(self, student: StudentOutput, teacher: TeacherOutput) -> dict[str, Tensor]:
-        """How near projected features [B,E] or [B,C,H,W] are to the teacher's, as the loss compares them; {} where shapes differ.
-
-        feature_correlation: of each channel over the samples, mean over channels, for losses that normalise channels over the batch;
-        feature_cosine: of each sample's vector, mean over samples, for all others.
-        """
-        ours, theirs = student.projected[self.number], None if self.tap is None else teacher.tapped[self.tap]
-        if not (isinstance(ours, Tensor) and isinstance(theirs, Tensor) and ours.shape == theirs.shape):
-            return {}
-        ours, theirs = ours.detach().float().movedim(1, -1).flatten(0, -2), theirs.float().movedim(1, -1).flatten(0, -2)
-        if self.distill.feature_loss in PER_CHANNEL or self.distill.normalisation == "batch":
-            return {"feature_correlation": F.cosine_similarity(ours - ours.mean(0), theirs - theirs.mean(0), dim=0).mean()}
-        return {"feature_cosine": F.cosine_similarity(ours, theirs, dim=1).mean()}
 
     def _compare(self, name: str, student: Tensor, teacher: Tensor, batch: Batch, stage: int = 0) -> Tensor:
         if name == "dense_hard_distillation":

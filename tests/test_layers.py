@@ -34,6 +34,7 @@ MAY_IMPORT = {
     "engine": {"run_state", "stop", "tracking", "vote"},
     "build": {"data", "models", "recipe"},
     "collective": set(),
+    "closeness": {"recipe"},
     "terms": {"collective", "data", "losses", "models", "recipe"},
     "class_means": {"checkpoint", "data", "models", "recipe"},
     "stream": {"checkpoint", "class_means", "data", "models", "recipe"},
@@ -41,6 +42,7 @@ MAY_IMPORT = {
     "classification": {
         "build",
         "class_means",
+        "closeness",
         "collective",
         "data",
         "evaluation",

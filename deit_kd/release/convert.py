@@ -6,14 +6,14 @@ import json
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
-from jinja2 import Environment, StrictUndefined
 from timm.models import model_entrypoint
 
 import deit_kd
 from deit_kd.errors import UserError
-from deit_kd.files import sha256
+from deit_kd.files import sha256, write_text
 from deit_kd.models.loading import build_found, read_student
 from deit_kd.release.export import save_student
+from deit_kd.release.markdown import render
 
 TEMPLATE = Path(__file__).with_name("converted.md.jinja")
 
@@ -48,8 +48,8 @@ def convert(source: Path, folder: Path, class_names: Path | None = None) -> list
         pipeline_tag="image-classification",
         tags=["image-classification", "timm", "deit_kd"],
     )
-    template = Environment(undefined=StrictUndefined, autoescape=False).from_string(TEMPLATE.read_text())
-    body = template.render(
+    body = render(
+        TEMPLATE,
         found=found,
         about=about,
         parameters=parameters,
@@ -59,7 +59,7 @@ def convert(source: Path, folder: Path, class_names: Path | None = None) -> list
         command=f"deit-kd convert {source.name} {folder.name}",
         version=deit_kd.__version__,
     )
-    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n").save(folder / "README.md")
+    write_text(folder / "README.md", str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n")))
     return [
         f"student    {found.architecture}{f' with {found.arguments}' if found.arguments else ''}, {parameters:,} parameters",
         *[f"dropped    {key}, which training alone needs" for key in found.dropped],
@@ -72,7 +72,10 @@ def _class_names(file: Path | None, number: int) -> list[str] | None:
     if file is None:
         return None
     try:
-        names = json.loads(file.read_text()) if file.suffix == ".json" else file.read_text().splitlines()
+        content = file.read_bytes()
+        utf16 = content[:2] in (b"\xff\xfe", b"\xfe\xff")  # as some editors on Windows write
+        text = content.decode("utf-16" if utf16 else "utf-8-sig").replace("\r\n", "\n")
+        names = json.loads(text) if file.suffix == ".json" else text.removesuffix("\n").split("\n")
     except (OSError, ValueError) as error:
         raise UserError(f"{file}: cannot be read ({error}); it holds the class names") from None
     if not isinstance(names, list) or len(names) != number or not all(isinstance(name, str) for name in names):
