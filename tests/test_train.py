@@ -112,7 +112,8 @@ def test_card_says_what_the_run_stored(finished: Path) -> None:
         run["versions"]["torch"],
         f"{run['student']['parameters']:,}",
         "miles2024understanding",
-        "wang2023improving",
+        "hinton2015distilling",
+        "touvron2021training",
         "1.0 x `logsum` (power 4.0) between",
         "through a linear projector and the pooled features of quickstart_teacher",
     ):
@@ -198,7 +199,7 @@ def test_accumulation_divides_the_declared_batch(tmp_path: Path, fashion_folder:
     code, printed = train_cli(*options, "--max-steps", 2, *SMALL, *RANDOM_TEACHER)
     assert code == 0, printed
     assert "24 = 1 x 3 x 8 images" in printed
-    assert "24 = 1 (processes) x 3 (accumulation) x 8" in (tmp_path / "run/student/README.md").read_text()
+    assert "24 = 1 process x 3 micro-batches x 8 images" in (tmp_path / "run/student/README.md").read_text()
 
 
 @pytest.mark.parametrize(

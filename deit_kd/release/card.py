@@ -28,7 +28,9 @@ SIZES = r"_(?:tiny|small|medium|base|large|huge|giant|little|nano|micro)(?=_|$)"
 
 def write_card(run_folder: Path) -> Path:
     """Writes `student/README.md` of a run that has been evaluated, recipe and metrics beside it, and returns its path."""
-    recipe = recipes.load(run_folder / "recipe.yaml")
+    student = run_folder / "student"
+    write_text(student / "recipe.yaml", recipes.dump(recipes.load(run_folder / "recipe.yaml"), redact_recipe))
+    recipe = recipes.load(student / "recipe.yaml")
     run = _public(json.loads((run_folder / "run.json").read_text(encoding="utf-8")))
     metrics = read_metrics(run_folder)
     evaluations = [line for line in metrics if line["kind"] == "eval"]
@@ -59,7 +61,7 @@ def write_card(run_folder: Path) -> Path:
             for k in (1, 5)
         ],
     )
-    labels = json.loads((run_folder / "student" / "config.json").read_text(encoding="utf-8"))["label_names"]
+    labels = json.loads((student / "config.json").read_text(encoding="utf-8"))["label_names"]
     body = render(
         TEMPLATE,
         name=name,
@@ -77,9 +79,7 @@ def write_card(run_folder: Path) -> Path:
         papers=Written("\n\n".join(map(bibtex, cited(recipe)))),
         ours=model_entrypoint(recipe.student.name).__module__.startswith("deit_kd."),
     )
-    student = run_folder / "student"
     write_text(student / "metrics.jsonl", "".join(json.dumps(_public_line(line)) + "\n" for line in metrics))
-    write_text(student / "recipe.yaml", recipes.dump(recipe, redact_recipe))
     write_text(student / "README.md", str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n")))
     return student / "README.md"
 
@@ -87,7 +87,7 @@ def write_card(run_folder: Path) -> Path:
 def what(recipe: Recipe) -> str:
     """What a student is: its architecture's name where that says its shape, else the shape in words."""
     name, size, arguments = recipe.student.name, recipe.data.img_size, recipe.student.model_args
-    words = {"embed_dim": "width {}", "depth": "depth {}", "num_heads": "{} heads", "patch_size": "patches of {} px"}
+    words = {"embed_dim": "width {}", "depth": "depth {}", "patch_size": "patches of {} px"}
     shape = [text.format(arguments[key]) for key, text in words.items() if key in arguments]
     if not shape and name.endswith(f"_{size}"):
         return name

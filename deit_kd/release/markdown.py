@@ -47,4 +47,4 @@ def _block(value: Any) -> Written:
 
 
 def _plural(number: int, word: str) -> str:
-    return f"{number:,} {word if number == 1 else f'{word}es' if word.endswith('s') else f'{word}s'}"
+    return f"{number:,} {word if number == 1 else f'{word}es' if word.endswith(('s', 'ch')) else f'{word}s'}"
