@@ -42,14 +42,15 @@ _STATED = re.compile(
 )
 _SECRET_KEY = re.compile(rf"(?i)(?:{_SECRET}|{_TOKEN}|authorization)$")
 # With user and password, which may hold what an address may not; or plain.
-_URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]{0,30}://(?:[^\s/@:'\"<>]*:[^/@\n'\"<>]*@)?(?:\[[\da-fA-F:.]*\])?[^\s'\"<>`)\]}]*")
+_SCHEME = r"(?:[a-zA-Z][a-zA-Z0-9+.-]{0,30}://|(?i:https?|s3|gs|gcs|ftps?|sftp|hf|az|abfss?|wasbs?|hdfs|ssh|git|webdavs?):/)"  # as Path writes it
+_URL = re.compile(_SCHEME + r"(?:[^\s/@:'\"<>]*:[^/@\n'\"<>]*@)?(?:\[[\da-fA-F:.]*\])?[^\s'\"<>`)\]}]*")
 _ACCOUNT = re.compile(r"(?<![\w.+/-])[\w.+-]+:[^\s@/:'\"]+@(?=[\w-]+[\w.-]*)")  # user:password@host without a scheme
 _PART = r"[^/\\\0\n:;,'\"()<>|`\[\]]+"  # of a path; spaces count where another part follows
 _LAST = r"[^/\\\s'\",;:()<>|`\[\]]*"
 _PATH = re.compile(
     rf"(?:(?<![\w.:/\\~<\]…-])|(?<=local-dir:)|(?<=file:))(?:~[\w.-]*|\.\.)?/+(?:\.\./)*(?=[^\s/|])(?:{_PART}/+)*({_LAST})"
     rf"|(?<![A-Za-z0-9])[A-Za-z]:[\\/](?:{_PART}[\\/]+)*({_LAST})"
-    rf"|(?<![\w\\])\\\\(?=\w)(?:{_PART}\\+)+({_LAST})"
+    rf"|(?<![\w\\])\\\\[\w.$-]+\\(?=[A-Za-z0-9])(?:{_PART}\\+)*({_LAST})"
 )
 _WHOLE_PATH = re.compile(r"^(?:local-dir:|file:)?(?:~[^/\\]*[/\\]|~$|\.\.?[/\\]|/|\\\\\w|[A-Za-z]:[\\/])")
 _HUB = ("hf-hub:", "hf_hub:")
@@ -161,7 +162,7 @@ def redact(text: str) -> str:
 
 def redact_path(text: str) -> str:
     """`redact` of a value that is known to be a path if it has folders: also a relative one becomes its last name."""
-    if "://" in text and not text.startswith("file:"):
+    if _URL.match(text) and not text.startswith("file:"):
         return hide_secrets(text)
     if text.startswith(_HUB) or not re.search(r"[/\\]", text):
         return hide_secrets(text)
@@ -224,12 +225,13 @@ def _is_path(text: str) -> bool:
 
 
 def _bare_url(url: str) -> str:
-    scheme, _, rest = url.partition("://")
-    host, slash, path = rest.partition("/")
+    scheme, _, rest = url.partition(":/")
+    rest = rest.removeprefix("/")
+    host = rest.partition("/")[0]
     if scheme.lower() == "file":
         return url.partition("?")[0]  # a path
     try:
-        parts = urlsplit(url)
+        parts = urlsplit(f"{scheme}://{rest}")
         port = f":{parts.port}" if parts.port else ""
     except ValueError:  # no valid address
         return f"{scheme}://..."

@@ -255,15 +255,9 @@ def test_what_is_refused(run: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     refuse("write it again with deit-kd card", "--despite-teacher")
     main(["card", str(run)])
     assert publish_here()[0] == 0, "the card now says the teacher's licence"
-    for file, content in (
-        ("recipe.yaml", "a: /home/anna/x"),
-        ("notes.txt", "password=abcdefgh"),
-        ("metrics.jsonl", '{"samples": ["a.png"]}'),
-    ):
-        before = (run / "student" / file).read_bytes() if (run / "student" / file).exists() else None
-        (run / "student" / file).write_text(content)
-        refuse(f"{file} holds")
-        (run / "student" / file).unlink() if before is None else (run / "student" / file).write_bytes(before)
+    (run / "student/notes.txt").write_text("password=abcdefgh")
+    refuse("notes.txt holds")
+    (run / "student/notes.txt").unlink()
     weights = load_file(run / "student/model.safetensors")
     weights.pop("norm.weight")
     save_file(weights, run / "student/model.safetensors")

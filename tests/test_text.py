@@ -209,6 +209,8 @@ SECRETS = [
     ("HTTPS://u:PASSWORD@[::1]:80/a", "HTTPS://[::1]:80/a"),
     ("s3://KEY:PASSWORD@bucket/a/b.tar", "s3://bucket/a/b.tar"),
     ("https://bucket.test/a.tar?X-Amz-Signature=PASSWORD&b=1", "https://bucket.test/a.tar"),
+    ("https:/anna:PASSWORD@h.test/a?token=XTOKENX", "https://h.test/a"),
+    ("--data=s3:/KEY:PASSWORD@bucket/a", "--data=s3://bucket/a"),
     ("https://plain.test/a/b.html", "https://plain.test/a/b.html"),
     ("see https://u:PASSWORD@h.test/a, then (https://h.test/b?PASSWORD).", "see https://h.test/a, then (https://h.test/b)."),
     ("rsync user:PASSWORD@host.test:data", "rsync ...@host.test:data"),

@@ -216,18 +216,19 @@ def _found_in(file: Path, here: set[str], names: list[str]) -> list[str]:
     if b"\0" not in content[:8192]:
         text = content.decode("utf-8", "backslashreplace")
         for name in names if file.name == "README.md" else ():
-            text = text.replace(for_markdown(name, 100), "")
+            text = text.replace(name, "")
         return leaks(text)
     return [f"the path {path}" for path in sorted(here) if path.encode() in content]
 
 
 def _class_names(folder: Path) -> list[str]:
-    """Those that look like a path, such as /m/01g317, and may."""
+    """Those that look like a path, such as /m/01g317, and may: as the card shows them."""
     try:
         named = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("label_names") or []
     except (OSError, ValueError, AttributeError):
         return []
-    return [name for name in named if isinstance(name, str) and hide_secrets(name) == name and leaks(name)]
+    shown = [for_markdown(name, 100) for name in named if isinstance(name, str) and hide_secrets(name) == name]
+    return [name for name in shown if leaks(name)]
 
 
 def _of_values(value: Any, key: str = "") -> list[str]:
