@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from deit_kd import recipe as recipes
 from deit_kd.errors import UserError
-from deit_kd.text import error_for_terminal, lines_for_terminal
+from deit_kd.text import error_for_terminal
 
 REQUEUE = 75  # exit code of a run that a signal stopped and the same command continues; sysexits.h calls it EX_TEMPFAIL
 
@@ -104,9 +104,7 @@ def train(recipe: recipes.Recipe, options: argparse.Namespace, output: Path) -> 
     sharded = sharding.take_over()
     accelerator = processes.make_accelerator(recipe, options.device, output)
     resume = run_folder.prepare(output, recipe, options.resume, accelerator)
-
-    def say(text: str) -> None:
-        accelerator.print(lines_for_terminal(text))
+    say = accelerator.print
 
     with accelerator.main_process_first():  # one process downloads, the others find it
         sources = build.open_data(recipe, options.data)

@@ -139,9 +139,7 @@ def describe(
             "projector_parameters": counted.projector_parameters,
             "teachers": [
                 {
-                    **asdict(teacher.info),
-                    "name": redact_path(teacher.info.name),
-                    "weights": redact_path(teacher.info.weights),
+                    **teacher.info.told(),
                     "gmacs": gmacs,
                     "img_size": teacher.img_size or recipe.data.img_size,
                     "cache": teacher.told() if isinstance(teacher, CachedTeacher) else None,

@@ -20,6 +20,7 @@ import deit_kd
 from deit_kd import grid, text
 from deit_kd.cli import main
 from deit_kd.data import open_source
+from deit_kd.models.teacher import RELEASED, TeacherInfo
 from deit_kd.release.convert import _class_names
 from deit_kd.release.publish import must_be_clean
 
@@ -136,8 +137,6 @@ def test_no_secret_of_a_command_is_stored_or_printed(tmp_path: Path, train_cli: 
 def test_trackers_get_no_path(tmp_path: Path, train_cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     from accelerate import Accelerator
 
-    from deit_kd.models.teacher import RELEASED
-
     told: dict[str, Any] = {}
     monkeypatch.setattr(Accelerator, "init_trackers", lambda self, name, config: told.update(config))
     options = ["--recipe", "quickstart", "--output", tmp_path / "run", "--max-steps", 1, *SMALL[1:], "data.source=fashion_mnist"]
@@ -150,6 +149,16 @@ def test_trackers_get_no_path(tmp_path: Path, train_cli: Cli, monkeypatch: pytes
     assert str(RELEASED) not in card
     assert card.count(".../quickstart\\_teacher") + card.count(".../quickstart_teacher") >= 4
     must_be_clean(tmp_path / "run/student", tmp_path / "run")
+
+
+def test_what_files_say_of_a_teacher_holds_no_folder() -> None:
+    info = TeacherInfo("/home/anna/teacher", "weights of/anna/x.pth", "0" * 64, "mit", 1, 2, ("/m/01g317", "b"))
+    assert info.told() == {
+        "name": ".../teacher", "weights": ".../x.pth", "sha256": "0" * 64, "license": "mit", "parameters": 1, "num_classes": 2,
+        "label_names": ("/m/01g317", "b"),
+    }  # fmt: skip
+    assert TeacherInfo("regnety_160.deit_in1k", "pretrained", "", "", 1, 2, None).told()["name"] == "regnety_160.deit_in1k"
+    assert TeacherInfo("hf-hub:timm/a.b", "pretrained", "", "", 1, 2, None).told()["name"] == "hf-hub:timm/a.b"
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -18,6 +18,7 @@ from deit_kd.errors import UserError
 from deit_kd.models.taps import Tap, Tapped, TimmModel, feature_map, run, stages_of, take
 from deit_kd.models.weights import fingerprint, read_weights
 from deit_kd.recipe import nearest
+from deit_kd.text import redact_path
 
 RELEASED = Path(__file__).resolve().parent.parent / "released"
 LITE_PACKAGES = {  # real ImageNet-1k weights in pip packages: package -> (timm architecture, file)
@@ -50,6 +51,10 @@ class TeacherInfo:
     parameters: int
     num_classes: int
     label_names: tuple[str, ...] | None
+
+    def told(self) -> dict[str, Any]:
+        """For files, which are published or shared: without the folders of this machine."""
+        return asdict(self) | {"name": redact_path(self.name), "weights": redact_path(self.weights)}
 
 
 class Teacher(nn.Module):

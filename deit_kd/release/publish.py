@@ -31,6 +31,7 @@ PICTURES = {
     "agreement": "How near the student comes to the teacher",
     "learning_rate": "The learning rate",
     "projector": "The singular values of the projector",
+    "contact_sheet": "Images, what they are and what they are taken for",
     "time": "Where a step's seconds go",
 }
 LICENCE = Path(__file__).resolve().parent.parent.parent / "LICENSE"
