@@ -22,7 +22,7 @@ from deit_kd.errors import UserError
 from deit_kd.files import write_json, write_text
 from deit_kd.models import load_student
 from deit_kd.release.export import PERMISSIVE
-from deit_kd.text import for_markdown, for_terminal, hide_secrets, leaks, licence_name
+from deit_kd.text import for_markdown, for_terminal, hide_secrets, leaks, licence_name, printable
 from deit_kd.tracking import read_metrics
 
 PICTURES = {
@@ -97,7 +97,7 @@ def publish(run: Path, repository: str, *, private: bool, dry_run: bool, licence
         api = HfApi()
         try:
             api.create_repo(repository, private=private, exist_ok=True)
-            message = f"{json.loads((folder / 'config.json').read_text())['architecture']}, {run.resolve().name}"
+            message = printable(f"{json.loads((folder / 'config.json').read_text())['architecture']}, {run.resolve().name}", 200)
             commit = api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message)
         except (HfHubHTTPError, OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:300]
