@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import deit_kd
 from deit_kd import grid, text
 from deit_kd.cli import main
 from deit_kd.data import open_source
+from deit_kd.data.folders import readable_name
 from deit_kd.models.teacher import RELEASED, TeacherInfo
 from deit_kd.release.convert import _class_names
 from deit_kd.release.publish import must_be_clean
@@ -27,8 +29,9 @@ from deit_kd.release.publish import must_be_clean
 Cli = Callable[..., tuple[int, str]]
 # What a file system takes for a folder.
 FOLDERS = sorted(
-    {name for name in NASTY if name.strip(" .") and "/" not in name and "\0" not in name and len(os.fsencode(name)) < 250}
-)[:40]
+    {name for name in NASTY if name.strip(" .") and not set(name) & set("/\0") and len(os.fsencode(name)) < 250}, key=os.fsencode
+)
+FOLDERS = [os.fsdecode(b"caf\xe9"), *FOLDERS[:: len(FOLDERS) // 30]]
 OPTIONS = [*SMALL, "run.log_every_steps=1", "data.num_classes=auto", "optim.warmup_epochs=0", "global_batch_size=8"]
 
 
@@ -58,7 +61,7 @@ def test_a_run_on_nasty_names_is_whole(
     assert code == 0, printed
     harmless(printed)
     names = list(open_source("image_folder", nasty_folder, "train").class_names)
-    assert sorted(names) == FOLDERS
+    assert sorted(names) == sorted({readable_name(name) for name in FOLDERS})
     assert json.loads((run / "student/config.json").read_text())["label_names"] == names, "the same names come back"
     assert list(deit_kd.load_student(run).pretrained_cfg["label_names"]) == names
     assert list(timm.create_model(f"local-dir:{run / 'student'}", pretrained=True).pretrained_cfg["label_names"]) == names
@@ -66,7 +69,7 @@ def test_a_run_on_nasty_names_is_whole(
     assert card.data.eval_results
     assert "\n## Limits\n" in card.text, "the card is whole"
     assert len(list((run / "plots").glob("*.png"))) >= 3
-    for name in FOLDERS:
+    for name in names:
         assert text.for_markdown(name, 100) in card.text
     must_be_clean(run / "student", run)
 
@@ -90,7 +93,7 @@ def test_a_run_on_nasty_names_is_whole(
     assert out.isascii()
     harmless(err)
     lines = [json.loads(line) for line in out.splitlines()]
-    assert {line["image"] for line in lines[:-1]} == {str(path) for path in nasty_folder.glob("val/*/*.png")}
+    assert {line["image"] for line in lines[:-1]} == {readable_name(str(path)) for path in nasty_folder.glob("val/*/*.png")}
     assert {row["label"] for line in lines[:-1] for row in line["predictions"]} <= set(names)
 
 
@@ -108,7 +111,7 @@ def test_a_bad_image_is_named_on_the_terminal_alone(nasty_folder: Path, tmp_path
     code, printed = train_cli(*arguments, *OPTIONS, "epochs=2")
     assert code == 0, printed
     harmless(printed)
-    assert r"me and anna\udce9\x1b.png: cannot be read" in printed
+    assert re.search(r"me and anna\\(udc|x)e9\\x1b\.png: ", printed)
     for file in (*run.glob("*.*"), *(run / "student").glob("*.*")):
         assert b"anna" not in file.read_bytes(), file
 
