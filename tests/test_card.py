@@ -120,7 +120,7 @@ def test_no_secret_and_no_path_in_what_is_published(tmp_path: Path) -> None:
     folder = make_run(
         tmp_path,
         ["cat", "dog"],
-        (f"teacher.weights='{weights}'", "teacher.name=/home/anna/teacher/student", "distill.class_means=null"),
+        (f"teacher.weights={weights}", "teacher.name=/home/anna/teacher/student", "distill.class_means=null"),
         lines=[{"kind": "skipped", "step": 1, "terms": ["kd"], "samples": ["/home/anna/photos/me.png"], "seconds": 1.0}],
         command="python train.py --data https://anna:PASSWORD@h.test/a?token=TOKEN teacher.weights=/home/anna/x.pth hf_abcDEF123456",
         teachers=[TEACHER | {"name": "/home/anna/teacher/student", "weights": weights}],
