@@ -19,6 +19,7 @@ from deit_kd import recipe as recipes
 from deit_kd import streams
 from deit_kd.errors import UserError
 from deit_kd.stop import REQUEUE, heard
+from deit_kd.text import error_for_terminal
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -84,7 +85,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def fail(message: str) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {error_for_terminal(message)}", file=sys.stderr)
     sys.exit(2)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,24 @@ matplotlib.use("Agg")  # a training machine has no screen
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib import font_manager
 from PIL import Image
 
-from deit_kd.tracking import TERMS, read_metrics
+from deit_kd.files import whole
+from deit_kd.text import for_plot, printable
+from deit_kd.tracking import TERM, read_metrics
+
+# Families with signs that matplotlib's own lacks, where the machine has them.
+OTHERS = (
+    "Noto Sans CJK SC",
+    "Noto Sans CJK JP",
+    "Noto Sans",
+    "Arial Unicode MS",
+    "PingFang SC",
+    "Microsoft YaHei",
+    "WenQuanYi Zen Hei",
+)
+CLOSENESS = ("agreement", "feature_correlation", "feature_cosine", "cosine")  # the last of runs of earlier versions
 
 
 def plot_run(folder: Path) -> list[Path]:
@@ -30,31 +46,31 @@ def plot_run(folder: Path) -> list[Path]:
     written = []
 
     def save(name: str, figure: Any) -> None:
-        figure.savefig(plots / f"{name}.png", dpi=120, bbox_inches="tight")
-        plt.close(figure)
+        _save(figure, plots / f"{name}.png")
         written.append(plots / f"{name}.png")
 
+    if terms := [name for name in {name: None for line in train for name in line} if TERM.fullmatch(name)]:
+        save("loss", _panels(train, terms))
     if train:
-        terms = [name for name in {name: None for line in train for name in line} if name.split("_")[0] in TERMS]
-        save("loss", _lines(train, terms, "training loss and its terms, mean of a log window"))
         save("learning_rate", _lines(train, ("lr",), "learning rate"))
         times = ("seconds_data", "seconds_teacher", "seconds_student")
         save("time", _lines(train, times, "where a step's seconds go", "seconds a step"))
-        if any("agreement" in line or "cosine" in line for line in train):
-            save("agreement", _lines(train, ("agreement", "cosine"), "teacher and student: equal decisions, feature cosine"))
+        if any(name in line for line in train for name in CLOSENESS):
+            save("agreement", _lines(train, CLOSENESS, "teacher and student: share of equal decisions, closeness of features"))
     if evaluations:
-        figure = _lines(evaluations, ("top1", "ema_top1", "class_head_top1", "distillation_head_top1"), "validation top-1", "%")
+        names = ("top1", "ema_top1", "class_head_top1", "distillation_head_top1")
+        figure = _lines(evaluations, names, "validation top-1", "%")
         for name, top1 in teachers.items():
             figure.axes[0].axhline(top1, color="black", linestyle=":", label=name)
         figure.axes[0].legend()
         save("top1", figure)
     if spectra:
         figure, axes = plt.subplots(figsize=(7, 4))
-        colours = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(spectra)))
-        for line, colour in zip(spectra, colours, strict=True):
+        colors = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(spectra)))
+        for line, color in zip(spectra, colors, strict=True):
             first_or_last = line is spectra[0] or line is spectra[-1]
             label = f"step {line['step']}, effective rank {line['effective_rank']:.1f}" if first_or_last else None
-            axes.semilogy(range(1, len(line["singular_values"]) + 1), line["singular_values"], color=colour, label=label)
+            axes.semilogy(range(1, len(line["singular_values"]) + 1), line["singular_values"], color=color, label=label)
         axes.set(title="singular values of the projector, dark to light over training", xlabel="index", ylabel="singular value")
         axes.legend()
         axes.grid(alpha=0.3)
@@ -62,16 +78,67 @@ def plot_run(folder: Path) -> list[Path]:
     return written
 
 
+def _panels(lines: Sequence[dict[str, Any]], names: Sequence[str]) -> Any:
+    """A panel each, since LogSum, which falls below 0, would make lines of all others."""
+    columns = min(2, len(names))
+    rows = -(-len(names) // columns)
+    figure, grid = plt.subplots(
+        rows, columns, figsize=(5 * columns, 2.6 * rows + 0.6), squeeze=False, sharex=True, layout="constrained"
+    )
+    for axes, name in zip(grid.flat, names, strict=False):
+        _draw(axes, lines, name)
+        axes.set(title=name, ylabel="nats" if name.split("_")[0] == "ce" else "")
+        axes.grid(alpha=0.3)
+        axes.tick_params(labelbottom=True)
+    for axes in grid.flat[len(names) :]:
+        axes.axis("off")
+    figure.supxlabel(_ruler(lines)[1])
+    figure.suptitle("training loss and its terms, without their weights; means of a log window")
+    return figure
+
+
 def _lines(lines: Sequence[dict[str, Any]], names: Sequence[str], title: str, ylabel: str = "") -> Any:
     figure, axes = plt.subplots(figsize=(7, 4))
     for name in names:
-        points = [(line["step"], line[name]) for line in lines if name in line]
-        if points:
-            axes.plot(*zip(*points, strict=True), label=name.removeprefix("seconds_"), marker="." if len(points) < 30 else None)
-    axes.set(title=title, xlabel="step", ylabel=ylabel)
+        _draw(axes, lines, name, name.removeprefix("seconds_"))
+    axes.set(title=title, xlabel=_ruler(lines)[1], ylabel=ylabel)
     axes.legend()
     axes.grid(alpha=0.3)
     return figure
+
+
+def _draw(axes: Any, lines: Sequence[dict[str, Any]], name: str, label: str | None = None) -> None:
+    key = _ruler(lines)[0]
+    points = [(line[key], line[name]) for line in lines if line.get(name) is not None]
+    if points:
+        axes.plot(*zip(*points, strict=True), label=label, marker="." if len(points) < 30 else None)
+
+
+def _ruler(lines: Sequence[dict[str, Any]]) -> tuple[str, str]:
+    """What lies on the x axis: the key, and its name."""
+    return ("epoch", "epochs") if all("epoch" in line for line in lines) else ("step", "steps")
+
+
+def _save(figure: Any, file: Path) -> None:
+    with whole(file) as part:
+        figure.savefig(part, format="png", dpi=120, bbox_inches="tight")
+    plt.close(figure)
+
+
+def _label(name: object, most: int = 40) -> str:
+    """A name of others for a picture; signs that no font here has, as their escapes."""
+    faces, text = _faces(), printable(name, most)
+    missing = {sign for sign in set(text) if not sign.isascii() and not any(face.get_char_index(ord(sign)) for face in faces)}
+    return for_plot("".join(sign.encode("unicode_escape").decode() if sign in missing else sign for sign in text), 10 * most)
+
+
+@cache
+def _faces() -> list[Any]:
+    """The fonts in use, in the order in which they are asked for a sign."""
+    there = set(font_manager.get_font_names())
+    families = ["DejaVu Sans", *(name for name in OTHERS if name in there)]
+    matplotlib.rcParams.update({"font.family": families, "text.usetex": False})  # whatever the user's own settings say
+    return [font_manager.get_font(font_manager.findfont(name)) for name in families]
 
 
 def plot_grid(axes: Sequence[str], scores: Mapping[tuple[str, ...], Sequence[float]], file: Path) -> None:
@@ -82,35 +149,40 @@ def plot_grid(axes: Sequence[str], scores: Mapping[tuple[str, ...], Sequence[flo
     for others in dict.fromkeys(key[:long] + key[long + 1 :] for key in scores):
         rows = [(values.index(key[long]), row) for key, row in scores.items() if key[:long] + key[long + 1 :] == others and row]
         names = [
-            f"{name.rpartition('.')[2]} {value}" for name, value in zip([*axes[:long], *axes[long + 1 :]], others, strict=True)
+            _label(f"{name.rpartition('.')[2]} {value}")
+            for name, value in zip([*axes[:long], *axes[long + 1 :]], others, strict=True)
         ]
         errors = [float(np.std(row, ddof=1) / len(row) ** 0.5) if len(row) > 1 else 0.0 for _, row in rows]
         plot.errorbar(
             [at for at, _ in rows], [float(np.mean(row)) for _, row in rows], errors, marker="o", capsize=3, label=", ".join(names)
         )
-    plot.set(title="top-1 of the last weights, mean and standard error over seeds", xlabel=axes[long], ylabel="%")
-    plot.set_xticks(range(len(values)), values)
+    plot.set(title="top-1 of the last weights, mean and standard error over seeds", xlabel=_label(axes[long]), ylabel="%")
+    plot.set_xticks(range(len(values)), [_label(value) for value in values])
     if len(axes) > 1:
         plot.legend(fontsize=8)
     plot.grid(alpha=0.3)
-    figure.savefig(file, dpi=120, bbox_inches="tight")
-    plt.close(figure)
+    _save(figure, file)
 
 
 def plot_report(report: Mapping[str, Any], names: Sequence[str], file: Path) -> None:
-    """Confusion matrix (shares of each class) and reliability diagram."""
+    """Confusion matrix (shares of each class), where there are few enough classes for one, and reliability diagram."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5.5))
     if "confusion" in report:
-        table = np.array(report["confusion"], dtype=float)
+        table = np.array(report["confusion"], dtype=np.float32)
         shown = left.imshow(table / np.maximum(table.sum(1, keepdims=True), 1), cmap="viridis", vmin=0, vmax=1, aspect="auto")
         figure.colorbar(shown, ax=left)
         left.set(title="confusions: share of each class (row) by answer (column)", xlabel="answer", ylabel="class")
         if len(names) <= 30:
-            left.set_yticks(range(len(names)), names, fontsize=8)
-        if table.shape[0] == table.shape[1] <= 30:
-            left.set_xticks(range(len(names)), names, fontsize=8, rotation=90)
+            left.set_yticks(range(len(names)), [_label(name, 25) for name in names], fontsize=8)
+        if table.shape[1] <= 30:
+            left.set_xticks(range(table.shape[1]), [_label(name, 25) for name in report["answers"]], fontsize=8, rotation=90)
     else:
         left.axis("off")
+        if "confusions" in report:
+            told = (
+                f"{len(names):,} classes are too many for a picture of their confusions;\nthe most frequent ones are in report.md"
+            )
+            left.text(0.5, 0.5, told, ha="center", va="center")
     points = report["reliability"]
     right.plot([0, 1], [0, 1], color="grey", linestyle=":")
     sizes = [20 + 300 * point["images"] / report["images"] for point in points]
@@ -123,8 +195,7 @@ def plot_report(report: Mapping[str, Any], names: Sequence[str], file: Path) -> 
         ylim=(0, 1),
     )
     right.grid(alpha=0.3)
-    figure.savefig(file, dpi=120, bbox_inches="tight")
-    plt.close(figure)
+    _save(figure, file)
 
 
 def contact_sheet(
@@ -138,9 +209,8 @@ def contact_sheet(
         axes.axis("off")
     for axes, image, label, prediction, confidence in zip(grid.flat, images, labels, predictions, confidences, strict=False):
         axes.imshow(image)
-        right = label == prediction
-        text = f"{prediction}\n{confidence:.0%}" if right else f"{prediction} {confidence:.0%}\nis {label}"
+        right, taken = label == prediction, _label(prediction, 20)
+        text = f"{taken}\n{confidence:.0%}" if right else f"{taken} {confidence:.0%}\nis {_label(label, 20)}"
         axes.set_title(text, fontsize=8, color="black" if right else "crimson")
     figure.tight_layout()
-    figure.savefig(file, dpi=120)
-    plt.close(figure)
+    _save(figure, file)

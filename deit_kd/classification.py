@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_leaves
 from deit_kd import sharding, stream
 from deit_kd.build import accumulation, build_distiller, placement, tokens
 from deit_kd.class_means import load_or_compute
+from deit_kd.closeness import closeness
 from deit_kd.collective import GlobalBatch
 from deit_kd.data import Batch, EvaluationLoader, Source, TrainLoader
 from deit_kd.data.device import choose_augmentation
@@ -179,7 +180,7 @@ class Classification:
         torch.cuda.current_stream().wait_stream(self._stream)
 
     def compute_terms(self, batch: Batch, clock: Clock, detailed: bool) -> dict[str, Tensor]:
-        """The equation. On detailed steps also `agreement` (share of equal decisions) and `cosine` of the features."""
+        """The equation, and `agreement`, the share of equal decisions; on detailed steps also `closeness` of the features."""
         taught = self._ahead.pop(0) if self._ahead else self._ask(batch, clock)
         terms = self._equation(batch, taught, clock, detailed)
         self.global_batch.advance()
@@ -218,8 +219,12 @@ class Classification:
             for number, terms in enumerate(self.terms):  # else DDP waits for gradients that never come
                 if not (number in asked and terms.on("feature", batch.epoch)):
                     loss = loss + sum(0.0 * p.sum() for p in self.projectors[number].parameters())
-        if detailed and 0 in asked:
-            values |= _detail(student, taught[self.terms[0].teacher], self.terms[0], self.knows_labels[0])
+        if 0 in asked:
+            first = taught[self.terms[0].teacher]
+            if self.knows_labels[0]:
+                values["agreement"] = (student.prediction().argmax(1) == first.logits.argmax(1)).float().mean()
+            if detailed and self.terms[0].tap is not None:
+                values |= closeness(self.terms[0].distill, student.projected[0], first.tapped[self.terms[0].tap])
         return {"loss": loss, **values}
 
     def whole(self, student: nn.Module) -> TimmModel:
@@ -292,17 +297,6 @@ class Classification:
         share = values / values.sum()
         rank = torch.special.entr(share).sum().exp()
         return {"projector_norm": values.norm().item(), "effective_rank": rank.item(), "singular_values": values.tolist()}
-
-
-def _detail(student: StudentOutput, teacher: TeacherOutput, terms: Terms, same_labels: bool) -> dict[str, Tensor]:
-    detail = {}
-    if same_labels:
-        detail["agreement"] = (student.prediction().argmax(1) == teacher.logits.argmax(1)).float().mean()
-    projected = student.projected[0]
-    theirs = None if terms.tap is None else teacher.tapped[terms.tap]
-    if isinstance(projected, Tensor) and isinstance(theirs, Tensor) and projected.shape == theirs.shape:
-        detail["cosine"] = F.cosine_similarity(projected.detach().float(), theirs, dim=1).mean()
-    return detail
 
 
 def _used_here(batches: Sequence[Batch], taught: Sequence[_Taught]) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 from deit_kd import recipe as recipes
 from deit_kd import streams
 from deit_kd.errors import UserError
+from deit_kd.text import error_for_terminal, for_terminal
 
 WEIGHTS = "a run, an exported folder, hf-hub:ORG/NAME, a timm tag, a released name, or an authors' file"
 
@@ -199,10 +200,10 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         options.run(options)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error_for_terminal(error)}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:  # a full disk, a folder that may not be written
-        print(f"error: {error.filename or options.verb}: {error.strerror or error}", file=sys.stderr)
+        print(f"error: {for_terminal(f'{error.filename or options.verb}: {error.strerror or error}')}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted; give the same command again", file=sys.stderr)
@@ -243,7 +244,12 @@ def class_means(options: argparse.Namespace) -> None:
     teacher = teachers[recipe.lessons().index(lessons[0])].to(accelerator.device)
     speed.prepare(recipe.run, [teacher], partial(build.example_images, recipe, val), accelerator)
     means = load_or_compute(
-        options.output, recipe, teacher, source, accelerator, build.placement(recipe, accelerator, accelerator.print)
+        options.output,
+        recipe,
+        teacher,
+        source,
+        accelerator,
+        build.placement(recipe, accelerator, lambda text: accelerator.print(for_terminal(text))),
     )
     accelerator.print(f"{options.output}: {means.shape[0]} classes x {means.shape[1]}; pass distill.class_means={options.output}")
 
@@ -303,7 +309,7 @@ def pack(options: argparse.Namespace) -> None:
     from deit_kd.data.shards import pack
 
     pack(options.data, options.output, options.short_side, options.shard_mb * 1_000_000)
-    print(f"{options.output}: train with --data {options.output} data.source=shards")
+    print(for_terminal(f"{options.output}: train with --data {options.output} data.source=shards"))
 
 
 def evaluate(options: argparse.Namespace) -> None:
@@ -330,7 +336,7 @@ def evaluate(options: argparse.Namespace) -> None:
         exif_orientation=options.exif_orientation,
         label_column=options.label_column,
     )
-    print(f"report {folder}")
+    print(for_terminal(f"report {folder}"))
 
 
 def predict(options: argparse.Namespace) -> None:
@@ -343,10 +349,10 @@ def predict(options: argparse.Namespace) -> None:
     model, failed = load_student(options.weights, img_size=options.img_size), 0
     upright = options.exif_orientation == "apply"
     for line in predict(model, options.images, _device(options.device), options.batch_size, options.top, upright):
-        print(json.dumps(line, ensure_ascii=False), flush=True)
+        print(json.dumps(line), flush=True)  # in ASCII: names may hold bytes that no encoding has
         if "error" in line:
             failed += 1
-            print(f"{line['image']}: {line['error']}", file=sys.stderr)
+            print(for_terminal(f"{line['image']}: {line['error']}"), file=sys.stderr)
         if streams.is_gone(sys.stdout):  # the reader has enough
             break
     sys.exit(1 if failed else 0)
@@ -387,7 +393,8 @@ def convert(options: argparse.Namespace) -> None:
     """Makes a folder of an authors' file and tells what was in it."""
     from deit_kd.release import convert
 
-    print("\n".join(convert(options.source, options.folder, options.class_names)))
+    for line in convert(options.source, options.folder, options.class_names):
+        print(for_terminal(line))
 
 
 def export(options: argparse.Namespace) -> None:
@@ -395,7 +402,7 @@ def export(options: argparse.Namespace) -> None:
     from deit_kd.release.formats import export
 
     path, difference = export(options.weights, options.format, options.output)
-    print(f"{path}: logits differ by {difference:.1g} of the largest at most")
+    print(for_terminal(f"{path}: logits differ by {difference:.1g} of the largest at most"))
 
 
 def publish(options: argparse.Namespace) -> None:
@@ -404,7 +411,7 @@ def publish(options: argparse.Namespace) -> None:
 
     settings = {"private": options.private, "dry_run": options.dry_run, "licence": options.licence}
     for line in publish(options.run_folder, options.to, despite_teacher=options.despite_teacher, **settings):
-        print(line)
+        print(for_terminal(line))
 
 
 def card(options: argparse.Namespace) -> None:
@@ -413,7 +420,7 @@ def card(options: argparse.Namespace) -> None:
         raise UserError(f"{options.run_folder}: is no run that came to its end; give a folder that train.py made")
     from deit_kd.release import write_card
 
-    print(write_card(options.run_folder))
+    print(for_terminal(write_card(options.run_folder)))
 
 
 def doctor(options: argparse.Namespace) -> None:
@@ -431,7 +438,7 @@ def doctor(options: argparse.Namespace) -> None:
         raise UserError(f"processes do not find each other ({reason}); start them with a command of launch/README.md") from None
     worst = 0
     for line in examine(recipe, options.data, options.output, accelerator):
-        accelerator.print(f"{line.severity:<5} {line.name:<11} {line.text}", flush=True)
+        accelerator.print(f"{line.severity:<5} {line.name:<11} {for_terminal(line.text)}", flush=True)
         worst = max(worst, SEVERITY[line.severity])
     accelerator.end_training()
     sys.exit(worst)

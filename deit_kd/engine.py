@@ -269,16 +269,16 @@ class _Unread:
         for indices, values in done:
             terms = [name for name, value in values.items() if not value.isfinite()]
             if terms:  # `loss` is among them, and says nothing that its terms do not
-                mine.append({"terms": terms, "samples": self.task.sample_names(indices)})
+                mine.append({"terms": terms, "samples": indices.tolist(), "names": self.task.sample_names(indices)})
         found = gather_object(mine)  # of all processes
         terms = list(dict.fromkeys(name for each in found for name in each["terms"] if name != "loss")) or ["loss"]
-        samples = [name for each in found for name in each["samples"]]
-        self.tracker.log("skipped", step, {"terms": terms, "samples": samples})
-        fault = (
-            f"step {step}: {', '.join(terms)} not finite, for samples {', '.join(samples[:4])}{', ...' if len(samples) > 4 else ''}"
-        )
+        names = [name for each in found for name in each["names"]]  # for people here; metrics.jsonl is published
+        self.tracker.log("skipped", step, {"terms": terms, "samples": [index for each in found for index in each["samples"]]})
+        fault = f"step {step}: {', '.join(terms)} not finite, for samples {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
         if self.in_a_row < SKIPPED_IN_A_ROW:
-            self.tracker.say(f"{fault} ({len(samples)}; all of them in {self.tracker.file.name}); the step is skipped")
+            self.tracker.say(
+                f"{fault} ({len(names)}; {self.tracker.file.name} has their places among the training images); the step is skipped"
+            )
             return
         raise UserError(
             f"{fault}, {self.in_a_row} steps in a row; lower optim.lr, set optim.clip_grad, or use run.precision=no or teacher.precision=float32 if they were not; "

@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from deit_kd.errors import UserError
+from deit_kd.text import for_terminal
 
 Tensors = Mapping[str, Tensor]
 FULL = (errno.ENOSPC, errno.EDQUOT)  # a disk that is full, or a user's share of it
@@ -38,7 +39,7 @@ def warn(text: str) -> None:
         return
     _warned.add(text)
     with suppress(OSError, ValueError):  # a closed stream
-        print(f"warning: {text}", file=sys.stderr, flush=True)
+        print(f"warning: {for_terminal(text)}", file=sys.stderr, flush=True)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -27,6 +28,7 @@ from tqdm import tqdm
 
 from deit_kd import recipe as recipes
 from deit_kd.errors import UserError
+from deit_kd.text import for_code, for_csv, for_markdown, for_terminal, lines_for_terminal, redact, redact_words
 from deit_kd.tracking import read_metrics
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
@@ -54,10 +56,10 @@ def run_grid(recipe: str, overrides: Sequence[str], output: Path, data: Path | N
         except recipes.RecipeError as error:
             faults.setdefault(str(error), _name(cell, cells))
     if faults:
-        raise UserError("\n".join(f"{name}: {fault}" for fault, name in faults.items()))
+        raise UserError("\n  ".join(f"{name}: {fault}" for fault, name in faults.items()))
     output.mkdir(parents=True, exist_ok=True)
     todo = [cell for cell in cells if not _complete(output / _name(cell, cells))]
-    print(f"{len(cells)} runs in {output}, {len(cells) - len(todo)} of them complete", flush=True)
+    print(f"{len(cells)} runs in {for_terminal(output)}, {len(cells) - len(todo)} of them complete", flush=True)
     threads = {} if jobs == 1 else {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
 
     def work(cell: Cell) -> str | None:
@@ -69,7 +71,8 @@ def run_grid(recipe: str, overrides: Sequence[str], output: Path, data: Path | N
     with ThreadPoolExecutor(max(1, jobs)) as pool:
         try:
             for number, failure in enumerate(tqdm(pool.map(work, todo), "runs", len(todo), disable=None), 1):
-                tqdm.write(failure or f"{_name(todo[number - 1], cells)} is complete ({number} of {len(todo)})", file=sys.stderr)
+                told = failure or f"{_name(todo[number - 1], cells)} is complete ({number} of {len(todo)})"
+                tqdm.write(for_terminal(told), file=sys.stderr)
                 failures += [failure] if failure else []
         except KeyboardInterrupt:  # the runs got the signal too, save and end
             pool.shutdown(cancel_futures=True)
@@ -157,21 +160,22 @@ def _write(recipe: str, overrides: Sequence[str], cells: Sequence[Cell], output:
         for key, row in scores.items()
     ]
     with (output / "grid.csv").open("w", newline="") as stream:
-        csv.writer(stream).writerows([header, *rows])
-    lines = [" | ".join(map(str, row)) for row in [header, ["---"] * len(header), *rows]]
-    command = f"deit-kd grid {recipe} {' '.join(overrides)}"
+        csv.writer(stream).writerows([[for_csv(redact(str(cell))) for cell in row] for row in (header, *rows)])
+    shown = [
+        [for_markdown(redact(str(cell))) if number < len(axes) else str(cell) for number, cell in enumerate(row)] for row in rows
+    ]
+    lines = [" | ".join(map(str, row)) for row in [header, ["---"] * len(header), *shown]]
+    command = for_code(shlex.join(["deit-kd", "grid", *redact_words([recipe, *overrides])]), 2000)
     table = output / "grid.md"
     facts = _facts(output, cells)
     text = "\n".join(f"| {line} |" for line in lines)
-    table.write_text(
-        f"`{command}`\n\nTop-1 in percent of the last weights, mean and standard error over seeds. {facts}\n\n{text}\n"
-    )
-    print(f"\n{text}\n\n{table}")
+    table.write_text(f"{command}\n\nTop-1 in percent of the last weights, mean and standard error over seeds. {facts}\n\n{text}\n")
+    print(lines_for_terminal(f"\n{text}\n\n{table}"))
     if axes and any(scores.values()):
         from deit_kd.analysis import plot_grid
 
         plot_grid(axes, scores, output / "grid.png")
-        print(output / "grid.png")
+        print(for_terminal(output / "grid.png"))
     return table
 
 
@@ -185,7 +189,7 @@ def _facts(output: Path, cells: Sequence[Cell]) -> str:
     if not runs:
         return "No run is complete."
     told = {
-        f"{run['data']['train_images']:,} training images of {run['data']['name']}, {run['hardware']}, commit {run['commit'][:12]}"
+        f"{run['data']['train_images']:,} training images ({for_markdown(run['data']['name'])}), {run['hardware']}, commit {run['commit'][:12]}"
         for run in runs
     }
     return "; ".join(sorted(told)) + "."

@@ -14,6 +14,15 @@ from accelerate.utils import GradientAccumulationPlugin
 
 from deit_kd.errors import UserError
 from deit_kd.recipe import Recipe
+from deit_kd.text import lines_for_terminal
+
+
+class Speaking(Accelerator):
+    """Accelerate, whose lines for people hold names of others."""
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """On the main process alone; see `text.for_terminal`."""
+        super().print(*(lines_for_terminal(each) for each in args), **kwargs)
 
 
 @dataclass(frozen=True)
@@ -122,7 +131,7 @@ def precision_of(recipe: Recipe, cpu: bool) -> str:
 def plain_accelerator(cpu: bool, precision: str = "no", **settings: Any) -> Accelerator:
     """An Accelerator that takes precision, accumulation and compilation from no variable of the environment."""
     once = GradientAccumulationPlugin(num_steps=1)  # the number alone would yield to the environment's
-    return Accelerator(cpu=cpu, mixed_precision=precision, gradient_accumulation_plugin=once, dynamo_backend="no", **settings)
+    return Speaking(cpu=cpu, mixed_precision=precision, gradient_accumulation_plugin=once, dynamo_backend="no", **settings)
 
 
 def make_accelerator(recipe: Recipe, device: str, output: Path) -> Accelerator:

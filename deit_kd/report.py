@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Sequence
@@ -16,14 +15,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from deit_kd import counts
 from deit_kd.analysis import plot_report
 from deit_kd.data import EvaluationLoader, Placement, open_source
 from deit_kd.data.imagenet import Examination, open_benchmark
 from deit_kd.data.loader import SKIPPED
 from deit_kd.data.sources import Split, open_folder_to_evaluate
 from deit_kd.errors import UserError
+from deit_kd.files import write_json, write_text
 from deit_kd.models import Distiller, StudentOutput, Teacher, load_student, load_teacher
 from deit_kd.models.taps import TimmModel
+from deit_kd.text import for_markdown, for_terminal, redact_path
 
 BINS = 15  # of confidence, for the calibration error
 CORRUPTIONS = {  # AlexNet's error in percent, by which ImageNet-C divides (Hendrycks & Dietterich, ICLR 2019, table 1)
@@ -87,7 +89,9 @@ def examine(
 
     Returns:
         top1 and top5 in percent of the mean of the heads (`heads` of each), nll, ece (of the top answer, 15 bins of equal width),
-        reliability, per_class, confusion [data's classes, network's], agreement, images, seconds and images_per_second.
+        reliability, per_class, confusions (the most frequent), confusion [data's classes, network's] of up to counts.MATRIX cells and the
+        names of its columns as answers, agreement, images, seconds and images_per_second. Memory grows with images, not with classes
+        by their square.
 
     Raises:
         UserError: classes that do not fit, or an image that cannot be read.
@@ -96,7 +100,7 @@ def examine(
     config = timm.data.resolve_model_data_config(model)
     transform = timm.data.create_transform(**config, is_training=False)
     workers = min(16, (os.cpu_count() or 1) - 1)
-    loader = EvaluationLoader(source, transform, Placement(device, 1, 0, workers, on_bad_image, tqdm.write), batch_size)
+    loader = EvaluationLoader(source, transform, Placement(device, 1, 0, workers, on_bad_image, _tell), batch_size)
     distiller = Distiller(model.to(device)).eval()
     own_names = class_names(model.pretrained_cfg.get("label_names"), model.num_classes)
     classes = match_labels(own_names, model.num_classes, source.class_names)
@@ -123,10 +127,11 @@ def examine(
         if distiller.has_tokens
         else ["mean"]
     )
-    counts = {f"{head} {k}": torch.zeros((), device=device) for head in heads for k in (1, 5)}
+    hits = {f"{head} {k}": torch.zeros((), device=device) for head in heads for k in (1, 5)}
     nll, agree, images = (torch.zeros((), dtype=torch.float64, device=device) for _ in range(3))
     bins = torch.zeros(3, BINS, dtype=torch.float64, device=device)  # images, confidence, right
-    confusion = torch.zeros(len(classes), model.num_classes, dtype=torch.int64, device=device)
+    asked: list[Tensor] = []  # the class of each image, and what it is taken for
+    answered: list[Tensor] = []
     network, start = 0.0, time.perf_counter()
     for batch, labels in tqdm(loader, bar, delay=2, leave=False, disable=None):
         known = labels != SKIPPED
@@ -141,8 +146,8 @@ def examine(
             logits = logits.float() if everything else logits.float().masked_fill(~allowed, -torch.inf)
             top = logits.topk(min(5, logits.shape[1]), dim=1).indices
             right = top == accepted[labels][:, None] if accepted is not None else several[labels].gather(1, top)  # type: ignore[index]
-            counts[f"{head} 1"] += right[:, 0].sum()
-            counts[f"{head} 5"] += right.any(1).sum()
+            hits[f"{head} 1"] += right[:, 0].sum()
+            hits[f"{head} 5"] += right.any(1).sum()
             if head == "mean":
                 confidence = logits.double().softmax(1).amax(1)
                 place = (confidence * BINS).long().clamp(max=BINS - 1)
@@ -150,7 +155,8 @@ def examine(
                     bins[row].scatter_add_(0, place, value)
                 if accepted is not None:
                     nll += F.cross_entropy(logits.double(), accepted[labels], reduction="sum")
-                    confusion.view(-1).scatter_add_(0, labels * model.num_classes + top[:, 0], torch.ones_like(labels))
+                    asked.append(labels)
+                    answered.append(top[:, 0])
                 if teacher is not None:
                     said = teacher(batch).logits
                     agree += (as_ours[(said if everything else said.masked_fill(barred, -torch.inf)).argmax(1)] == top[:, 0]).sum()
@@ -159,12 +165,18 @@ def examine(
     if not total:
         raise UserError(f"{source.origin}: no image can be read; mend them, or give other data")
     report: dict[str, Any] = {"images": total}
-    report |= {f"top{k}": 100 * counts[f"mean {k}"].item() / total for k in (1, 5)}
+    report |= {f"top{k}": 100 * hits[f"mean {k}"].item() / total for k in (1, 5)}
     if accepted is not None:
-        report |= {"nll": nll.item() / total, "per_class": _per_class(confusion, classes, source.class_names)}
-        report["confusion"] = confusion.tolist()
+        labeled, answers = torch.cat(asked).cpu().numpy(), torch.cat(answered).cpu().numpy()
+        report |= {
+            "nll": nll.item() / total,
+            "per_class": counts.per_class(labeled, answers, classes, model.num_classes, source.class_names),
+        }
+        report |= counts.confusions(
+            labeled, answers, classes, source.class_names, own_names or counts.named(classes, source.class_names, model.num_classes)
+        )
     report |= _calibration(bins)
-    report["heads"] = {head: {f"top{k}": 100 * counts[f"{head} {k}"].item() / total for k in (1, 5)} for head in heads[1:]}
+    report["heads"] = {head: {f"top{k}": 100 * hits[f"{head} {k}"].item() / total for k in (1, 5)} for head in heads[1:]}
     if teacher is not None:
         report["agreement"] = 100 * agree.item() / total
     return report | {"seconds": seconds, "images_per_second": total / seconds, "images_per_second_network": total / network}
@@ -183,14 +195,8 @@ def _calibration(bins: Tensor) -> dict[str, Any]:
     }
 
 
-def _per_class(confusion: Tensor, classes: np.ndarray, names: Sequence[str]) -> list[dict[str, Any]]:
-    """Recall: how many of the class are found; precision: how many that are taken for it are it. In percent, None of nothing."""
-    table, found = confusion.cpu().numpy(), []
-    for row, place in enumerate(classes):
-        own, taken, right = int(table[row].sum()), int(table[:, place].sum()), int(table[row, place])
-        recall, precision = (100 * right / of if of else None for of in (own, taken))
-        found.append({"class": names[row], "images": own, "recall": recall, "precision": precision})
-    return found
+def _tell(text: str) -> None:
+    tqdm.write(for_terminal(text))
 
 
 def corruption_errors(parts: dict[str, dict[str, Any]]) -> dict[str, float]:
@@ -204,7 +210,7 @@ def corruption_errors(parts: dict[str, dict[str, Any]]) -> dict[str, float]:
 
 def describe(title: str, report: dict[str, Any]) -> str:
     """The report as Markdown."""
-    lines = [f"# {title}", "", "| head | top-1 % | top-5 % |", "|---|---|---|"]
+    lines = [f"# {for_markdown(title)}", "", "| head | top-1 % | top-5 % |", "|---|---|---|"]
     named = {
         "mean of the heads" if report["heads"] else "its head": report,
         **{f"{name} head": one for name, one in report["heads"].items()},
@@ -231,16 +237,20 @@ def describe(title: str, report: dict[str, Any]) -> str:
         lines += ["", "| class | images | found % | right of those taken for it % |", "|---|---|---|---|"]
         for row in sorted(rows, key=lambda row: row["recall"]):
             precision = "" if row["precision"] is None else f"{row['precision']:.1f}"
-            lines.append(f"| {row['class']} | {row['images']} | {row['recall']:.1f} | {precision} |")
+            lines.append(f"| {for_markdown(row['class'])} | {row['images']} | {row['recall']:.1f} | {precision} |")
+    if report.get("confusions"):
+        lines += ["", "The most frequent confusions:", "", "| is | taken for | images |", "|---|---|---|"]
+        pairs = [(for_markdown(row["class"]), for_markdown(row["answer"]), row["images"]) for row in report["confusions"]]
+        lines += [f"| {one} | {other} | {number} |" for one, other, number in pairs]
     return "\n".join(lines) + "\n"
 
 
 def write(folder: Path, title: str, report: dict[str, Any], names: Sequence[str]) -> None:
     """report.json, report.md and report.png; the confusion matrix in JSON up to 100 classes."""
     folder.mkdir(parents=True, exist_ok=True)
-    kept = {key: value for key, value in report.items() if key != "confusion" or len(names) <= 100}
-    (folder / "report.json").write_text(json.dumps(kept, indent=1, allow_nan=False) + "\n")
-    (folder / "report.md").write_text(describe(title, report))
+    kept = {key: value for key, value in report.items() if key not in ("confusion", "answers") or len(names) <= 100}
+    write_json(folder / "report.json", kept, indent=1)
+    write_text(folder / "report.md", describe(title, report))
     plot_report(report, names, folder / "report.png")
 
 
@@ -293,10 +303,10 @@ def evaluate(
     if asked is not None:  # it gets the student's images in its own size
         asked.img_size = timm.data.resolve_model_data_config(asked.model)["input_size"][-1]
     facts = {
-        "weights": weights,
+        "weights": redact_path(weights),  # a report is shown to others
         "architecture": ".".join(filter(None, (model.pretrained_cfg["architecture"], model.pretrained_cfg.get("tag")))),
         "parameters": sum(p.numel() for p in model.parameters()),
-        "teacher": teacher,
+        "teacher": teacher and redact_path(teacher),
         "device": str(device),
         "versions": {"torch": torch.__version__, "timm": timm.__version__},
     }
@@ -304,11 +314,15 @@ def evaluate(
     for part, examination in parts.items():
         measured = examine(model, examination, device, teacher=asked, bar=part or "evaluating", **settings)
         found[part] = {**facts, "data": examination.source.name, **measured}
-        title = f"{weights} on {benchmark or examination.source.name}{f', {part}' if part else ''}"
+        title = f"{facts['weights']} on {benchmark or examination.source.name}{f', {part}' if part else ''}"
         write(folder / part, title, found[part], examination.source.class_names)
-        print(f"{part:<24} top-1 {measured['top1']:6.2f} %" if part else describe(title, measured).split("\n| class |")[0].strip())
+        print(
+            f"{for_terminal(part):<24} top-1 {measured['top1']:6.2f} %"
+            if part
+            else describe(title, measured).split("\n| class |")[0].strip()
+        )
     if len(found) > 1:
         summary = corruption_errors(found)
         top1 = {part: each["top1"] for part, each in found.items()}
-        (folder / "summary.json").write_text(json.dumps({**facts, **summary, "parts": top1}, indent=1) + "\n")
+        write_json(folder / "summary.json", {**facts, **summary, "parts": top1}, indent=1)
         print("  ".join(f"{name} {value:.2f}" for name, value in summary.items()))

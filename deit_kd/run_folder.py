@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import platform
-import re
 import shlex
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -28,6 +28,7 @@ from deit_kd.files import sha256
 from deit_kd.models import CachedTeacher
 from deit_kd.models.loading import file_of
 from deit_kd.recipe import Recipe
+from deit_kd.text import for_terminal, redact, redact_path, redact_words
 
 if TYPE_CHECKING:
     from deit_kd.classification import Classification
@@ -108,7 +109,7 @@ def describe(
         run = {
             "name": output.resolve().name,
             "deit_kd": deit_kd.__version__,
-            "command": shlex.join(["python", Path(sys.argv[0]).name, *(_without_folders(word) for word in sys.argv[1:])]),
+            "command": shlex.join(["python", Path(sys.argv[0]).name, *redact_words(sys.argv[1:])]),
             "commit": commit(),
             "versions": {"python": platform.python_version()}
             | {name: version(name) for name in ("torch", "torchvision", "timm", "accelerate", "safetensors", "pillow")},
@@ -132,12 +133,13 @@ def describe(
                 "num_classes": task.num_classes,
             },
             "student": {"parameters": counted.student_parameters, "gmacs": counted.student_gmacs},
-            "finetuned_from": recipe.finetune and {"source": recipe.finetune.weights, "sha256": weights, **task.origin},
+            "finetuned_from": recipe.finetune
+            and {"source": redact_path(recipe.finetune.weights), "sha256": weights, **task.origin},
             "held_out_images": len(task.holdout_loader.source) if task.holdout_loader else 0,
             "projector_parameters": counted.projector_parameters,
             "teachers": [
                 {
-                    **asdict(teacher.info),
+                    **teacher.info.told(),
                     "gmacs": gmacs,
                     "img_size": teacher.img_size or recipe.data.img_size,
                     "cache": teacher.told() if isinstance(teacher, CachedTeacher) else None,
@@ -148,10 +150,10 @@ def describe(
         (output / "run.json").write_text(json.dumps(run, indent=2) + "\n")
     loading = f"{accelerator.num_processes} x {loader.accumulation_steps} x {loader.micro_batch_size}"
     accelerator.print(
-        f"train   {_counted(loader.source)} of {loader.source.origin}; validation {_counted(val)}\n"
-        f"student {recipe.student.name}, {counted.student_parameters:,} parameters; projector {counted.projector_parameters:,}\n"
+        f"train   {_counted(loader.source)} of {for_terminal(loader.source.origin)}; validation {_counted(val)}\n"
+        f"student {for_terminal(recipe.student.name)}, {counted.student_parameters:,} parameters; projector {counted.projector_parameters:,}\n"
         + "".join(
-            f"teacher {name}, {parameters:,} parameters, {teacher.describe() if isinstance(teacher, CachedTeacher) else quick}\n"
+            f"teacher {for_terminal(name)}, {parameters:,} parameters, {for_terminal(teacher.describe()) if isinstance(teacher, CachedTeacher) else quick}\n"
             for (name, parameters, _), teacher, quick in zip(
                 counted.teachers, dict.fromkeys(task.teachers), quickened.teachers, strict=True
             )
@@ -161,17 +163,19 @@ def describe(
         f"(processes x accumulation x device), {'each with its part of the weights, ' if cut else ''}on {hardware(accelerator.device)}, precision {accelerator.mixed_precision}"
     )
     if recipe.run.trackers:
-        accelerator.init_trackers("deit_kd", config={key: str(value) for key, value in recipes.flatten(recipe)})
+        accelerator.init_trackers("deit_kd", config=dict(_for_trackers(recipe)))
 
 
 def _counted(source: Source) -> str:
-    left_out = f" (left out: {source.left_out})" if source.left_out else ""
+    left_out = f" (left out: {for_terminal(source.left_out)})" if source.left_out else ""
     return f"{len(source):,} images{left_out}"
 
 
-def _without_folders(word: str) -> str:
-    """A card is public, and where its author keeps things is not its business: /a/b/c and key=/a/b/c lose /a/b."""
-    return re.sub(r"(^|=)/.*/", r"\1.../", word)
+def _for_trackers(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """The recipe for a tracker, which may send it elsewhere."""
+    paths = ("name", "weights", "cache", "class_means")
+    for key, value in recipes.flatten(recipe):
+        yield key, redact_path(str(value)) if key.rpartition(".")[2] in paths else redact(str(value))
 
 
 def _earlier_sessions(output: Path) -> list[dict[str, Any]]:

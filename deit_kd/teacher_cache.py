@@ -10,7 +10,6 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -83,7 +82,7 @@ def write_cache(
         folder.mkdir(parents=True, exist_ok=True)
         manifest: dict[str, Any] = {
             "format": cached_teacher.FORMAT,
-            "teacher": asdict(teacher.info),
+            "teacher": teacher.info.told(),
             "ran": ran,
             "img_size": teacher.img_size,
             "width": teacher.width,

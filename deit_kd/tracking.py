@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import sys
 import time
 from collections import defaultdict
@@ -18,7 +19,9 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
-TERMS = ("loss", "ce", "kd", "feature")  # of several teachers kd_0, kd_1 ...
+from deit_kd.text import lines_for_terminal
+
+TERM = re.compile(r"(loss|ce|kd|feature)(_\d+)?")  # of several teachers kd_0, kd_1 ...
 TIMES = ("seconds", "images_per_second", "seconds_data", "seconds_teacher", "seconds_student")  # differ between equal runs
 
 
@@ -159,7 +162,7 @@ class Tracker:
         shown = "  ".join(f"{name} {_short(value)}" for name, value in numbers.items() if not name.startswith("seconds"))
         if kind == "train" and self._bar is not None:
             # A bar has room for these; the rest is in metrics.jsonl.
-            terms = {name: value for name, value in numbers.items() if name == "lr" or name.split("_")[0] in TERMS}
+            terms = {name: value for name, value in numbers.items() if name == "lr" or TERM.fullmatch(name)}
             self._bar.set_postfix_str("  ".join(f"{name} {_short(value)}" for name, value in terms.items()), refresh=False)
         elif kind not in ("projector", "skipped"):
             self.say(f"{kind:<7} step {step}/{self.total_steps}  {shown}")
@@ -183,7 +186,7 @@ class Tracker:
     def say(self, text: str) -> None:
         """A line for people, from the main process."""
         if self.accelerator.is_main_process:
-            tqdm.write(text, file=sys.stderr)
+            tqdm.write(lines_for_terminal(text), file=sys.stderr)
 
     def close(self) -> None:
         """Ends the bar and the trackers."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -14,16 +15,21 @@ import numpy as np
 import pytest
 import timm
 import torch
+from fuzzing import limited
+from markdown_it import MarkdownIt
 from PIL import Image
+from test_text import NASTY
 from torch import nn
 from torch.nn import functional as F
 
-from deit_kd import report
+from deit_kd import analysis, report
 from deit_kd.cli import main
 from deit_kd.data import open_source
 from deit_kd.data.imagenet import Examination, open_benchmark
+from deit_kd.data.sources import ArraySource
 from deit_kd.errors import UserError
 from deit_kd.models import load_student, load_teacher
+from deit_kd.models.teacher import RELEASED
 
 SYNSETS = timm.data.ImageNetInfo("imagenet-1k").label_names()
 CPU = torch.device("cpu")
@@ -65,6 +71,11 @@ def test_numbers_are_those_counted_by_hand(student: nn.Module, fashion_folder: P
     table = np.zeros((10, 10), dtype=int)
     np.add.at(table, (labels.numpy(), answer.numpy()), 1)
     assert found["confusion"] == table.tolist()
+    wrong = {(str(a), str(b)): int(table[a, b]) for a in range(10) for b in range(10) if a != b and table[a, b]}
+    names = {name: str(place) for place, name in enumerate(source.class_names)}
+    assert {(names[row["class"]], names[row["answer"]]): row["images"] for row in found["confusions"]} == dict(
+        sorted(wrong.items(), key=lambda item: (-item[1], int(item[0][0]), int(item[0][1])))[:20]
+    )
     for label, row in enumerate(found["per_class"]):
         taken = (answer == label).sum().item()
         assert row["recall"] == pytest.approx(100 * table[label, label] / 4)
@@ -86,9 +97,59 @@ def test_a_network_that_knows_gets_everything_right(fashion_folder: Path) -> Non
     assert second["top1"] == first["top1"]
     assert [row["class"] for row in second["per_class"]] == list(source.class_names)
     assert [row["recall"] for row in second["per_class"]] == [row["recall"] for row in first["per_class"]][::-1]
+    assert second["answers"] == first["answers"] == list(open_source("fashion_mnist", None, "val").class_names)
+    pairs = [{(row["class"], row["answer"]): row["images"] for row in each["confusions"]} for each in (first, second)]
+    assert sum(pairs[0].values()) == sum(pairs[1].values())
+    assert all(pairs[0].get(pair, number) == number for pair, number in pairs[1].items())
     source.class_names = (*source.class_names[:9], "Hat")
     with pytest.raises(UserError, match="'Hat' is none of the network's 10 classes"):
         report.examine(teacher, Examination(source), CPU)
+
+
+def test_memory_does_not_grow_with_the_square_of_the_classes(tmp_path: Path) -> None:
+    """A network of 30,000 classes: a matrix of them would take 7 GB as numbers, 29 GB as a list."""
+    network = Answers([0, 1, 29_999], num_classes=30_000)
+    images = np.full((6, 8, 8), np.arange(6)[:, None, None] % 3, np.uint8)
+    labels = np.array([0, 1, 2, 5, 1, 29_999])
+    source = ArraySource(images, labels, [f"c{number}" for number in range(30_000)], "many", "many")
+    with limited():
+        found = report.examine(network, Examination(source), CPU)  # type: ignore[arg-type]
+        report.write(tmp_path, "many", found, source.class_names)
+    assert found["top1"] == pytest.approx(400 / 6)
+    assert found["confusions"] == [{"class": a, "answer": b, "images": 1} for a, b in (("c2", "c29999"), ("c5", "c0"))]
+    assert "confusion" not in found
+    assert "| c2 | c29999 | 1 |" in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.filterwarnings("error")
+def test_names_of_others_in_a_report(tmp_path: Path) -> None:
+    names = [name for name in NASTY if name]
+    labels = np.arange(len(names)) % len(names)
+    source = ArraySource(np.full((len(names), 8, 8), 0, np.uint8), labels, names, "x", "x")
+    found = report.examine(Answers([0], num_classes=len(names)), Examination(source), CPU)  # type: ignore[arg-type]
+    for few in (names[:28], names[28:56], names[56:]):
+        analysis.plot_report({**found, "confusion": np.eye(len(few)).tolist(), "answers": few}, few, tmp_path / "picture.png")
+    few = ["$\\frac{1}$", os.fsdecode(b"caf\xe9"), "a\nb", "\U0001f431\u732b", "\x1b[31m", "y" * 1000]
+    analysis.contact_sheet([Image.new("L", (8, 8))] * 6, few, few[::-1], [0.5] * 6, tmp_path / "sheet.png")
+    analysis.plot_grid(["student.name", "seed$x$"], {(name, "$1$"): [1.0, 2.0] for name in few}, tmp_path / "grid.png")
+    report.write(tmp_path, f"{few[0]} on $x$ <b>", found, names)
+    tokens = MarkdownIt("commonmark").enable("table").parse((tmp_path / "report.md").read_text(encoding="utf-8"))
+    opened = [place for place, token in enumerate(tokens) if token.type == "tr_open"]
+    cells = [[token.content for token in tokens[start : start + 14] if token.type == "inline"] for start in opened]
+    classes = cells[next(place for place, row in enumerate(cells) if row[0] == "class") + 1 :][: len(names)]
+    assert [row[1] for row in classes] == ["1"] * len(names), "a name made a cell"
+    assert not [token for token in tokens if token.type in ("html_block", "fence", "code_block", "hr")]
+    assert [row["class"] for row in json.loads((tmp_path / "report.json").read_text())["per_class"]] == names
+
+
+def test_a_report_holds_no_path(tmp_path: Path) -> None:
+    shutil.copytree(RELEASED / "quickstart_teacher", tmp_path / "of anna")
+    options = ["--output", str(tmp_path / "out"), "--teacher", str(tmp_path / "of anna")]
+    main(["evaluate", str(tmp_path / "of anna"), *options])
+    for file in ("report.json", "report.md"):
+        assert str(tmp_path) not in (tmp_path / "out" / file).read_text()
+    stored = json.loads((tmp_path / "out/report.json").read_text())
+    assert (stored["weights"], stored["teacher"]) == (".../of anna", ".../of anna")
 
 
 def test_agreement_goes_by_names_and_sizes(fashion_folder: Path, tmp_path: Path) -> None:
@@ -139,10 +200,10 @@ def test_agreement_goes_by_names_and_sizes(fashion_folder: Path, tmp_path: Path)
 class Answers(nn.Module):
     """A network that answers what a table says, by the brightness of an image, and else `second`."""
 
-    def __init__(self, order: list[int], second: int = 0):
+    def __init__(self, order: list[int], second: int = 0, num_classes: int = 1000):
         super().__init__()
         self.second = second
-        self.num_classes, self.num_features = 1000, 1
+        self.num_classes, self.num_features = num_classes, 1
         self.order, self.feature_info = order, []  # type: ignore[var-annotated]
         self.pretrained_cfg = self.default_cfg = {
             "input_size": (3, 8, 8), "mean": (0.0,) * 3, "std": (1.0,) * 3, "crop_pct": 1.0, "interpolation": "nearest",
@@ -153,7 +214,7 @@ class Answers(nn.Module):
 
     def forward_head(self, images: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         brightness = (images.mean(dim=(1, 2, 3)) * 255).round().long()
-        logits = torch.zeros(len(images), 1000)
+        logits = torch.zeros(len(images), self.num_classes)
         logits[:, self.second] = 4.0
         for row, value in enumerate(brightness.tolist()):
             logits[row, self.order[value]] = 5.0

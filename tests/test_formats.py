@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from conftest import ROOT
 from safetensors.torch import load_file
 from timm.models._hub import save_for_hf
 from torch import nn
@@ -51,6 +52,10 @@ def test_programs_take_any_batch(folder: Path, capsys: pytest.CaptureFixture[str
     main(["export", str(folder), "--format", "onnx"])
     main(["export", str(folder), "--format", "torch-export"])
     assert capsys.readouterr().out.count("logits differ by") == 2
+    for file in ("model.onnx", "model.pt2"):
+        content = (folder / file).read_bytes()
+        for word in ("site-packages", str(ROOT), str(Path.home()), ".py"):
+            assert f"{word}".encode() not in content, f"{file} tells where this machine keeps Python"
     session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
     program = torch.export.load(folder / "model.pt2").module()
     for part in (slice(0, 1), slice(0, 7)):

@@ -35,6 +35,7 @@ MAY_IMPORT = {
     "engine": {"run_state", "stop", "tracking", "vote"},
     "build": {"data", "models", "recipe"},
     "collective": set(),
+    "closeness": {"recipe"},
     "terms": {"collective", "data", "losses", "models", "recipe"},
     "class_means": {"checkpoint", "data", "models", "recipe"},
     "stream": {"checkpoint", "class_means", "data", "models", "recipe"},
@@ -42,6 +43,7 @@ MAY_IMPORT = {
     "classification": {
         "build",
         "class_means",
+        "closeness",
         "collective",
         "data",
         "evaluation",
@@ -75,7 +77,8 @@ MAY_IMPORT = {
     "evaluation": {"data", "models"},
     "grid": {"analysis", "recipe", "tracking"},
     "doctor": {"build", "class_means", "plan", "recipe"},
-    "report": {"analysis", "data", "models"},
+    "counts": set(),
+    "report": {"analysis", "counts", "data", "models"},
     "predict": {"data", "models"},
     "cli": {
         "__init__",

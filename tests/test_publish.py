@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -190,6 +191,10 @@ def test_one_commit_with_everything(run: Path, hub: Hub, tmp_path: Path) -> None
     assert ModelCard.load(tmp_path / "down/README.md").data.license == "apache-2.0"
     assert 'timm.create_model("hf-hub:org/student", pretrained=True)' in files["README.md"].decode()
     assert "in a clean process with timm alone: the same logits" in said
+    card = files["README.md"].decode()
+    shown = re.findall(r"\]\((plots/[a-z0-9_]+\.png)\)", card)
+    assert set(shown) == {name for name in files if name.startswith("plots/")}, "each picture that is sent is shown"
+    assert card.index("## Curves") < card.index("## Limits")
 
 
 def test_the_same_command_goes_on_and_sends_nothing_twice(run: Path, hub: Hub) -> None:
@@ -250,6 +255,9 @@ def test_what_is_refused(run: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     refuse("write it again with deit-kd card", "--despite-teacher")
     main(["card", str(run)])
     assert publish_here()[0] == 0, "the card now says the teacher's licence"
+    (run / "student/notes.txt").write_text("password=abcdefgh")
+    refuse("notes.txt holds")
+    (run / "student/notes.txt").unlink()
     weights = load_file(run / "student/model.safetensors")
     weights.pop("norm.weight")
     save_file(weights, run / "student/model.safetensors")

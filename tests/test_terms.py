@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -21,6 +22,7 @@ from deit_kd import build, losses
 from deit_kd import recipe as recipes
 from deit_kd.class_means import load_or_compute
 from deit_kd.classification import Classification
+from deit_kd.data import Batch
 from deit_kd.errors import UserError
 from deit_kd.plan import make_plan
 from deit_kd.tracking import Clock
@@ -100,6 +102,73 @@ def test_every_objective_lowers_its_own_term(name: str, tmp_path: Path) -> None:
     assert all(map(math.isfinite, values))
     first, last = sum(values[:6]) / 6, sum(values[-6:]) / 6
     assert last < first - 0.02 * abs(first), (first, last)
+
+
+@pytest.mark.parametrize(
+    ("name", "statistic"),
+    [
+        ("logsum batch", "feature_correlation"),
+        ("logsum_correlation", "feature_correlation"),
+        ("spatial logsum through an MLP", "feature_correlation"),
+        ("logsum layer", "feature_cosine"),
+        ("fitnet", "feature_cosine"),
+    ],
+)
+def test_the_logged_closeness_is_what_the_loss_compares(name: str, statistic: str, tmp_path: Path) -> None:
+    task = make_task(tmp_path, OBJECTIVES[name])
+    batch = next(task.train_batches(0, 0, Clock(CPU)))
+    seen = {}
+    forward = task.module.forward
+    task.module.forward = lambda *arguments: seen.setdefault("student", forward(*arguments))  # type: ignore[method-assign]
+    values = task.compute_terms(batch, Clock(CPU), detailed=True)
+    ours, theirs = seen["student"].projected[0].detach(), task.teachers[0](batch.images).tapped[task.terms[0].tap]
+    if ours.ndim == 4:
+        ours, theirs = (each.permute(0, 2, 3, 1).reshape(-1, each.shape[1]) for each in (ours, theirs))
+    if statistic == "feature_correlation":
+        a, b = ours.double().numpy(), theirs.double().numpy()
+        expected = np.mean([np.corrcoef(a[:, e], b[:, e])[0, 1] for e in range(a.shape[1]) if a[:, e].std() * b[:, e].std() > 0])
+        dead = sum(a[:, e].std() * b[:, e].std() == 0 for e in range(a.shape[1]))
+        expected *= 1 - dead / a.shape[1]  # the loss has 0 there
+    else:
+        expected = torch.nn.functional.cosine_similarity(ours, theirs, dim=1).mean().item()
+    assert values[statistic].item() == pytest.approx(expected, abs=1e-4)
+    assert {"feature_correlation", "feature_cosine"} & set(values) == {statistic}
+    assert statistic not in task.compute_terms(batch, Clock(CPU), detailed=False)
+
+
+def test_the_correlation_rises_while_logsum_falls(tmp_path: Path) -> None:
+    """With the losses of the quick start; a cosine of the features that are not normalised falls meanwhile."""
+    task = make_task(tmp_path, ["augmentation.label_smoothing=0", *OBJECTIVES["logsum batch"]])
+    optimizer = torch.optim.AdamW(task.module.parameters(), 2e-3)
+    batch, lines = next(task.train_batches(0, 0, Clock(CPU))), []
+    for _ in range(20):
+        terms = task.compute_terms(batch, Clock(CPU), detailed=True)
+        optimizer.zero_grad()
+        terms["feature"].backward()
+        optimizer.step()
+        lines.append({name: value.item() for name, value in terms.items()})
+    assert lines[-1]["feature"] < lines[0]["feature"]
+    assert lines[-1]["feature_correlation"] > lines[0]["feature_correlation"] + 0.1
+
+
+def test_agreement_is_over_the_whole_window(
+    train_cli: Cli, fashion_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The mean over each step since the last line, not of the last batch."""
+    original, seen = Classification.compute_terms, []
+
+    def compute_terms(task: Classification, batch: Batch, clock: Clock, detailed: bool) -> dict[str, Tensor]:
+        terms = original(task, batch, clock, detailed)
+        seen.append(terms["agreement"].item())
+        return terms
+
+    monkeypatch.setattr(Classification, "compute_terms", compute_terms)
+    options = ["--recipe", "quickstart", "--data", fashion_folder, "--output", tmp_path / "run", "--max-steps", 8, *SMALL]
+    code, said = train_cli(*options, "teacher.name=resnet10t", "teacher.weights=random")
+    assert code == 0, said
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    logged = [line["agreement"] for line in lines if line["kind"] == "train"]
+    assert logged == pytest.approx([sum(seen[:4]) / 4, sum(seen[4:]) / 4])
 
 
 def test_the_objectives_above_are_all_there_are() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -19,7 +19,7 @@ from deit_kd.models.described import LITE_PACKAGES, RELEASED, describe, must_fit
 from deit_kd.models.taps import Tap, Tapped, TimmModel, feature_map, run, stages_of, take
 from deit_kd.models.weights import fingerprint, must_be_finite, open_weights
 from deit_kd.recipe import nearest
-from deit_kd.text import printable
+from deit_kd.text import printable, redact_path
 
 SIZES_APART = 1.3  # a network that was trained on 224 pixels is used up to 288
 MEANS_APART = 0.15  # of pixels in [0, 1]; those of usual normalisations are within 0.1
@@ -47,6 +47,10 @@ class TeacherInfo:
     parameters: int
     num_classes: int
     label_names: tuple[str, ...] | None
+
+    def told(self) -> dict[str, Any]:
+        """For files, which are published or shared: without the folders of this machine."""
+        return asdict(self) | {"name": redact_path(self.name), "weights": redact_path(self.weights)}
 
 
 class Teacher(nn.Module):

@@ -11,7 +11,7 @@ import difflib
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -141,9 +141,9 @@ def load(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return recipe
 
 
-def dump(recipe: Recipe) -> str:
-    """The resolved, complete recipe as YAML; `load` reads it back to an equal one."""
-    return yaml.dump(_ADAPTER.dump_python(recipe, mode="json"), Dumper=_Dumper, sort_keys=False)
+def dump(recipe: Recipe, change: Callable[[Any], Any] = lambda document: document) -> str:
+    """The resolved, complete recipe as YAML; `load` reads it back to an equal one, but for what `change` does to its values."""
+    return yaml.dump(change(_ADAPTER.dump_python(recipe, mode="json")), Dumper=_Dumper, sort_keys=False)
 
 
 def differences(old: Recipe, new: Recipe) -> list[str]:

@@ -3,46 +3,56 @@
 from __future__ import annotations
 
 import json
+import math
 import re
-import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from jinja2 import Environment, StrictUndefined
 from timm.models import model_entrypoint
 
 from deit_kd import recipe as recipes
+from deit_kd.files import write_text
+from deit_kd.recipe import Recipe
+from deit_kd.release.citations import bibtex, cited
 from deit_kd.release.export import licence
+from deit_kd.release.markdown import Written, render
+from deit_kd.text import for_markdown, licence_name, printable, redact_all, redact_path
 from deit_kd.tracking import read_metrics
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
+PRECISION = {"no": "float32", "bf16": "bfloat16 (autocast)", "fp16": "float16 (autocast, with a loss scaler)"}
+SIZES = r"_(?:tiny|small|medium|base|large|huge|giant|little|nano|micro)(?=_|$)"
 
 
 def write_card(run_folder: Path) -> Path:
     """Writes `student/README.md` of a run that has been evaluated, recipe and metrics beside it, and returns its path."""
-    recipe = recipes.load(run_folder / "recipe.yaml")
-    run = json.loads((run_folder / "run.json").read_text())
+    student = run_folder / "student"
+    write_text(student / "recipe.yaml", recipes.dump(recipes.load(run_folder / "recipe.yaml"), redact_recipe))
+    recipe = recipes.load(student / "recipe.yaml")
+    run = _public(json.loads((run_folder / "run.json").read_text(encoding="utf-8")))
     metrics = read_metrics(run_folder)
     evaluations = [line for line in metrics if line["kind"] == "eval"]
     last = evaluations[-1]
     ema = "ema_top1" in last
-    name = f"{recipe.student.name}, {run['name']}"
+    name = f"{run['name']}: {what(recipe)}"
     teachers = run["teachers"]
     on_hub = [teacher["name"].removeprefix("hf-hub:") for teacher in teachers if teacher["name"].startswith("hf-hub:")]
     data = ModelCardData(
-        model_name=name,
+        model_name=printable(name, 200),
         license=licence([each["license"] for each in (*teachers, run.get("finetuned_from")) if each]),
         library_name="timm",
         pipeline_tag="image-classification",
         tags=["image-classification", "timm", "deit_kd", *(["knowledge-distillation"] if teachers else [])],
         datasets=None if recipe.data.source == "image_folder" else [recipe.data.source],
         metrics=["accuracy"],
-        base_model=on_hub or None,
+        base_model=[each for each in on_hub if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", each)] or None,
         eval_results=[
             EvalResult(
                 task_type="image-classification",
                 dataset_type=recipe.data.source,
-                dataset_name=run["data"]["name"],
+                dataset_name=printable(run["data"]["name"], 200),
                 dataset_split="validation",
                 metric_type="accuracy",
                 metric_name=f"Top-{k}",
@@ -51,22 +61,66 @@ def write_card(run_folder: Path) -> Path:
             for k in (1, 5)
         ],
     )
-    template = Environment(undefined=StrictUndefined, autoescape=False).from_string(TEMPLATE.read_text())
-    body = template.render(
+    labels = json.loads((student / "config.json").read_text(encoding="utf-8"))["label_names"]
+    body = render(
+        TEMPLATE,
         name=name,
         recipe=recipe,
         run=run,
         last=last,
+        end=evaluations[-1],
         ema=ema,
         best=max(evaluations, key=lambda line: line["top1"]),
         scores=next((line for line in metrics if line["kind"] == "teacher"), {}),
         lessons=recipe.lessons(),
-        labels=json.loads((run_folder / "student" / "config.json").read_text())["label_names"],
+        classes=Written(", ".join(for_markdown(label, 100) for label in labels)) if len(labels) <= 100 else None,
+        resized=math.floor(recipe.data.img_size / recipe.evaluation.crop_pct),  # as timm rounds
+        precision=PRECISION.get(run["precision"], run["precision"]),
+        papers=Written("\n\n".join(map(bibtex, cited(recipe)))),
         ours=model_entrypoint(recipe.student.name).__module__.startswith("deit_kd."),
     )
-    shutil.copyfile(run_folder / "metrics.jsonl", run_folder / "student" / "metrics.jsonl")
-    stated = (run_folder / "recipe.yaml").read_text()  # public, too: where its author keeps weights is not its business
-    (run_folder / "student" / "recipe.yaml").write_text(re.sub(r"^(\s*\w+: )/.*/", r"\1.../", stated, flags=re.MULTILINE))
-    path = run_folder / "student" / "README.md"
-    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n").save(path)
-    return path
+    write_text(student / "metrics.jsonl", "".join(json.dumps(_public_line(line)) + "\n" for line in metrics))
+    write_text(student / "README.md", str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n")))
+    return student / "README.md"
+
+
+def what(recipe: Recipe) -> str:
+    """What a student is: its architecture's name where that says its shape, else the shape in words."""
+    name, size, arguments = recipe.student.name, recipe.data.img_size, recipe.student.model_args
+    words = {"embed_dim": "width {}", "depth": "depth {}", "patch_size": "patches of {} px"}
+    shape = [text.format(arguments[key]) for key, text in words.items() if key in arguments]
+    if not shape and name.endswith(f"_{size}"):
+        return name
+    plain = re.sub(r"(_patch\d+)?_\d{3}$", "", name) if shape else re.sub(r"_\d{3}$", "", name)
+    plain = re.sub(SIZES, "", plain) if shape else plain
+    return ", ".join([f"{plain} of {shape[0]}" if shape else plain, *shape[1:], f"images of {size} px"])
+
+
+def redact_recipe(document: Any) -> Any:
+    """A recipe's values for others: where its author keeps files is not their business."""
+    paths = ("name", "weights", "cache", "class_means")
+    if isinstance(document, Mapping):
+        return {
+            key: redact_path(each) if key in paths and isinstance(each, str) else redact_recipe(each)
+            for key, each in document.items()
+        }
+    return [redact_recipe(each) for each in document] if isinstance(document, list) else redact_all(document)
+
+
+def _public(run: dict[str, Any]) -> dict[str, Any]:
+    """run.json for others, also of a version that stored paths."""
+    run = redact_all(run)
+    for each in run["teachers"]:
+        each |= {
+            "name": redact_path(each["name"]),
+            "weights": redact_path(each["weights"]),
+            "license": licence_name(each["license"]),
+        }
+    if origin := run.get("finetuned_from"):
+        origin |= {"source": redact_path(origin["source"]), "license": licence_name(origin["license"])}
+    return run
+
+
+def _public_line(line: dict[str, Any]) -> dict[str, Any]:
+    """A line of metrics.jsonl without names of pictures, which those of earlier versions hold."""
+    return {key: [each for each in value if isinstance(each, int)] if key == "samples" else value for key, value in line.items()}

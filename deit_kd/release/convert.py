@@ -5,16 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
-from jinja2 import Environment, StrictUndefined
 from timm.models import model_entrypoint
 
 import deit_kd
 from deit_kd.documents import MEGABYTE, check, parse_json, read_bytes
 from deit_kd.errors import UserError
-from deit_kd.files import sha256
+from deit_kd.files import sha256, write_text
 from deit_kd.models.config_json import Labels
 from deit_kd.models.loading import build_found, read_student
 from deit_kd.release.export import save_student
+from deit_kd.release.markdown import render
 
 CLASS_NAMES = "give a JSON list of the class names, or a text file with a name a line"
 LABELS: type[list[str]] = Labels  # as a config.json may have them
@@ -51,8 +51,8 @@ def convert(source: Path, folder: Path, class_names: Path | None = None) -> list
         pipeline_tag="image-classification",
         tags=["image-classification", "timm", "deit_kd"],
     )
-    template = Environment(undefined=StrictUndefined, autoescape=False).from_string(TEMPLATE.read_text())
-    body = template.render(
+    body = render(
+        TEMPLATE,
         found=found,
         about=about,
         parameters=parameters,
@@ -62,7 +62,7 @@ def convert(source: Path, folder: Path, class_names: Path | None = None) -> list
         command=f"deit-kd convert {source.name} {folder.name}",
         version=deit_kd.__version__,
     )
-    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n").save(folder / "README.md")
+    write_text(folder / "README.md", str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n")))
     return [
         f"student    {found.architecture}{f' with {found.arguments}' if found.arguments else ''}, {parameters:,} parameters",
         *[f"dropped    {key}, which training alone needs" for key in found.dropped],
@@ -75,13 +75,14 @@ def _class_names(file: Path | None, number: int) -> list[str] | None:
     if file is None:
         return None
     try:
-        text = read_bytes(file, CLASS_NAMES, 16 * MEGABYTE).decode()
+        content = read_bytes(file, CLASS_NAMES, 16 * MEGABYTE)
+        utf16 = content[:2] in (b"\xff\xfe", b"\xfe\xff")  # as some editors on Windows write
+        text = content.decode("utf-16" if utf16 else "utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError:
-        raise UserError(f"{file}: cannot be read as UTF-8; {CLASS_NAMES}") from None
+        raise UserError(f"{file}: cannot be read as UTF-8 or UTF-16; {CLASS_NAMES}") from None
+    lines = text.removesuffix("\n").split("\n")
     is_json = file.suffix == ".json"
-    names = (
-        parse_json(text, str(file), LABELS, CLASS_NAMES) if is_json else check(text.splitlines(), str(file), LABELS, CLASS_NAMES)
-    )
+    names = parse_json(text, str(file), LABELS, CLASS_NAMES) if is_json else check(lines, str(file), LABELS, CLASS_NAMES)
     if len(names) != number:
         raise UserError(f"{file}: is no list of {number} class names, as many as the student has; {CLASS_NAMES}")
     return names

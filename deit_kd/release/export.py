@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,12 +17,13 @@ from deit_kd.errors import UserError
 from deit_kd.files import replace_folder, write_tensors
 from deit_kd.models.taps import TimmModel
 from deit_kd.recipe import Recipe
+from deit_kd.text import licence_name
 
 PERMISSIVE = ("none, random weights", "apache-2.0", "mit", "bsd-3-clause")
 
 
 def export_student(
-    student: TimmModel, folder: Path, recipe: Recipe, class_names: Sequence[str], teacher_licences: Sequence[str]
+    student: TimmModel, folder: Path, recipe: Recipe, class_names: Sequence[str], teacher_licences: Sequence[object]
 ) -> None:
     """Writes a run's student with `save_student`.
 
@@ -112,12 +114,16 @@ def _write_config(
     file.write_text(json.dumps(config, indent=2) + "\n")
 
 
-def licence(of_teachers: Sequence[str]) -> str:
-    """Apache-2.0, unless a teacher's weights came under terms that are not permissive, or not known."""
-    others = sorted({each for each in of_teachers if each not in PERMISSIVE})
+def licence(of_teachers: Sequence[object]) -> str:
+    """Apache-2.0, unless a teacher's weights came under terms that are not permissive, or not known.
+
+    What a teacher's configuration states may be of any type; what is no identifier, as the hub writes them, is `other`.
+    """
+    others = {name for each in of_teachers if (name := licence_name(each)) not in PERMISSIVE}
     if not others:
         return "apache-2.0"
-    return others[0] if len(others) == 1 and not others[0].startswith("unknown") else "other"
+    name = others.pop()
+    return name if not others and re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", name) and not name.startswith("unknown") else "other"
 
 
 @torch.inference_mode()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from deit_kd.errors import UserError
-from deit_kd.files import replace_folder, write_tensors
+from deit_kd.files import replace_folder, write_bytes, write_tensors
 from deit_kd.models import load_student
 from deit_kd.models.described import RELEASED, folder_of
 from deit_kd.models.taps import TimmModel
@@ -68,17 +68,20 @@ def _onnx(student: TimmModel, images: Tensor, path: Path) -> Tensor:
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        torch.onnx.export(
+        program = torch.onnx.export(
             student,
             (images[:2],),
-            path,
             dynamo=True,
-            external_data=False,
             verbose=False,
             input_names=["images"],
             output_names=["logits"],
             dynamic_shapes=({0: torch.export.Dim("batch")},),
         )
+    assert program is not None, "it is, without a path"
+    proto = program.model_proto
+    for node in proto.graph.node:  # where this machine keeps Python is nobody else's business
+        del node.metadata_props[:]
+    write_bytes(path, proto.SerializeToString())
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     several, one = (session.run(None, {"images": part.numpy()})[0] for part in (images[:-1], images[-1:]))
     return torch.cat([torch.from_numpy(several), torch.from_numpy(one)])
@@ -86,6 +89,9 @@ def _onnx(student: TimmModel, images: Tensor, path: Path) -> Tensor:
 
 def _torch_export(student: TimmModel, images: Tensor, path: Path) -> Tensor:
     program = torch.export.export(student, (images[:2].clone(),), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    for part in program.graph_module.modules():
+        for node in part.graph.nodes if isinstance(part, torch.fx.GraphModule) else ():
+            node.meta.pop("stack_trace", None)  # it holds the paths of this machine
     torch.export.save(program, path)
     program = torch.export.load(path)
     reloaded = program.module()

@@ -9,17 +9,31 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
+from urllib.parse import quote
 
 import torch
 from huggingface_hub import HfApi, ModelCard, get_token
 from huggingface_hub.errors import HfHubHTTPError
 from timm.models import model_entrypoint
 
+from deit_kd.documents import short
 from deit_kd.errors import UserError
+from deit_kd.files import write_json, write_text
 from deit_kd.models import load_student
 from deit_kd.release.export import PERMISSIVE
+from deit_kd.text import for_markdown, for_terminal, hide_secrets, leaks, licence_name, printable
 from deit_kd.tracking import read_metrics
 
+PICTURES = {
+    "loss": "The training loss and its terms",
+    "top1": "Top-1 on the validation images",
+    "agreement": "How near the student comes to the teacher",
+    "learning_rate": "The learning rate",
+    "projector": "The singular values of the projector",
+    "contact_sheet": "Images, what they are and what they are taken for",
+    "time": "Where a step's seconds go",
+}
 LICENCE = Path(__file__).resolve().parent.parent.parent / "LICENSE"
 STRANGER = """
 import sys
@@ -48,7 +62,8 @@ def publish(run: Path, repository: str, *, private: bool, dry_run: bool, licence
         What was done, a line each.
 
     Raises:
-        UserError: a run that is not finished, a card whose numbers are not those of the run, other logits, a licence, no account.
+        UserError: a run that is not finished, a card whose numbers are not those of the run, other logits, a licence, no account,
+            or a file that holds a secret, a path, or names of pictures.
     """
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
         raise UserError(f"--to {repository}: is no ORG/NAME")
@@ -72,8 +87,9 @@ def publish(run: Path, repository: str, *, private: bool, dry_run: bool, licence
         if (run / "plots").is_dir():
             shutil.copytree(run / "plots", folder / "plots")
         said.append(_licence(run, folder, licence, despite_teacher))
-        card = (folder / "README.md").read_text()
-        (folder / "README.md").write_text(card.replace("local-dir:PATH/TO/THIS/FOLDER", f"hf-hub:{repository}"))
+        card = (folder / "README.md").read_text(encoding="utf-8").replace("local-dir:PATH/TO/THIS/FOLDER", f"hf-hub:{repository}")
+        write_text(folder / "README.md", _with_pictures(card, folder))
+        must_be_clean(folder, run)
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         said += [f"file      {path.relative_to(folder)}, {path.stat().st_size:,} bytes" for path in files]
         if dry_run:
@@ -81,11 +97,13 @@ def publish(run: Path, repository: str, *, private: bool, dry_run: bool, licence
         api = HfApi()
         try:
             api.create_repo(repository, private=private, exist_ok=True)
-            message = f"{json.loads((folder / 'config.json').read_text())['architecture']}, {run.resolve().name}"
+            message = printable(f"{json.loads((folder / 'config.json').read_text())['architecture']}, {run.resolve().name}", 200)
             commit = api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message)
         except (HfHubHTTPError, OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:300]
-            raise UserError(f"{repository}: the hub refuses or is not there ({reason}); the same command goes on") from None
+            raise UserError(
+                f"{repository}: the hub refuses or is not there ({hide_secrets(reason)}); the same command goes on"
+            ) from None
     return [*said, f"sent to   {commit.commit_url}"]
 
 
@@ -129,7 +147,7 @@ def _same_numbers(run: Path) -> str:
 def _licence(run: Path, folder: Path, licence: str | None, despite_teacher: bool) -> str:
     """Sets the licence in card and config, and puts its text beside them where it is Apache's."""
     facts = json.loads((run / "run.json").read_text())
-    learnt = {each["license"] for each in (*facts["teachers"], facts.get("finetuned_from")) if each}
+    learnt = {licence_name(each["license"]) for each in (*facts["teachers"], facts.get("finetuned_from")) if each}
     card = ModelCard.load(folder / "README.md")
     chosen = licence or card.data.license
     if chosen in PERMISSIVE and (foreign := sorted(learnt - set(PERMISSIVE))) and not despite_teacher:
@@ -138,10 +156,88 @@ def _licence(run: Path, folder: Path, licence: str | None, despite_teacher: bool
             "out, or say --despite-teacher if you may"
         )
     card.data.license = chosen
-    card.save(folder / "README.md")
+    write_text(folder / "README.md", str(card))
     config = json.loads((folder / "config.json").read_text())
     config["pretrained_cfg"]["license"] = chosen
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_json(folder / "config.json", config)
     if chosen == "apache-2.0":
         shutil.copyfile(LICENCE, folder / "LICENSE")
     return f"licence   {chosen}"
+
+
+def _with_pictures(card: str, folder: Path) -> str:
+    """The card with the plots that are uploaded beside it."""
+    shown = [(file, PICTURES.get(file.stem, file.stem)) for file in sorted((folder / "plots").glob("*.png"))]
+    if not shown or "](plots/" in card:
+        return card
+    pictures = "\n\n".join(f"![{for_markdown(told)}](plots/{quote(file.name)})" for file, told in shown)
+    before, limits, after = card.partition("\n## Limits\n")
+    return f"{before.rstrip()}\n\n## Curves\n\n{pictures}\n{limits}{after}"
+
+
+def must_be_clean(folder: Path, run: Path) -> None:
+    """Looks into every file that is about to leave the machine.
+
+    Args:
+        folder: all of it is published.
+        run: where it was made; its path, the user's home and this installation's are looked for in binary files, too.
+
+    Raises:
+        UserError: a file holds a password, a token, a path, or the name of a picture.
+    """
+    names = _class_names(folder)
+    here = {str(path) for path in (Path.home(), Path.cwd(), run.resolve().parent, Path(sys.prefix), LICENCE.parent)} - {"/"}
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        try:
+            found = _found_in(file, here, names)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{file.relative_to(folder)}: cannot be looked into ({' '.join(str(error).split())[:200]}); remove it"
+            ) from None
+        if found:
+            told = "; ".join(for_terminal(short(each)) for each in found[:3])
+            raise UserError(
+                f"{run / 'student'}: {file.relative_to(folder)} holds {told}, which would be published; write the card again with "
+                "deit-kd card, or remove it there"
+            )
+
+
+def _found_in(file: Path, here: set[str], names: list[str]) -> list[str]:
+    if file.suffix == ".safetensors":
+        with file.open("rb") as stream:  # after its header there are numbers alone
+            header = stream.read(int.from_bytes(stream.read(8), "little") & (2**27 - 1))
+        return _of_values(json.loads(header).get("__metadata__", {}))
+    if file.suffix in (".json", ".jsonl"):
+        text = file.read_text(encoding="utf-8")
+        documents = (
+            [json.loads(text)] if file.suffix == ".json" else [json.loads(line) for line in text.splitlines() if line.strip()]
+        )
+        return [found for each in documents for found in _of_values(each)]
+    content = file.read_bytes()
+    if b"\0" not in content[:8192]:
+        text = content.decode("utf-8", "backslashreplace")
+        for name in names if file.name == "README.md" else ():
+            text = text.replace(name, "")
+        return leaks(text)
+    return [f"the path {path}" for path in sorted(here) if path.encode() in content]
+
+
+def _class_names(folder: Path) -> list[str]:
+    """Those that look like a path, such as /m/01g317, and may: as the card shows them."""
+    try:
+        named = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("label_names") or []
+    except (OSError, ValueError, AttributeError):
+        return []
+    shown = [for_markdown(name, 100) for name in named if isinstance(name, str) and hide_secrets(name) == name]
+    return [name for name in shown if leaks(name)]
+
+
+def _of_values(value: Any, key: str = "") -> list[str]:
+    """What is in the texts of a JSON document; names of classes may look like a path."""
+    if isinstance(value, str):
+        return [] if hide_secrets(value) == value and key in ("label_names", "label_descriptions") else leaks(value)
+    if isinstance(value, dict):
+        found = [found for name, each in value.items() for found in (*_of_values(name, key), *_of_values(each, name))]
+        pictures = any(isinstance(each, str) for each in value.get("samples") or [])
+        return [*found, "names of pictures"] if pictures else found
+    return [found for each in value for found in _of_values(each, key)] if isinstance(value, list) else []
