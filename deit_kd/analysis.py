@@ -93,7 +93,7 @@ def plot_grid(axes: Sequence[str], scores: Mapping[tuple[str, ...], Sequence[flo
     if len(axes) > 1:
         plot.legend(fontsize=8)
     plot.grid(alpha=0.3)
-    figure.savefig(file, dpi=120, bbox_inches="tight")
+    figure.savefig(file, format="png", dpi=120, bbox_inches="tight")
     plt.close(figure)
 
 
@@ -123,7 +123,7 @@ def plot_report(report: Mapping[str, Any], names: Sequence[str], file: Path) -> 
         ylim=(0, 1),
     )
     right.grid(alpha=0.3)
-    figure.savefig(file, dpi=120, bbox_inches="tight")
+    figure.savefig(file, format="png", dpi=120, bbox_inches="tight")
     plt.close(figure)
 
 

@@ -186,12 +186,13 @@ def sha256(file: Path) -> str:
 
 
 @contextmanager
-def locked(folder: Path, doing: str) -> Iterator[None]:
+def locked(folder: Path, doing: str, shown: Path | None = None) -> Iterator[None]:
     """Holds `folder/.lock` while the block runs, so that two processes never write one folder.
 
     Args:
         folder: it must exist.
         doing: what this process does, for the other's message.
+        shown: what messages call the folder, if not by its own name.
 
     Raises:
         UserError: another process holds it.
@@ -203,9 +204,9 @@ def locked(folder: Path, doing: str) -> Iterator[None]:
         except BlockingIOError:
             stream.seek(0)
             other = stream.read(300).strip() or "another process"
-            raise UserError(f"{folder}: is in use by {other}; wait for it, stop it, or give another --output") from None
+            raise UserError(f"{shown or folder}: is in use by {other}; wait for it, stop it, or give another --output") from None
         except OSError as error:
-            warn(f"{folder}: this disk has no locks ({error.strerror}); make sure that no other process writes there")
+            warn(f"{shown or folder}: this disk has no locks ({error.strerror}); make sure that no other process writes there")
         with optional(f"writing {file}"):
             stream.truncate(0)
             stream.write(f"{doing} (process {os.getpid()} on {socket.gethostname()})\n")
