@@ -52,7 +52,7 @@ def load_or_compute(
     """
     if not os.path.lexists(file):
         assert isinstance(teacher, Teacher), "a cache has no answers to these images; a recipe with one names a file"
-        accelerator.print(f"computing the class means of {teacher.info.name} over {len(source):,} images, into {file}")
+        accelerator.print(f"computing the class means of {teacher.info.name} over {len(source):,} images, for {file.name}")
         means = _compute(recipe, teacher, source, accelerator, placement)
         if accelerator.is_main_process:
             file.parent.mkdir(parents=True, exist_ok=True)

@@ -233,18 +233,24 @@ def class_means(options: argparse.Namespace) -> None:
     lessons = [lesson for lesson in recipe.lessons() if lesson.distill.class_means is not None]
     if len({lesson.teacher for lesson in lessons}) != 1:
         raise UserError(f"recipe {options.recipe}: {'no' if not lessons else 'more than one'} teacher's class means are read in it")
+    from accelerate.utils import broadcast_object_list
+
     from deit_kd import build, processes, speed
     from deit_kd.class_means import load_or_compute
-    from deit_kd.outputs import workspace
+    from deit_kd.outputs import settle, workspace
 
     accelerator = processes.plain_accelerator(processes.on_cpu(options.device))
     source, val = build.open_data(recipe, options.data)
     teachers = build.build_teachers(recipe, source.class_names)
     teacher = teachers[recipe.lessons().index(lessons[0])].to(accelerator.device)
     speed.prepare(recipe.run, [teacher], partial(build.example_images, recipe, val), accelerator)
-    placed, first = build.placement(recipe, accelerator, accelerator.print), accelerator.is_main_process
-    with workspace(options.output, "deit-kd class-means") if first else nullcontext():
-        means = load_or_compute(options.output, recipe, teacher, source, accelerator, placed)
+    placed, output = build.placement(recipe, accelerator, accelerator.print), options.output
+    with workspace(output, "deit-kd class-means") if accelerator.is_main_process else nullcontext() as made:
+        file = [output if made is None or os.path.lexists(output) else made]
+        broadcast_object_list(file)  # one process looks
+        means = load_or_compute(file[0], recipe, teacher, source, accelerator, placed)
+        if made is not None and file[0] == made:
+            settle(made, output)
     accelerator.print(f"{options.output}: {means.shape[0]} classes x {means.shape[1]}; pass distill.class_means={options.output}")
 
 
@@ -497,9 +503,11 @@ def bench(options: argparse.Namespace) -> None:
 def _write_json(file: Path | None, content: dict[str, Any]) -> None:
     if file is not None:
         from deit_kd.files import write_json
+        from deit_kd.outputs import replace, workspace
 
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, content)
+        with workspace(file, "another deit-kd") as made:
+            write_json(made, content)
+            replace(made, file)
 
 
 def _may_write(file: Path | None, key: str) -> None:

@@ -31,7 +31,7 @@ from tqdm import tqdm
 from deit_kd import recipe as recipes
 from deit_kd.documents import Document, read_json
 from deit_kd.errors import UserError
-from deit_kd.files import optional, warn, whole, write_text
+from deit_kd.files import clear, optional, warn, whole, write_text
 from deit_kd.text import for_csv, for_markdown, for_terminal, redact
 from deit_kd.tracking import read_metrics
 
@@ -69,6 +69,7 @@ def run_grid(recipe: str, overrides: Sequence[str], output: Path, data: Path | N
     print(f"{len(cells)} runs in {output}, {len(cells) - len(todo)} of them complete", flush=True)
     failures = _run(recipe, cells, todo, output, data, jobs)
     with _held(output / ".tables.lock", Event()):
+        clear(output)
         table = _write(recipe, overrides, cells, output)
     if failures:
         raise UserError(f"{len(failures)} of {len(todo)} runs failed, the first: {failures[0]}")

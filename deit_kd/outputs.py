@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from deit_kd.errors import UserError
-from deit_kd.files import flush, locked, replace_folder
+from deit_kd.files import clear, flush, locked
 from deit_kd.text import for_terminal
 
 BLOCK = 1 << 20
@@ -31,7 +31,7 @@ def workspace(output: Path, doing: str) -> Iterator[Path]:
     output = Path(os.path.abspath(output))
     if not output.name:
         raise UserError(f"{output}: is no name of a file or folder; give another")
-    room = output.with_name(f".{output.name}.part")
+    room = output.with_name(f".{output.name}.tmp")
     room.mkdir(parents=True, exist_ok=True)
     with locked(room, doing, shown=output):
         for left in room.iterdir():
@@ -64,14 +64,19 @@ def settle(made: Path, output: Path) -> bool:
 
 
 def replace(made: Path, output: Path) -> None:
-    """Flushes a file or folder and renames it to `output`, in the place of what is there."""
+    """Flushes what a `workspace` made and renames it to `output`; what is there goes only after that."""
     for path in sorted(made.rglob("*")) if made.is_dir() else []:
         flush(path)
     flush(made)
-    if made.is_dir():
-        replace_folder(made, output)
-    else:
+    before = made.with_name(".before")
+    if output.is_dir():
+        output.rename(before)
+    try:
         made.replace(output)
+    except OSError:
+        if before.exists():
+            before.rename(output)
+        raise
     flush(Path(os.path.abspath(output)).parent)
 
 
@@ -95,6 +100,7 @@ def claimed(folder: Path, doing: str, is_ours: Callable[[Path], bool]) -> Iterat
         raise UserError(f"{folder}: holds {told}{' ...' if names[3:] else ''}, which {doing} did not make; give another --output")
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder, doing):
+        clear(folder)
         yield
 
 

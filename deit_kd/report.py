@@ -23,7 +23,7 @@ from deit_kd.data.loader import SKIPPED
 from deit_kd.data.sources import Split, open_folder_to_evaluate
 from deit_kd.documents import MEGABYTE, Document, read_json
 from deit_kd.errors import UserError
-from deit_kd.files import optional, whole, write_json, write_text
+from deit_kd.files import clear, optional, whole, write_json, write_text
 from deit_kd.models import Distiller, StudentOutput, Teacher, load_student, load_teacher
 from deit_kd.models.taps import TimmModel
 from deit_kd.outputs import claimed
@@ -241,6 +241,7 @@ def describe(title: str, report: dict[str, Any]) -> str:
 def write(folder: Path, title: str, report: dict[str, Any], names: Sequence[str]) -> None:
     """report.json, report.md and report.png; the confusion matrix in JSON up to 100 classes."""
     folder.mkdir(parents=True, exist_ok=True)
+    clear(folder)
     kept = {key: value for key, value in report.items() if key != "confusion" or len(names) <= 100}
     write_json(folder / "report.json", kept, 1)
     write_text(folder / "report.md", describe(title, report))

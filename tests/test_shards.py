@@ -133,7 +133,7 @@ def test_interrupted_packing_leaves_nothing(fashion_folder: Path, tmp_path: Path
     ]
     heeded = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs are started to ignore it
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=heeded)
-    while not list((tmp_path / ".out.tmp").glob("*.tar")) and process.poll() is None:
+    while not list((tmp_path / ".out.tmp").rglob("*.tar")) and process.poll() is None:
         time.sleep(0.001)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=30)
