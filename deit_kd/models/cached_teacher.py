@@ -12,6 +12,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
@@ -105,7 +106,8 @@ class CachedTeacher(nn.Module):
         super().__init__()
         self.folder, self.manifest = folder, read_manifest(folder)
         told = self.manifest["teacher"]
-        self.info = TeacherInfo(**told | {"label_names": told["label_names"] and tuple(told["label_names"])})
+        known = {field.name: told[field.name] for field in fields(TeacherInfo)}
+        self.info = TeacherInfo(**known | {"label_names": told["label_names"] and tuple(told["label_names"])})
         self.num_classes, self.width, self.img_size = self.info.num_classes, self.manifest["width"], self.manifest["img_size"]
         self.views: int = self.manifest["views"]
         self.taps = ("pooled",)
