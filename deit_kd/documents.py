@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from deit_kd.errors import UserError
-from deit_kd.text import for_terminal
+from deit_kd.text import printable
 
 MEGABYTE = 1_000_000
 T = TypeVar("T")
@@ -100,10 +100,10 @@ def first_fault(error: ValidationError) -> str:
     """The first fault of pydantic's in one line: `place: what is wrong, got VALUE`, and how many more there are."""
     faults = error.errors(include_url=False, include_context=False)
     first = faults[0]
-    place = for_terminal(".".join(str(part) for part in first["loc"])[:100])
+    place = printable(".".join(str(part) for part in first["loc"])[:200])
     got = "" if first["type"] in ("missing", "json_invalid") else f", got {short(first['input'])}"
     more = f" (and {len(faults) - 1} more faults)" if len(faults) > 1 else ""
-    return f"{place + ': ' if place else ''}{' '.join(first['msg'].split())}{got}{more}"
+    return f"{place + ': ' if place else ''}{' '.join(first['msg'].removeprefix('Value error, ').split())}{got}{more}"
 
 
 def short(value: Any, most: int = 60) -> str:

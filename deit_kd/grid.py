@@ -104,11 +104,8 @@ def _run(recipe: str, cells: Sequence[Cell], todo: Sequence[Cell], output: Path,
                 if not held:
                     break
                 todo = held
-                print(
-                    f"waiting for {len(held)} runs of other processes, the first: {_name(held[0], cells)}",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                others = f"{len(held)} run{'s' if held[1:] else ''} of another process"
+                print(f"waiting for {others}, {', '.join(_name(cell, cells) for cell in held[:3])}", file=sys.stderr, flush=True)
         except BaseException:  # after Ctrl-C; the runs got the signal too, save and end
             interrupted.set()
             pool.shutdown(cancel_futures=True)

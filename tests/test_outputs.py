@@ -221,6 +221,28 @@ def test_a_disk_without_flush_of_folders_and_modes_and_a_strict_umask(
     assert {path.name: oct(path.stat().st_mode) for path in made if path.stat().st_mode & 0o077} == {}
 
 
+@pytest.mark.parametrize("name", VERBS)
+def test_all_is_flushed_before_it_gets_its_name(
+    name: str, verb: Callable[[str], list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a power cut after success must not take: each file on the disk under its temporary name, then the folder of the names."""
+    words, out, fsync = verb(name), tmp_path / "out", os.fsync
+    flushed: dict[int, str] = {}
+
+    def noted(descriptor: int) -> None:
+        fsync(descriptor)
+        flushed.setdefault(os.fstat(descriptor).st_ino, os.readlink(f"/proc/self/fd/{descriptor}"))
+
+    monkeypatch.setattr(os, "fsync", noted)
+    main(words)
+    made = [path for path in out.rglob("*") if path.is_file()]
+    assert made
+    for path in made:
+        assert flushed[path.stat().st_ino] != str(path), "flushed only after it was renamed"
+    assert all(path.stat().st_ino in flushed for path in out.rglob("*") if path.is_dir())
+    assert out.stat().st_ino in flushed or name in ("cache-teacher", "evaluate")
+
+
 def test_a_result_is_known_replaced_if_half_and_refused_if_different(tmp_path: Path) -> None:
     def make(text: str = "text") -> bool:
         with workspace(tmp_path / "out", "a test") as made:

