@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import sys
@@ -201,7 +202,9 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:  # a full disk, a folder that may not be written
-        print(f"error: {error.filename or options.verb}: {error.strerror or error}", file=sys.stderr)
+        place = error.filename or getattr(options, "output", None) or options.verb
+        remedy = "; free some, or give another place" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        print(f"error: {place}: {error.strerror or error}{remedy}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted; give the same command again", file=sys.stderr)
