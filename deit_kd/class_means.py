@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,11 +25,21 @@ from tqdm import tqdm
 from deit_kd.data import EvaluationLoader, Placement, Source
 from deit_kd.data.loader import SKIPPED
 from deit_kd.data.transforms import train_transform
+from deit_kd.documents import MEGABYTE, Document, must_be_a_file, parse_json
 from deit_kd.errors import UserError
 from deit_kd.files import write_tensors
 from deit_kd.models import AnyTeacher, Teacher
 from deit_kd.recipe import Recipe, dump
 from deit_kd.seed import derive_seed
+from deit_kd.text import for_terminal
+
+OTHER = {  # what a file must agree on, and what it is of if it does not
+    "teacher": "another teacher",
+    "teacher_sha256": "other weights of this teacher",
+    "classes": "other classes",
+    "images": "other training images",
+    "view": "another crop or image size",
+}
 
 
 def load_or_compute(
@@ -38,16 +50,16 @@ def load_or_compute(
     Raises:
         UserError: the file is of another teacher, label set, data or crop; or a class has no readable image.
     """
-    if not file.exists():
+    if not os.path.lexists(file):
         assert isinstance(teacher, Teacher), "a cache has no answers to these images; a recipe with one names a file"
-        accelerator.print(f"computing the class means of {teacher.info.name} over {len(source):,} images, into {file}")
+        accelerator.print(f"computing the class means of {teacher.info.name} over {len(source):,} images, for {file.name}")
         means = _compute(recipe, teacher, source, accelerator, placement)
         if accelerator.is_main_process:
             file.parent.mkdir(parents=True, exist_ok=True)
             told = {**_identity(recipe, teacher, source), "recipe": dump(recipe)}
             write_tensors({"class_means": means}, file, {"deit_kd": json.dumps(told)})  # one entry: several come in any order
         accelerator.wait_for_everyone()
-    return _read(file, _identity(recipe, teacher, source)).to(accelerator.device)
+    return _read(file, _identity(recipe, teacher, source), teacher.width).to(accelerator.device)
 
 
 @torch.inference_mode()
@@ -97,20 +109,33 @@ def fingerprint(source: Source) -> str:
     return f"{len(source)} {digest.hexdigest()}"
 
 
-def _read(file: Path, expected: dict[str, Any]) -> Tensor:
+class _Told(Document):
+    """The metadata of a file of class means."""
+
+    teacher: str
+    teacher_sha256: str
+    classes: list[str]
+    images: str
+    view: list[Any]
+
+
+def _read(file: Path, expected: dict[str, Any], width: int) -> Tensor:
+    remedy = "give another file, or move this one away, and they are computed again"
+    shape = (len(expected["classes"]), width)
+    must_be_a_file(file, remedy, 4 * math.prod(shape) + 32 * MEGABYTE)
     try:
         with safe_open(file, "pt") as content:
-            found, means = json.loads(content.metadata()["deit_kd"]), content.get_tensor("class_means")
-    except (SafetensorError, OSError, TypeError, KeyError, ValueError) as error:
-        raise UserError(f"{file}: not a file of class means ({error}); delete it, and they are computed again") from None
-    told = {
-        "teacher": "another teacher",
-        "teacher_sha256": "other weights of this teacher",
-        "classes": "other classes",
-        "images": "other training images",
-        "view": "another crop or image size",
-    }
-    for key, value in expected.items():
-        if found.get(key) != value:
-            raise UserError(f"{file}: holds class means of {told[key]}; give the file of this recipe, or class_means=auto")
+            stated, found = content.metadata() or {}, content.get_slice("class_means")
+            found_shape, dtype = tuple(found.get_shape()), found.get_dtype()
+            told = parse_json(stated.get("deit_kd", ""), f"{file}: its metadata", _Told, remedy)
+            for key, value in expected.items():
+                if getattr(told, key) != value:
+                    raise UserError(f"{file}: holds class means of {OTHER[key]}; give the file of this recipe, or class_means=auto")
+            if (found_shape, dtype) != (shape, "F32"):
+                raise UserError(f"{file}: holds numbers {dtype} of shape {found_shape}, not F32 of {shape}; {remedy}")
+            means = content.get_tensor("class_means")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file}: not a file of class means ({for_terminal(str(error))[:200]}); {remedy}") from None
+    if not means.isfinite().all():
+        raise UserError(f"{file}: holds class means that are not finite; {remedy}")
     return means

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import sys
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -203,7 +205,9 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"error: {error_for_terminal(error)}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:  # a full disk, a folder that may not be written
-        print(f"error: {for_terminal(f'{error.filename or options.verb}: {error.strerror or error}')}", file=sys.stderr)
+        place = error.filename or getattr(options, "output", None) or options.verb
+        remedy = "; free some, or give another place" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        print(f"error: {for_terminal(f'{place}: {error.strerror or error}{remedy}')}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted; give the same command again", file=sys.stderr)
@@ -235,22 +239,24 @@ def class_means(options: argparse.Namespace) -> None:
     lessons = [lesson for lesson in recipe.lessons() if lesson.distill.class_means is not None]
     if len({lesson.teacher for lesson in lessons}) != 1:
         raise UserError(f"recipe {options.recipe}: {'no' if not lessons else 'more than one'} teacher's class means are read in it")
+    from accelerate.utils import broadcast_object_list
+
     from deit_kd import build, processes, speed
     from deit_kd.class_means import load_or_compute
+    from deit_kd.outputs import settle, workspace
 
     accelerator = processes.plain_accelerator(processes.on_cpu(options.device))
     source, val = build.open_data(recipe, options.data)
     teachers = build.build_teachers(recipe, source.class_names)
     teacher = teachers[recipe.lessons().index(lessons[0])].to(accelerator.device)
     speed.prepare(recipe.run, [teacher], partial(build.example_images, recipe, val), accelerator)
-    means = load_or_compute(
-        options.output,
-        recipe,
-        teacher,
-        source,
-        accelerator,
-        build.placement(recipe, accelerator, lambda text: accelerator.print(for_terminal(text))),
-    )
+    placed, output = build.placement(recipe, accelerator, lambda text: accelerator.print(for_terminal(text))), options.output
+    with workspace(output, "deit-kd class-means") if accelerator.is_main_process else nullcontext() as made:
+        file = [output if made is None or os.path.lexists(output) else made]
+        broadcast_object_list(file)  # one process looks
+        means = load_or_compute(file[0], recipe, teacher, source, accelerator, placed)
+        if made is not None and file[0] == made:
+            settle(made, output)
     accelerator.print(f"{options.output}: {means.shape[0]} classes x {means.shape[1]}; pass distill.class_means={options.output}")
 
 
@@ -265,6 +271,8 @@ def cache_teacher(options: argparse.Namespace) -> None:
     views = recipe.epochs if options.views is None else options.views
     if min(views, 1 if options.device_batch_size is None else options.device_batch_size) < 1 or options.shard_mb <= 0:
         raise UserError("--views and --device-batch-size are at least 1, --shard-mb is above 0")
+    if views > 100_000:
+        raise UserError(f"--views {views}: is more than 100,000; later epochs show the views again")
     from deit_kd import build, processes, speed
     from deit_kd.models import Teacher
     from deit_kd.teacher_cache import write_cache
@@ -308,8 +316,10 @@ def pack(options: argparse.Namespace) -> None:
         raise UserError("deit-kd pack: --short-side and --shard-mb are at least 1")
     from deit_kd.data.shards import pack
 
-    pack(options.data, options.output, options.short_side, options.shard_mb * 1_000_000)
-    print(for_terminal(f"{options.output}: train with --data {options.output} data.source=shards"))
+    before = (
+        "is there already, whole; " if pack(options.data, options.output, options.short_side, options.shard_mb * 1_000_000) else ""
+    )
+    print(for_terminal(f"{options.output}: {before}train with --data {options.output} data.source=shards"))
 
 
 def evaluate(options: argparse.Namespace) -> None:
@@ -401,8 +411,9 @@ def export(options: argparse.Namespace) -> None:
     """Writes a student in another format."""
     from deit_kd.release.formats import export
 
-    path, difference = export(options.weights, options.format, options.output)
-    print(for_terminal(f"{path}: logits differ by {difference:.1g} of the largest at most"))
+    path, difference, before = export(options.weights, options.format, options.output)
+    there = "is there already, whole; " if before else ""
+    print(for_terminal(f"{path}: {there}logits differ by {difference:.1g} of the largest at most"))
 
 
 def publish(options: argparse.Namespace) -> None:
@@ -410,17 +421,25 @@ def publish(options: argparse.Namespace) -> None:
     from deit_kd.release.publish import publish
 
     settings = {"private": options.private, "dry_run": options.dry_run, "licence": options.licence}
-    for line in publish(options.run_folder, options.to, despite_teacher=options.despite_teacher, **settings):
+    for line in publish(_run_of(options.run_folder), options.to, despite_teacher=options.despite_teacher, **settings):
         print(for_terminal(line))
 
 
 def card(options: argparse.Namespace) -> None:
     """Writes a card again."""
-    if not (options.run_folder / "run.json").is_file() or not (options.run_folder / "student").is_dir():
+    folder = _run_of(options.run_folder)
+    if not (folder / "run.json").is_file() or not (folder / "student").is_dir():
         raise UserError(f"{options.run_folder}: is no run that came to its end; give a folder that train.py made")
     from deit_kd.release import write_card
 
-    print(for_terminal(write_card(options.run_folder)))
+    print(for_terminal(write_card(folder)))
+
+
+def _run_of(folder: Path) -> Path:
+    """The run, also where its student/ is named."""
+    above = folder.resolve().parent
+    is_student = folder.resolve().name == "student" and not (folder / "run.json").is_file() and (above / "run.json").is_file()
+    return above if is_student else folder
 
 
 def doctor(options: argparse.Namespace) -> None:
@@ -448,6 +467,7 @@ def plan(options: argparse.Namespace) -> None:
     """Prints what a recipe takes, on one device or on each of the table."""
     if min(options.gpus, options.nodes, options.steps, options.images or 1) < 1:
         raise UserError("deit-kd plan: --gpus, --nodes, --steps and --images are at least 1")
+    _may_write(options.json, "predicted")
     recipe = recipes.load(options.recipe, options.overrides)
     from deit_kd import forecast
 
@@ -464,6 +484,7 @@ def bench(options: argparse.Namespace) -> None:
     """Prints where the time goes."""
     if options.steps < 1:
         raise UserError("deit-kd bench: --steps is at least 1")
+    _may_write(options.json, "advice")
     recipe = recipes.load(options.recipe, options.overrides)
     from dataclasses import asdict
 
@@ -484,5 +505,20 @@ def bench(options: argparse.Namespace) -> None:
 
 def _write_json(file: Path | None, content: dict[str, Any]) -> None:
     if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(content, indent=2) + "\n")
+        from deit_kd.files import write_json
+        from deit_kd.outputs import replace, workspace
+
+        with workspace(file, "another deit-kd") as made:
+            write_json(made, content)
+            replace(made, file)
+
+
+def _may_write(file: Path | None, key: str) -> None:
+    """Refuses a file of others before any work; one with this key is ours, of before, and so is an empty one."""
+    if file is None or not os.path.lexists(file) or (file.is_file() and file.stat().st_size == 0):
+        return
+    from deit_kd.documents import read_json
+
+    remedy = "it is left alone; give another --json"
+    if key not in read_json(file, dict[str, Any], f"which this command did not write; {remedy}"):
+        raise UserError(f"--json {file}: holds something that this command did not write; {remedy}")

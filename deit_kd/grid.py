@@ -1,15 +1,16 @@
 """A grid of runs: the product of overrides, each a run of train.py in a folder of its own; a table and a plot of what they reached.
 
 Runs that are complete are not run again and interrupted ones go on, so that a grid can be stopped, extended by values of its axes, and
-worked on by several processes at once: a run that another process holds is left to it.
+worked on by several processes at once: a run that another process holds is left to it, and waited for before the table is written. A run
+holds its lock itself, so that it is not begun a second time when its grid is killed and it lives on.
 """
 
 from __future__ import annotations
 
 import csv
 import fcntl
+import io
 import itertools
-import json
 import math
 import os
 import re
@@ -20,17 +21,23 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
+from threading import Event
 from typing import Any
 
 from tqdm import tqdm
 
 from deit_kd import recipe as recipes
+from deit_kd.documents import Document, read_json
 from deit_kd.errors import UserError
+from deit_kd.files import clear, optional, warn, write_text
 from deit_kd.text import for_code, for_csv, for_markdown, for_terminal, lines_for_terminal, redact, redact_words
 from deit_kd.tracking import read_metrics
 
+TITLE = "`deit-kd grid "  # how grid.md begins
+HELD = "another process runs it"
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 Cell = dict[str, str]  # key -> value, as they are written on the command line
 
@@ -57,30 +64,54 @@ def run_grid(recipe: str, overrides: Sequence[str], output: Path, data: Path | N
             faults.setdefault(str(error), _name(cell, cells))
     if faults:
         raise UserError("\n  ".join(f"{name}: {fault}" for fault, name in faults.items()))
+    _refuse_foreign(output, [_name(cell, cells) for cell in cells])
     output.mkdir(parents=True, exist_ok=True)
     todo = [cell for cell in cells if not _complete(output / _name(cell, cells))]
     print(f"{len(cells)} runs in {for_terminal(output)}, {len(cells) - len(todo)} of them complete", flush=True)
-    threads = {} if jobs == 1 else {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
-
-    def work(cell: Cell) -> str | None:
-        folder = output / _name(cell, cells)
-        with _held(folder.with_name(f"{folder.name}.lock")) as mine:
-            return _train(recipe, cell, folder, data, threads) if mine and not _complete(folder) else None
-
-    failures = []
-    with ThreadPoolExecutor(max(1, jobs)) as pool:
-        try:
-            for number, failure in enumerate(tqdm(pool.map(work, todo), "runs", len(todo), disable=None), 1):
-                told = failure or f"{_name(todo[number - 1], cells)} is complete ({number} of {len(todo)})"
-                tqdm.write(for_terminal(told), file=sys.stderr)
-                failures += [failure] if failure else []
-        except KeyboardInterrupt:  # the runs got the signal too, save and end
-            pool.shutdown(cancel_futures=True)
-            raise
-    table = _write(recipe, overrides, cells, output)
+    failures = _run(recipe, cells, todo, output, data, jobs)
+    with _held(output / ".tables.lock", Event()):
+        clear(output)
+        table = _write(recipe, overrides, cells, output)
     if failures:
         raise UserError(f"{len(failures)} of {len(todo)} runs failed, the first: {failures[0]}")
     return table
+
+
+def _run(recipe: str, cells: Sequence[Cell], todo: Sequence[Cell], output: Path, data: Path | None, jobs: int) -> list[str]:
+    """Runs these cells, and returns what went wrong; those that other processes hold come last."""
+    threads = {} if jobs == 1 else {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
+    interrupted, failures = Event(), []
+
+    def work(cell: Cell, waits: bool) -> str | None:
+        folder = output / _name(cell, cells)
+        with _held(folder.with_name(f"{folder.name}.lock"), interrupted if waits else None) as lock:
+            if lock is None or _complete(folder):
+                return HELD if lock is None else None
+            return _train(recipe, cell, folder, data, threads, lock)
+
+    with ThreadPoolExecutor(max(1, jobs)) as pool:
+        try:
+            for waits in (False, True):
+                held = []
+                found = pool.map(partial(work, waits=waits), todo)
+                for number, (cell, said) in enumerate(zip(todo, tqdm(found, "runs", len(todo), disable=None), strict=True), 1):
+                    name = _name(cell, cells)
+                    if said == HELD:
+                        held.append(cell)
+                        tqdm.write(for_terminal(f"{name}: another process runs it"), file=sys.stderr)
+                        continue
+                    tqdm.write(for_terminal(said or f"{name} is complete ({number} of {len(todo)})"), file=sys.stderr)
+                    failures += [said] if said else []
+                if not held:
+                    break
+                todo = held
+                others = f"{len(held)} run{'s' if held[1:] else ''} of another process"
+                print(f"waiting for {others}, {', '.join(_name(cell, cells) for cell in held[:3])}", file=sys.stderr, flush=True)
+        except BaseException:  # after Ctrl-C; the runs got the signal too, save and end
+            interrupted.set()
+            pool.shutdown(cancel_futures=True)
+            raise
+    return failures
 
 
 def _cells(overrides: Sequence[str]) -> list[Cell]:
@@ -107,38 +138,71 @@ def _refuse_another(folder: Path, recipe: recipes.Recipe) -> None:
         raise UserError(f"{folder}: holds a run of another recipe ({'; '.join(changed[:5])}); give another --output")
 
 
+def _refuse_foreign(output: Path, names: Sequence[str]) -> None:
+    """Refuses a folder that is not empty and holds no grid, and tables that are none of a grid's.
+
+    Raises:
+        UserError: it is so.
+    """
+    if os.path.lexists(output) and not output.is_dir():
+        raise UserError(f"--output {output}: is no folder; give another")
+    there = set(os.listdir(output)) if output.is_dir() else set()
+    table = output / "grid.md"
+    has_table = table.is_file() and table.read_bytes()[: len(TITLE)] == TITLE.encode()
+    own = {".tables.lock", *(f"{name}{end}" for name in names for end in ("", ".lock", ".log"))}
+    foreign = {"grid.csv", "grid.md", "grid.png"} & there if not has_table else set()
+    if there - own and not has_table and not any((output / name / "recipe.yaml").is_file() for name in there):
+        foreign = there - own
+    if foreign:
+        told = for_terminal(", ".join(sorted(foreign)[:3]))[:200]
+        raise UserError(f"--output {output}: holds {told}, which deit-kd grid did not make; give another --output")
+
+
 def _complete(folder: Path) -> bool:
-    return (folder / "student" / "README.md").exists()
+    card = folder / "student" / "README.md"
+    return card.is_file() and card.stat().st_size > 0
 
 
 @contextmanager
-def _held(file: Path) -> Iterator[bool]:
-    """Whether this process got the lock; the system frees it when its holder dies."""
-    with file.open("w") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            yield False
+def _held(file: Path, interrupted: Event | None) -> Iterator[int | None]:
+    """The descriptor of a lock that is held in the block; the system frees it when all processes that have it are dead.
+
+    Args:
+        file: made if it is not there.
+        interrupted: waits for the lock until this is set; without it, None is given where another process holds it.
+    """
+    with file.open("a") as stream:
+        while True:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if interrupted is None or interrupted.wait(0.2):
+                    yield None
+                    return
+                continue
+            except OSError as error:
+                warn(f"{file.parent}: this disk has no locks ({error.strerror}); make sure that no other grid runs there")
+            yield stream.fileno()
             return
-        yield True
 
 
-def _train(recipe: str, cell: Cell, folder: Path, data: Path | None, threads: dict[str, str]) -> str | None:
-    """One run; returns what went wrong, if anything."""
+def _train(recipe: str, cell: Cell, folder: Path, data: Path | None, threads: dict[str, str], lock: int) -> str | None:
+    """One run, which holds the lock as well; returns what went wrong, if anything."""
     command = [sys.executable, str(TRAIN), "--recipe", recipe, "--output", str(folder), *(f"{k}={v}" for k, v in cell.items())]
     command += ["--data", str(data)] if data else []
     log = folder.with_name(f"{folder.name}.log")
     with log.open("a") as stream:
-        started = time.time()
-        done = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, env={**os.environ, **threads}, check=False)
-        stream.write(f"exit code {done.returncode} after {time.time() - started:.0f} s\n")
+        started = time.monotonic()
+        settings: dict[str, Any] = {"env": {**os.environ, **threads}, "pass_fds": (lock,)}
+        done = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, check=False, **settings)
+        stream.write(f"exit code {done.returncode} after {time.monotonic() - started:.0f} s\n")
     if done.returncode == 0:
         return None
-    lines = log.read_text().splitlines()
+    lines = log.read_text(errors="replace").splitlines()
     said = next(
         (line for line in reversed(lines) if line.startswith("error:")), lines[-2] if len(lines) > 1 else "nothing was said"
     )
-    return f"{folder.name}: {said} (all of it in {log})"
+    return for_terminal(f"{folder.name}: {said} (all of it in {log})")
 
 
 def _write(recipe: str, overrides: Sequence[str], cells: Sequence[Cell], output: Path) -> Path:
@@ -151,7 +215,7 @@ def _write(recipe: str, overrides: Sequence[str], cells: Sequence[Cell], output:
         row, rank = scores.setdefault(key, []), ranks.setdefault(key, [])
         if _complete(folder):
             metrics = read_metrics(folder)
-            row.append([line for line in metrics if line["kind"] == "eval"][-1]["top1"])
+            row += [line["top1"] for line in metrics if line["kind"] == "eval"][-1:]
             rank += [line["effective_rank"] for line in metrics if "effective_rank" in line][-1:]
     header: list[Any] = [*axes, "top1", "standard_error", "n", "projector_effective_rank"]
     rows: list[list[Any]] = [
@@ -159,40 +223,50 @@ def _write(recipe: str, overrides: Sequence[str], cells: Sequence[Cell], output:
         + [f"{mean(ranks[key]):.1f}" if ranks[key] else ""]
         for key, row in scores.items()
     ]
-    with (output / "grid.csv").open("w", newline="") as stream:
-        csv.writer(stream).writerows([[for_csv(redact(str(cell))) for cell in row] for row in (header, *rows)])
     shown = [
         [for_markdown(redact(str(cell))) if number < len(axes) else str(cell) for number, cell in enumerate(row)] for row in rows
     ]
     lines = [" | ".join(map(str, row)) for row in [header, ["---"] * len(header), *shown]]
     command = for_code(shlex.join(["deit-kd", "grid", *redact_words([recipe, *overrides])]), 2000)
-    table = output / "grid.md"
-    facts = _facts(output, cells)
-    text = "\n".join(f"| {line} |" for line in lines)
-    table.write_text(f"{command}\n\nTop-1 in percent of the last weights, mean and standard error over seeds. {facts}\n\n{text}\n")
+    table, text = output / "grid.md", "\n".join(f"| {line} |" for line in lines)
+    about = f"Top-1 in percent of the last weights, mean and standard error over seeds. {_facts(output, cells)}"
+    write_text(table, f"{command}\n\n{about}\n\n{text}\n")  # first: the others are known by it
+    stream = io.StringIO(newline="")
+    csv.writer(stream).writerows([[for_csv(redact(str(cell))) for cell in row] for row in (header, *rows)])
+    write_text(output / "grid.csv", stream.getvalue())
     print(lines_for_terminal(f"\n{text}\n\n{table}"))
     if axes and any(scores.values()):
         from deit_kd.analysis import plot_grid
 
-        plot_grid(axes, scores, output / "grid.png")
+        with optional(f"writing {output / 'grid.png'}"):
+            plot_grid(axes, scores, output / "grid.png")
         print(for_terminal(output / "grid.png"))
     return table
 
 
+class _Data(Document):
+    train_images: int
+    name: str
+
+
+class _Run(Document):
+    """What a table says of a run, of its run.json."""
+
+    data: _Data
+    hardware: str
+    commit: str
+
+
 def _facts(output: Path, cells: Sequence[Cell]) -> str:
     """What the complete runs have in common: data, hardware, commit."""
-    runs: list[dict[str, Any]] = [
-        json.loads((output / _name(cell, cells) / "run.json").read_text())
-        for cell in cells
-        if _complete(output / _name(cell, cells))
-    ]
+    folders = [folder for cell in cells if _complete(folder := output / _name(cell, cells))]
+    runs = [read_json(folder / "run.json", _Run, "run it again in another folder") for folder in folders]
     if not runs:
         return "No run is complete."
     told = {
-        f"{run['data']['train_images']:,} training images ({for_markdown(run['data']['name'])}), {run['hardware']}, commit {run['commit'][:12]}"
-        for run in runs
+        f"{run.data.train_images:,} training images of {run.data.name}, {run.hardware}, commit {run.commit[:12]}" for run in runs
     }
-    return "; ".join(sorted(told)) + "."
+    return for_markdown(redact("; ".join(sorted(told)))) + "."
 
 
 def _error(values: Sequence[float]) -> float:

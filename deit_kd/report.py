@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,12 @@ from deit_kd.data import EvaluationLoader, Placement, open_source
 from deit_kd.data.imagenet import Examination, open_benchmark
 from deit_kd.data.loader import SKIPPED
 from deit_kd.data.sources import Split, open_folder_to_evaluate
+from deit_kd.documents import MEGABYTE, Document, read_json
 from deit_kd.errors import UserError
-from deit_kd.files import write_json, write_text
+from deit_kd.files import clear, optional, write_json, write_text
 from deit_kd.models import Distiller, StudentOutput, Teacher, load_student, load_teacher
 from deit_kd.models.taps import TimmModel
+from deit_kd.outputs import claimed
 from deit_kd.text import for_markdown, for_terminal, redact_path
 
 BINS = 15  # of confidence, for the calibration error
@@ -248,10 +251,30 @@ def describe(title: str, report: dict[str, Any]) -> str:
 def write(folder: Path, title: str, report: dict[str, Any], names: Sequence[str]) -> None:
     """report.json, report.md and report.png; the confusion matrix in JSON up to 100 classes."""
     folder.mkdir(parents=True, exist_ok=True)
+    clear(folder)
     kept = {key: value for key, value in report.items() if key not in ("confusion", "answers") or len(names) <= 100}
     write_json(folder / "report.json", kept, indent=1)
     write_text(folder / "report.md", describe(title, report))
-    plot_report(report, names, folder / "report.png")
+    with optional(f"writing {folder / 'report.png'}"):
+        plot_report(report, names, folder / "report.png")
+
+
+class _Report(Document):
+    """What every report.json and summary.json has."""
+
+    architecture: str
+    parameters: int
+    top1: float
+
+
+def _is_report(folder: Path) -> bool:
+    """Whether a folder holds a report, or one of parts, that `evaluate` wrote."""
+    found = [folder / "summary.json", folder / "report.json", *folder.glob("*/*/report.json")]  # ImageNet-C: corruption, severity
+    for file in (file for file in found if file.is_file()):
+        with suppress(UserError):
+            read_json(file, _Report, "", 256 * MEGABYTE)
+            return True
+    return False
 
 
 def evaluate(
@@ -310,19 +333,17 @@ def evaluate(
         "device": str(device),
         "versions": {"torch": torch.__version__, "timm": timm.__version__},
     }
-    found = {}
-    for part, examination in parts.items():
-        measured = examine(model, examination, device, teacher=asked, bar=part or "evaluating", **settings)
-        found[part] = {**facts, "data": examination.source.name, **measured}
-        title = f"{facts['weights']} on {benchmark or examination.source.name}{f', {part}' if part else ''}"
-        write(folder / part, title, found[part], examination.source.class_names)
-        print(
-            f"{for_terminal(part):<24} top-1 {measured['top1']:6.2f} %"
-            if part
-            else describe(title, measured).split("\n| class |")[0].strip()
-        )
-    if len(found) > 1:
-        summary = corruption_errors(found)
-        top1 = {part: each["top1"] for part, each in found.items()}
-        write_json(folder / "summary.json", {**facts, **summary, "parts": top1}, indent=1)
-        print("  ".join(f"{name} {value:.2f}" for name, value in summary.items()))
+    with claimed(folder, "deit-kd evaluate", _is_report):
+        found = {}
+        for part, examination in parts.items():
+            measured = examine(model, examination, device, teacher=asked, bar=part or "evaluating", **settings)
+            found[part] = {**facts, "data": examination.source.name, **measured}
+            title = f"{facts['weights']} on {benchmark or examination.source.name}{f', {part}' if part else ''}"
+            write(folder / part, title, found[part], examination.source.class_names)
+            row = f"{for_terminal(part):<24} top-1 {measured['top1']:6.2f} %"
+            print(row if part else describe(title, measured).split("\n| class |")[0].strip())
+        if len(found) > 1:
+            summary = corruption_errors(found)
+            top1 = {part: each["top1"] for part, each in found.items()}
+            write_json(folder / "summary.json", {**facts, **summary, "parts": top1}, indent=1)
+            print("  ".join(f"{name} {value:.2f}" for name, value in summary.items()))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import ctypes
-import json
 import math
 import os
 import shutil
@@ -15,13 +14,16 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
+from deit_kd.documents import MEGABYTE, read_json
 from deit_kd.errors import UserError
+from deit_kd.files import optional, write_json
 from deit_kd.models import AnyTeacher, Teacher
 from deit_kd.models.folding import fold_batch_norms
 from deit_kd.recipe import Run
@@ -180,10 +182,7 @@ def _faster(teacher: Teacher, images: Tensor) -> str:
     key = (
         f"{teacher.info.sha256[:16]} {tuple(images.shape)} {teacher.dtype} {torch.cuda.get_device_name()} torch {torch.__version__}"
     )
-    try:
-        known = json.loads(file.read_text())
-    except (OSError, ValueError):
-        known = {}
+    known = _known_layouts(file)
     if key not in known:
         seconds = {}
         for layout in FORMATS:
@@ -196,12 +195,18 @@ def _faster(teacher: Teacher, images: Tensor) -> str:
             torch.cuda.synchronize()
             seconds[layout] = time.perf_counter() - start
         known[key] = min(seconds, key=lambda layout: seconds[layout])
-        try:
+        with optional(f"remembering layouts of teachers in {file}"):  # else they are measured again next time
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(known, indent=1) + "\n")
-        except OSError:  # a home that may not be written: it is measured again next time
-            pass
+            write_json(file, known, 1)
     return known[key]
+
+
+def _known_layouts(file: Path) -> dict[str, str]:
+    """What earlier runs measured; nothing where the file is not there or damaged."""
+    try:
+        return dict(read_json(file, dict[str, Literal["contiguous", "channels_last"]], "it is measured again", MEGABYTE))
+    except UserError:
+        return {}
 
 
 def _lay_out(teacher: Teacher, layout: str) -> None:

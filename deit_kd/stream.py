@@ -21,6 +21,7 @@ from deit_kd.files import sha256
 from deit_kd.models import CachedTeacher
 from deit_kd.models.loading import file_of
 from deit_kd.recipe import Recipe, flatten
+from deit_kd.text import for_terminal
 
 # Where data come from and how labels are smoothed changes no image; the data themselves are compared.
 NO_MATTER = ("data.source", "data.num_classes", "data.train_images", "data.label_column", "augmentation.label_smoothing")
@@ -101,7 +102,8 @@ def must_agree(folder: Path, cached: Mapping[str, Any], wanted: Mapping[str, Any
     if None in (cached.get(optional), wanted.get(optional)):
         passed = (*passed, optional)
     different = [name for name in names if name not in passed and cached.get(name) != wanted.get(name)]
-    told = [f"{name} was {_short(cached.get(name))}, is {_short(wanted.get(name))}" for name in different]
+    told = [f"{_short(name)} was {_short(cached.get(name))}, is {_short(wanted.get(name))}" for name in different[:8]]
+    told += [f"{len(different) - 8} more"] if len(different) > 8 else []
     if told:
         raise UserError(f"teacher.cache={folder}: was made for another stream or teacher ({'; '.join(told)}); {remedy}")
 
@@ -115,7 +117,7 @@ def must_fit(teacher: CachedTeacher, recipe: Recipe, loader: TrainLoader, autoca
     remedy = "cache this recipe into another folder, or set these as they were"
     must_agree(teacher.folder, teacher.manifest["stream"], describe(recipe, loader, autocast), remedy)
     ours, theirs = versions(), teacher.manifest["versions"]
-    if other := [f"{name} {theirs.get(name)}, here {ours[name]}" for name in PACKAGES if ours[name] != theirs.get(name)]:
+    if other := [f"{name} {_short(theirs.get(name))}, here {ours[name]}" for name in PACKAGES if ours[name] != theirs.get(name)]:
         warn(f"teacher.cache={teacher.folder}: was made with {'; '.join(other)}, whose images may differ a little")
 
 
@@ -129,5 +131,5 @@ def of_validation(recipe: Recipe, source: Source) -> dict[str, Any]:
 
 
 def _short(value: Any) -> str:
-    text = str(value)
+    text = for_terminal(str(value)[:10_000])
     return text if len(text) <= 70 else f"{text[:60]}... ({len(text)} characters)"

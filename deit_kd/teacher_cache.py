@@ -10,6 +10,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from deit_kd.evaluation import measure
 from deit_kd.files import sha256, write_tensors
 from deit_kd.models import Teacher, cached_teacher, teacher_formats
 from deit_kd.models.teacher_formats import Basis
+from deit_kd.outputs import claimed
 from deit_kd.recipe import Recipe
 from deit_kd.seed import derive_seed
 
@@ -73,13 +75,48 @@ def write_cache(
     if recipe.finetune is not None and recipe.finetune.holdout:
         train, _ = hold_out(train, recipe.finetune.holdout, derive_seed(recipe.seed, "holdout"))
     teacher_formats.check(*formats, teacher.width, teacher.num_classes)
+    with ExitStack() as held:
+        _claim(folder, held, accelerator)
+        _write(recipe, teacher, (train, val), folder, accelerator, views, formats, ran, device_batch_size, shard_bytes)
+
+
+def _claim(folder: Path, held: ExitStack, accelerator: Accelerator) -> None:
+    """The first process holds the folder, and all end where it cannot."""
+    faults: list[str | None] = [None]
+    if accelerator.is_main_process:
+        try:
+            held.enter_context(claimed(folder, "deit-kd cache-teacher", _is_cache))
+        except UserError as error:
+            faults = [str(error)]
+    broadcast_object_list(faults)
+    if faults[0] is not None:
+        raise UserError(faults[0])
+
+
+def _is_cache(folder: Path) -> bool:
+    return (folder / "manifest.json").exists() and bool(cached_teacher.read_manifest(folder))
+
+
+def _write(
+    recipe: Recipe,
+    teacher: Teacher,
+    sources: tuple[Source, Source],
+    folder: Path,
+    accelerator: Accelerator,
+    views: int,
+    formats: tuple[str, str],
+    ran: str,
+    device_batch_size: int | None,
+    shard_bytes: int,
+) -> None:
+    """`write_cache` in a folder that is claimed; `sources` without what is held out."""
+    train, val = sources
     here = placement(recipe, accelerator, accelerator.print)
     loader = _whole_batches(recipe, train, here, device_batch_size)
     identity = stream.describe(recipe, loader, accelerator.mixed_precision)
     is_new = [not (folder / "manifest.json").exists()]
     broadcast_object_list(is_new)  # the first process makes it while others may still be looking
     if is_new[0]:
-        folder.mkdir(parents=True, exist_ok=True)
         manifest: dict[str, Any] = {
             "format": cached_teacher.FORMAT,
             "teacher": teacher.info.told(),
@@ -97,7 +134,7 @@ def write_cache(
         }
         if accelerator.is_main_process:
             manifest |= _measured(teacher, loader, formats, folder, accelerator, shard_bytes)
-            _tell(manifest, cached_teacher.shards(manifest), folder, accelerator)
+            _tell(manifest, list(cached_teacher.shards(manifest)), folder, accelerator)
         manifest["accuracy"] = _accuracy(recipe, teacher, val, here, loader.micro_batch_size, accelerator)
         if accelerator.is_main_process:
             cached_teacher.write_manifest(folder, manifest)
@@ -177,10 +214,7 @@ def _measured(
         told["basis_sha256"] = sha256(folder / "basis.safetensors")
     others = slice(fitted if len(features) - fitted > 1 else 0, None)
     rows = teacher_formats.encode(features, logits, formats, basis)
-    if not all(value.isfinite().all() for value in rows.values()):
-        raise UserError(
-            f"teacher {teacher.info.name}: its answers do not fit --features {formats[0]} --logits {formats[1]}; use float32"
-        )
+    _must_be_finite(rows, teacher, formats)
     row_bytes = sum(value.numel() * value.element_size() for value in rows.values()) // len(features)
     return {
         "bytes_per_image": row_bytes,
@@ -191,9 +225,16 @@ def _measured(
     }
 
 
+def _must_be_finite(rows: dict[str, Tensor], teacher: Teacher, formats: tuple[str, str]) -> None:
+    if not all(value.isfinite().all() for value in rows.values()):
+        raise UserError(
+            f"teacher {teacher.info.name}: its answers do not fit --features {formats[0]} --logits {formats[1]}; use float32"
+        )
+
+
 def _missing(manifest: dict[str, Any], folder: Path, accelerator: Accelerator) -> list[tuple[int, int]]:
     """(view, first step) of every file that is missing or damaged, the same list on all processes; each looks at its share."""
-    mine = cached_teacher.shards(manifest)[accelerator.process_index :: accelerator.num_processes]
+    mine = list(cached_teacher.shards(manifest))[accelerator.process_index :: accelerator.num_processes]
     quiet = None if accelerator.is_main_process else True
     found = [
         (view, first)
@@ -218,7 +259,7 @@ def _tell(manifest: dict[str, Any], todo: list[tuple[int, int]], folder: Path, a
         f"teacher {manifest['teacher']['name']}, {manifest['views']} views of {images:,} images\n"
         f"stored  features {manifest['features']}, logits {manifest['logits']}: {row:,} bytes an image, "
         f"{manifest['views'] * images * row / 1e9:,.3g} GB; lost in it, as measured: {lost}\n"
-        f"to do   {len(todo):,} of {len(cached_teacher.shards(manifest)):,} files, {left * row / 1e9:,.3g} GB, about {hours:,.2g} hours "
+        f"to do   {len(todo):,} of {sum(1 for _ in cached_teacher.shards(manifest)):,} files, {left * row / 1e9:,.3g} GB, about {hours:,.2g} hours "
         f"on {processes} process{'es' if processes > 1 else ''}",
         flush=True,
     )
@@ -253,6 +294,7 @@ def _write_shards(
                 pieces.append(teacher_formats.encode(features, logits, formats, basis))
                 bar.update(len(features))
             rows = {name: torch.cat([piece[name] for piece in pieces]).cpu() for name in pieces[0]}
+            _must_be_finite(rows, teacher, formats)
             write_tensors(rows, cached_teacher.shard_file(folder, view, first), cached_teacher.shard_metadata(rows, view, first))
     accelerator.wait_for_everyone()
     accelerator.print(f"{folder}: whole; train with teacher.cache={folder}")

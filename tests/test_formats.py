@@ -62,9 +62,14 @@ def test_programs_take_any_batch(folder: Path, capsys: pytest.CaptureFixture[str
         (found,) = session.run(None, {"images": images[part].numpy()})
         torch.testing.assert_close(torch.from_numpy(found), expected[part], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(program(images[part]), expected[part], rtol=1e-4, atol=1e-5)
+    written = (folder / "model.onnx").stat().st_mtime_ns
+    main(["export", str(folder), "--format", "onnx"])
+    assert "model.onnx: is there already, whole; logits differ by" in capsys.readouterr().out
+    assert (folder / "model.onnx").stat().st_mtime_ns == written
+    (folder / "model.pt2").write_text("of others")
     with pytest.raises(SystemExit):
-        main(["export", str(folder), "--format", "onnx"])
-    assert "is there already" in capsys.readouterr().err
+        main(["export", str(folder), "--format", "torch-export"])
+    assert "is there already, and is not what this command makes" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["fp16", "bf16"])

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import csv
+import errno
+import fcntl
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import killing
 import pytest
 from conftest import ROOT, SMALL
 
+from deit_kd import analysis  # noqa: F401  # here, not in each forked child
 from deit_kd import recipe as recipes
 from deit_kd.cli import main
 from deit_kd.errors import UserError
-from deit_kd.grid import _cells, _name, run_grid
+from deit_kd.grid import _cells, _held, _name, run_grid
 
 AXES = ["distill.power=2,4", "seed=0,1"]
 QUICK = [*SMALL, "epochs=1", "optim.warmup_epochs=0", "teacher.name=resnet10t", "teacher.weights=random"]
@@ -83,3 +90,75 @@ def test_the_verbs_start_at_once() -> None:
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error:")
     assert "did you mean quickstart" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def orphaned(fashion_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str], str]:
+    """A grid that was killed while its first run trained, and given again: its folder, its words, what the second said."""
+    output = tmp_path_factory.mktemp("orphaned") / "grid"
+    words = ["grid", "quickstart", "distill.power=2,4", *QUICK, "--data", str(fashion_folder), "--output", str(output)]
+    first = subprocess.Popen(
+        [sys.executable, "-m", "deit_kd", *words], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while first.poll() is None and not (output / "power=2.log").exists():
+        time.sleep(0.05)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    with (output / "power=2.lock").open("a") as lock, pytest.raises(BlockingIOError):
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    done = subprocess.run([sys.executable, "-m", "deit_kd", *words], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return output, words, done.stderr
+
+
+def test_a_run_that_outlives_its_grid_is_waited_for(orphaned: tuple[Path, list[str], str]) -> None:
+    output, _, said = orphaned
+    assert "power=2: another process runs it" in said
+    assert "waiting for 1 run of another process, power=2" in said
+    assert "power=2 is complete" in said
+    assert (output / "power=2.log").read_text().count("steps   ") == 1, "it was not begun again"
+    assert [row["n"] for row in csv.DictReader((output / "grid.csv").open())] == ["1", "1"]
+
+
+def test_a_grid_that_is_killed_before_each_change_ends_alike(orphaned: tuple[Path, list[str], str]) -> None:
+    output, words, _ = orphaned
+    tables = {name: (output / name).read_bytes() for name in ("grid.csv", "grid.md", "grid.png")}
+    for path in {*output.glob("grid.*"), *output.glob("*.lock"), *output.glob(".*")}:
+        path.unlink()
+    moments = 0
+    for moment, killed in killing.each_moment(lambda: main(words), output):
+        ended = killing.run(lambda: main(words), output)
+        assert ended.code == 0, ended.printed
+        assert {name: (output / name).read_bytes() for name in tables} == tables, (moment, killed.changes[-1])
+        assert not list(output.glob(".grid*")), "nothing half-written stays"
+        moments += 1
+    assert moments > 8
+
+
+def test_a_grid_leaves_alone_what_others_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["grid", "quickstart", "seed=0", "teacher.name=nonsense", "--output", str(tmp_path / "grid")]
+    (tmp_path / "grid/a run").mkdir(parents=True)
+    for name, told in (("notes", "holds a run, notes, which"), ("a run/recipe.yaml", ""), ("grid.csv", "holds grid.csv, which")):
+        (tmp_path / "grid" / name).write_text("of others")
+        with pytest.raises(SystemExit):
+            main(words)
+        error = capsys.readouterr().err
+        assert f"{told} deit-kd grid did not make; give another --output" in error if told else "1 of 1 runs failed" in error
+        assert (tmp_path / "grid" / name).read_text() == "of others"
+        for path in (tmp_path / "grid").glob("*seed*"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        (tmp_path / "grid/grid.md").unlink(missing_ok=True)
+        (tmp_path / "grid/grid.csv").unlink(missing_ok=True)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="is no folder"):
+        run_grid("quickstart", ["seed=0"], tmp_path / "file", None, 1)
+
+
+def test_a_disk_without_locks_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with _held(tmp_path / "lock", None) as lock:
+        assert lock is not None
+    assert f"{tmp_path}: this disk has no locks (Function not implemented)" in capsys.readouterr().err

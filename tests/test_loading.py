@@ -320,8 +320,10 @@ def test_convert(conv_stem: nn.Module, tmp_path: Path, capsys: pytest.CaptureFix
     main(["convert", str(tmp_path / "more.pth"), str(tmp_path / "more")])
     assert "unexpected queue" in capsys.readouterr().out
     assert torch.equal(deit_kd.load_student(tmp_path / "more")(images()), conv_stem(images()))
+    main(["convert", str(source), str(tmp_path / "folder"), "--class-names", str(tmp_path / "names.txt")])
+    assert "unchanged  " in capsys.readouterr().out
     for arguments, message in (
-        ([source, tmp_path / "folder"], "is there already"),
+        ([source, tmp_path / "folder"], "is there already, and is not what this command makes"),
         ([tmp_path / "none.pth", tmp_path / "x"], "no such file"),
         ([source, tmp_path / "x", "--class-names", source], "cannot be read"),
         ([source, tmp_path / "x", "seed=1"], "unrecognized arguments: seed=1"),

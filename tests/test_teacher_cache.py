@@ -74,7 +74,7 @@ def exact(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_task(
     data: Path, cache: Path | None, folder: Path, *overrides: str, device_batch_size: int | None = None
 ) -> Classification:
-    recipe = recipes.load("quickstart", [*SIZE, f"teacher.cache={json.dumps(cache and str(cache))}", *overrides])
+    recipe = recipes.load("quickstart", [*SIZE, f"teacher.cache={cache or 'null'}", *overrides])
     accelerator = Accelerator(cpu=True)
     sources = build.open_data(recipe, data)
     teachers = build.build_teachers(recipe, sources[0].class_names)

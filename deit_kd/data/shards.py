@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
-import json
 import os
-import shutil
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,12 +14,13 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from deit_kd.data import folders, shard_index
+from deit_kd.data import folders, packed, shard_index
 from deit_kd.data.decode import ORIENTATION, decode_image, orientation, read_picture
 from deit_kd.data.folder_source import FileSource, FolderSource
 from deit_kd.data.sources import Source, Split, open_source
 from deit_kd.errors import UserError
-from deit_kd.files import warn
+from deit_kd.files import warn, write_json
+from deit_kd.outputs import replace, workspace
 from deit_kd.text import for_terminal
 
 INDEX = "index_{split}.npz"  # where each image lies; made by `pack`, and by reading the shards through where it is not there
@@ -84,34 +83,35 @@ def open_shards(data: Path | None, split: Split, label_column: str | None = None
     return ShardSource(data, split, label_column)
 
 
-def pack(data: Path, output: Path, short_side: int | None, shard_bytes: int) -> None:
+def pack(data: Path, output: Path, short_side: int | None, shard_bytes: int) -> bool:
     """Writes the shards of an image folder's two splits: whole, or not at all.
 
     Args:
         data: as `image_folder` takes it.
-        output: a folder that is not there yet.
+        output: a folder to make; shards that this command made of these images are kept.
         short_side: pixels to which larger images are shrunk, as JPEG of quality 95; None copies the files as they are.
         shard_bytes: where a shard ends.
 
+    Returns:
+        Whether all of it was there already.
+
     Raises:
-        UserError: `output` is there, or an image that is to be shrunk cannot be read.
+        UserError: `output` holds something else, or an image that is to be shrunk cannot be read.
     """
-    if output.exists():
-        raise UserError(f"--output {output}: is there already; give another, or remove it")
-    temporary = output.with_name(f".{output.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        splits: tuple[Split, Split] = ("train", "val")
-        for split in splits:
-            source = open_source("image_folder", data, split)
+    splits: tuple[Split, Split] = ("train", "val")
+    sources = {split: open_source("image_folder", data, split) for split in splits}
+    asked = packed.asked_for(data, sources, short_side, shard_bytes)
+    with workspace(output, "deit-kd pack") as made:
+        if packed.is_whole(output, asked):
+            return True
+        made.mkdir()
+        for split, source in sources.items():
             assert isinstance(source, FolderSource)
-            (temporary / "classes.json").write_text(json.dumps(list(source.class_names)))
-            _write_split(source, split, temporary, short_side, shard_bytes)
-        temporary.rename(output)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+            write_json(made / "classes.json", list(source.class_names), None)
+            _write_split(source, split, made, short_side, shard_bytes)
+        packed.note(made, asked)
+        replace(made, output)
+    return False
 
 
 def _write_split(source: FolderSource, split: Split, folder: Path, short_side: int | None, shard_bytes: int) -> None:

@@ -9,21 +9,82 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 import torch
+from pydantic import Field, model_validator
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from deit_kd.documents import MEGABYTE, Document, must_be_a_file, parse_json, read_bytes, short
 from deit_kd.errors import UserError
+from deit_kd.files import sha256, write_json
+from deit_kd.models import teacher_formats
 from deit_kd.models.teacher import Teacher, TeacherInfo, TeacherOutput
 from deit_kd.models.teacher_formats import Basis, decode
+from deit_kd.text import for_terminal
 
 FORMAT = 1  # of the folder
+HEADER = 64_000  # bytes, at most, before the numbers of a file of rows
+REMEDY = "cache the teacher anew, into another folder"
 AGAIN = "give the deit-kd cache-teacher command again, which writes what is missing or damaged"
+
+
+_Count = Annotated[int, Field(ge=1, le=10**7)]
+_Numbers = dict[Annotated[str, Field(max_length=100)], float]
+
+
+class Told(Document):
+    """What a manifest says of the teacher; see `TeacherInfo`."""
+
+    name: str
+    weights: str
+    sha256: Annotated[str, Field(max_length=64)]
+    license: str
+    parameters: Annotated[int, Field(ge=0)]
+    num_classes: Annotated[int, Field(ge=1, le=10**6)]
+    label_names: list[str] | None
+
+
+class Manifest(Document):
+    """manifest.json."""
+
+    format: Literal[1]
+    own_sha256: str
+    teacher: Told
+    ran: str = ""
+    img_size: Annotated[int, Field(ge=1, le=10**5)] | None
+    width: Annotated[int, Field(ge=1, le=10**6)]
+    views: Annotated[int, Field(ge=1, le=10**5)]
+    features: Annotated[str, Field(pattern=f"^({teacher_formats.FEATURES})$")]
+    logits: Annotated[str, Field(pattern=f"^({teacher_formats.LOGITS})$")]
+    basis_sha256: str | None = None
+    global_batch_size: _Count
+    steps_per_epoch: _Count
+    steps_per_shard: _Count
+    bytes_per_image: _Count
+    seconds_per_image: Annotated[float, Field(ge=0)]
+    errors: _Numbers
+    accuracy: _Numbers = {}
+    validation: dict[str, Any] = {}
+    stream: dict[str, Any]
+    versions: dict[str, str]
+
+    @model_validator(mode="after")
+    def _fits(self) -> Manifest:
+        number = self.teacher.num_classes
+        if teacher_formats.number_of(self.features) > self.width or teacher_formats.number_of(self.logits) >= number:
+            raise ValueError(
+                f"features {self.features}, logits {self.logits} do not fit {self.width} features and {number} classes"
+            )
+        if self.features == self.logits == "none":
+            raise ValueError("it holds neither features nor logits")
+        return self
 
 
 class CachedTeacher(nn.Module):
@@ -45,7 +106,8 @@ class CachedTeacher(nn.Module):
         super().__init__()
         self.folder, self.manifest = folder, read_manifest(folder)
         told = self.manifest["teacher"]
-        self.info = TeacherInfo(**told | {"label_names": told["label_names"] and tuple(told["label_names"])})
+        known = {field.name: told[field.name] for field in fields(TeacherInfo)}
+        self.info = TeacherInfo(**known | {"label_names": told["label_names"] and tuple(told["label_names"])})
         self.num_classes, self.width, self.img_size = self.info.num_classes, self.manifest["width"], self.manifest["img_size"]
         self.views: int = self.manifest["views"]
         self.taps = ("pooled",)
@@ -55,9 +117,8 @@ class CachedTeacher(nn.Module):
                     f"teacher.cache={folder}: holds no {name}, which the recipe compares; cache them into another folder"
                 )
         there = set(os.listdir(folder))
-        for view, first in shards(self.manifest):
-            if (name := shard_file(folder, view, first).name) not in there:
-                raise UserError(f"teacher.cache={folder}: {name} is missing; {AGAIN}")
+        if missing := next((name for name in map(_name_of, shards(self.manifest)) if name not in there), None):
+            raise UserError(f"teacher.cache={folder}: {missing} is missing; {AGAIN}")
         basis = read_basis(folder, self.manifest)
         self.register_buffer("basis_mean", None if basis is None else basis.mean, persistent=False)
         self.register_buffer("basis_components", None if basis is None else basis.components, persistent=False)
@@ -116,44 +177,39 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: it is not there, or not one that this version reads.
     """
-    try:
-        content: Any = json.loads((folder / "manifest.json").read_text())
-        if content["format"] != FORMAT:
-            reason = f"has format {content['format']}, this version reads {FORMAT}"
-        elif content.pop("own_sha256") == _own_hash(content):
-            return dict(content)
-        else:
-            reason = "manifest.json is damaged"
-    except FileNotFoundError:
-        reason = "has no manifest.json; deit-kd cache-teacher makes one"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = f"manifest.json cannot be read ({error})"
-    raise UserError(f"teacher.cache={folder}: {reason}")
+    file = folder / "manifest.json"
+    if not os.path.lexists(file):
+        raise UserError(f"teacher.cache={folder}: has no manifest.json; deit-kd cache-teacher makes one")
+    content = read_bytes(file, REMEDY, 16 * MEGABYTE)
+    parse_json(content, str(file), Manifest, REMEDY)
+    manifest: dict[str, Any] = json.loads(content)
+    if manifest.pop("own_sha256") != _own_hash(manifest):
+        raise UserError(f"teacher.cache={folder}: manifest.json is damaged; {REMEDY}")
+    return {"ran": "", "validation": {}, "accuracy": {}, **manifest}  # of caches that were made before these were noted
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Writes manifest.json, whole or not at all."""
-    part = folder / ".manifest.json.tmp"
-    with part.open("w") as writing:
-        writing.write(json.dumps({**manifest, "own_sha256": _own_hash(manifest)}, indent=1) + "\n")
-        writing.flush()
-        os.fsync(writing.fileno())
-    part.replace(folder / "manifest.json")
+    """Writes manifest.json."""
+    write_json(folder / "manifest.json", {**manifest, "own_sha256": _own_hash(manifest)}, indent=1)
 
 
 def _own_hash(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def shards(manifest: Mapping[str, Any]) -> list[tuple[int, int]]:
+def shards(manifest: Mapping[str, Any]) -> Iterator[tuple[int, int]]:
     """(view, first step) of every file of rows."""
     firsts = range(0, manifest["steps_per_epoch"], manifest["steps_per_shard"])
-    return [(view, first) for view in range(manifest["views"]) for first in firsts]
+    return ((view, first) for view in range(manifest["views"]) for first in firsts)
+
+
+def _name_of(shard: tuple[int, int]) -> str:
+    return f"view_{shard[0]:03d}_steps_{shard[1]:06d}.safetensors"
 
 
 def shard_file(folder: Path, view: int, first: int) -> Path:
     """Where the rows of a shard are."""
-    return folder / f"view_{view:03d}_steps_{first:06d}.safetensors"
+    return folder / _name_of((view, first))
 
 
 def shard_steps(manifest: Mapping[str, Any], first: int) -> int:
@@ -172,31 +228,67 @@ def shard_metadata(rows: Mapping[str, Tensor], view: int, first: int) -> dict[st
 
 def read_shard(file: Path, manifest: Mapping[str, Any], view: int, first: int) -> dict[str, Tensor] | str:
     """Rows of a shard, mapped into memory; or what is wrong with them."""
+    formats, classes = (manifest["features"], manifest["logits"]), manifest["teacher"]["num_classes"]
+    layout = teacher_formats.layout(formats, manifest["width"], classes)
+    count = shard_steps(manifest, first) * manifest["global_batch_size"]
+    size = count * sum(dtype.itemsize * math.prod(shape) for dtype, shape in layout.values())
+    if not os.path.lexists(file):
+        return "is missing"
+    if not file.is_file() or not size < file.stat().st_size <= size + HEADER:
+        return f"is damaged, or of another cache: it has not the size of {count:,} rows"
+    wanted = {name: (dtype, (count, *shape)) for name, (dtype, shape) in layout.items()}
+    rows = _read_tensors(file, wanted)
+    if isinstance(rows, str):
+        return f"is damaged, or of another cache: {rows}"
+    if _metadata(file) != shard_metadata(rows, view, first):
+        return "is damaged, or of another cache: its hash is not that of its rows"
+    chosen = rows.get("logits_class")
+    if chosen is not None and not 0 <= int(chosen.min()) <= int(chosen.max()) < classes:
+        return f"is damaged: it names classes beyond the teacher's {classes}"
+    return rows
+
+
+def _read_tensors(file: Path, wanted: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> dict[str, Tensor] | str:
+    """The tensors of a file that holds exactly these, finite; or what is wrong. Shapes are looked at before numbers are read."""
     try:
         with safe_open(file, "pt") as content:
-            rows = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118  # it is no mapping
-            stated = content.metadata()
+            names = set(content.keys())
+            if names != wanted.keys():
+                return f"it holds {short(sorted(names))}, not {sorted(wanted)}"
+            for name, (_, shape) in wanted.items():
+                if tuple(content.get_slice(name).get_shape()) != shape:
+                    return f"{name} is not of shape {shape}"
+            tensors = {name: content.get_tensor(name) for name in wanted}
     except (SafetensorError, OSError) as error:
-        return "is missing" if isinstance(error, FileNotFoundError) else f"is damaged ({error})"
-    count = shard_steps(manifest, first) * manifest["global_batch_size"]
-    if any(len(value) != count for value in rows.values()) or stated != shard_metadata(rows, view, first):
-        return "is damaged, or of another cache"
-    return rows
+        return for_terminal(str(error))[:200]
+    for name, (dtype, _) in wanted.items():
+        if tensors[name].dtype != dtype:
+            return f"{name} is {tensors[name].dtype}, not {dtype}"
+        if dtype.is_floating_point and not tensors[name].isfinite().all():
+            return f"{name} is not finite"
+    return tensors
+
+
+def _metadata(file: Path) -> dict[str, str] | None:
+    with safe_open(file, "pt") as content:
+        stated: dict[str, str] | None = content.metadata()
+        return stated
 
 
 def read_basis(folder: Path, manifest: Mapping[str, Any]) -> Basis | None:
     """The principal components of a cache that has some.
 
     Raises:
-        UserError: they are not there.
+        UserError: they are not there, or damaged.
     """
-    if not manifest["features"].startswith("pca:"):
+    rank, width = teacher_formats.number_of(manifest["features"]), manifest["width"]
+    if not rank:
         return None
     file = folder / "basis.safetensors"
-    try:
-        if hashlib.sha256(file.read_bytes()).hexdigest() != manifest["basis_sha256"]:
-            raise SafetensorError("other bytes than the manifest says")
-        with safe_open(file, "pt") as content:
-            return Basis(content.get_tensor("mean").clone(), content.get_tensor("components").clone())
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{file}: cannot be read ({error}); cache the teacher anew, into another folder") from None
+    must_be_a_file(file, REMEDY, 4 * width * (rank + 1) + HEADER)
+    found: dict[str, Tensor] | str = "other bytes than the manifest says"
+    if sha256(file) == manifest.get("basis_sha256"):
+        found = _read_tensors(file, {"mean": (torch.float32, (width,)), "components": (torch.float32, (rank, width))})
+    if isinstance(found, str):
+        raise UserError(f"{file}: cannot be read ({found}); {REMEDY}")
+    return Basis(found["mean"].clone(), found["components"].clone())

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from deit_kd.errors import UserError
 
+FEATURES, LOGITS = r"float32|bf16|int8|none|pca:[1-9]\d{0,5}", r"float32|full|none|top:[1-9]\d{0,5}"
 LOWEST = -1e4  # logarithm of a mass that is left when nothing is
 
 
@@ -40,9 +41,9 @@ def check(features: str, logits: str, width: int, num_classes: int) -> None:
     Raises:
         UserError: as it says.
     """
-    if not re.fullmatch(r"float32|bf16|int8|none|pca:[1-9]\d*", features) or number_of(features) > width:
+    if not re.fullmatch(FEATURES, features) or number_of(features) > width:
         raise UserError(f"--features {features}: must be float32, bf16, int8, none, or pca:R with R from 1 to the width, {width}")
-    if not re.fullmatch(r"float32|full|none|top:[1-9]\d*", logits) or (number_of(logits) and number_of(logits) >= num_classes):
+    if not re.fullmatch(LOGITS, logits) or (number_of(logits) and number_of(logits) >= num_classes):
         raise UserError(
             f"--logits {logits}: must be float32, full, none, or top:K with K below the number of classes, {num_classes}"
         )
@@ -66,6 +67,24 @@ def fit_basis(features: Tensor, rank: int) -> Basis:
     variances, vectors = variances.flip(0)[:rank], vectors.flip(1)[:, :rank]
     deviations = variances.clamp_min(1e-12 * variances[0].clamp_min(1e-300)).sqrt()
     return Basis(mean.float(), (vectors * deviations).T.float())
+
+
+def layout(formats: tuple[str, str], width: int, num_classes: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """(dtype, shape of a row) of each tensor that `encode` gives."""
+    features, logits = (name.partition(":")[0] for name in formats)
+    rows: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    if features == "int8":
+        rows |= {"features": (torch.int8, (width,)), "features_scale": (torch.float32, ())}
+    elif features == "pca":
+        rows["features"] = (torch.float16, (number_of(formats[0]),))
+    elif features != "none":
+        rows["features"] = ({"float32": torch.float32, "bf16": torch.bfloat16}[features], (width,))
+    if logits == "top":
+        top = (number_of(formats[1]),)
+        rows |= {"logits": (torch.float16, top), "logits_class": (torch.int16, top), "logits_left": (torch.float16, ())}
+    elif logits != "none":
+        rows["logits"] = ({"float32": torch.float32, "full": torch.float16}[logits], (num_classes,))
+    return rows
 
 
 def encode(features: Tensor, logits: Tensor, formats: tuple[str, str], basis: Basis | None) -> dict[str, Tensor]:

@@ -13,7 +13,8 @@ from deit_kd.errors import UserError
 from deit_kd.files import sha256, write_text
 from deit_kd.models.config_json import Labels
 from deit_kd.models.loading import build_found, read_student
-from deit_kd.release.export import save_student
+from deit_kd.outputs import settle, workspace
+from deit_kd.release.export import fill_folder
 from deit_kd.release.markdown import render
 
 CLASS_NAMES = "give a JSON list of the class names, or a text file with a name a line"
@@ -26,24 +27,23 @@ def convert(source: Path, folder: Path, class_names: Path | None = None) -> list
 
     Args:
         source: see `deit_kd.load_student`.
-        folder: must not be there.
+        folder: where to; what is there is kept, unless it is a part of the same.
         class_names: a JSON list, or a text file with a name a line; without it the folder says none.
 
     Returns:
         What was found, dropped and not known, a line each.
 
     Raises:
-        UserError: a file that cannot be read safely, or is of no student known here; a folder that is there; other class names.
+        UserError: a file that cannot be read safely, or is of no student known here; a folder of something else; other class names.
     """
-    if folder.exists():
-        raise UserError(f"{folder}: is there already; give another name, or remove it")
+    if source.is_dir():
+        raise UserError(f"{source}: is a folder, which timm loads as it is; give a file of weights")
     found = read_student(source)
     student = build_found(found)
     names = _class_names(class_names, student.num_classes)
     about = {"converted_from": source.name, "sha256": sha256(source)}
     size = student.patch_embed.img_size
     preprocessing = {"license": "unknown", "input_size": [3, *size]}
-    save_student(student, folder, preprocessing, found.arguments, names, about)
     parameters = sum(p.numel() for p in student.parameters())
     data = ModelCardData(
         license="unknown",
@@ -62,12 +62,16 @@ def convert(source: Path, folder: Path, class_names: Path | None = None) -> list
         command=f"deit-kd convert {source.name} {folder.name}",
         version=deit_kd.__version__,
     )
-    write_text(folder / "README.md", str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n")))
+    with workspace(folder, "deit-kd convert") as made:
+        made.mkdir()
+        fill_folder(student, made, preprocessing, found.arguments, names, about)
+        write_text(made / "README.md", str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n")))
+        before = settle(made, folder)
     return [
         f"student    {found.architecture}{f' with {found.arguments}' if found.arguments else ''}, {parameters:,} parameters",
         *[f"dropped    {key}, which training alone needs" for key in found.dropped],
         *[f"unexpected {key}, which {found.architecture} has not: left out" for key in found.unexpected],
-        f"written    {folder}: reloaded by timm, with the same logits",
+        f"{'unchanged ' if before else 'written   '} {folder}: {'is there already, whole; ' if before else ''}reloaded by timm, with the same logits",
     ]
 
 

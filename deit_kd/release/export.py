@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 from timm.models._hub import save_config_for_hf
 
 from deit_kd.errors import UserError
-from deit_kd.files import replace_folder, write_tensors
+from deit_kd.files import whole_folder, write_json, write_tensors
 from deit_kd.models.taps import TimmModel
 from deit_kd.recipe import Recipe
 from deit_kd.text import licence_name
@@ -25,7 +24,7 @@ PERMISSIVE = ("none, random weights", "apache-2.0", "mit", "bsd-3-clause")
 def export_student(
     student: TimmModel, folder: Path, recipe: Recipe, class_names: Sequence[str], teacher_licences: Sequence[object]
 ) -> None:
-    """Writes a run's student with `save_student`.
+    """Writes a run's student with `fill_folder`; replaces `folder` whole.
 
     Args:
         student: the bare timm model.
@@ -53,10 +52,11 @@ def export_student(
         "test_crop_pct": None,
         "pool_size": None,
     }
-    save_student(student, folder, preprocessing, arguments, class_names, {"recipe": "recipe.yaml"})
+    with whole_folder(folder) as temporary:
+        fill_folder(student, temporary, preprocessing, arguments, class_names, {"recipe": "recipe.yaml"})
 
 
-def save_student(
+def fill_folder(
     student: TimmModel,
     folder: Path,
     preprocessing: Mapping[str, Any],
@@ -64,11 +64,11 @@ def save_student(
     class_names: Sequence[str] | None,
     about: Mapping[str, Any],
 ) -> None:
-    """Writes model.safetensors and config.json so that timm and transformers load the student; replaces `folder` whole.
+    """Writes model.safetensors and config.json so that timm and transformers load the student, and compares what timm loads.
 
     Args:
         student: the bare timm model.
-        folder: where to; `timm.create_model("local-dir:FOLDER", pretrained=True)` loads it.
+        folder: where to; it is there. `timm.create_model("local-dir:FOLDER", pretrained=True)` loads it.
         preprocessing: of timm's pretrained_cfg, what differs from the architecture's own.
         arguments: of the architecture.
         class_names: [K] names, stored as label_names; None where nobody knows them.
@@ -77,17 +77,9 @@ def save_student(
     Raises:
         UserError: the reloaded model gives other logits.
     """
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        write_tensors(student.state_dict(), temporary / "model.safetensors")
-        _write_config(student, temporary / "config.json", preprocessing, arguments, class_names, about)
-        compare(student, temporary)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    replace_folder(temporary, folder)
+    write_tensors(student.state_dict(), folder / "model.safetensors")
+    _write_config(student, folder / "config.json", preprocessing, arguments, class_names, about)
+    compare(student, folder)
 
 
 def _write_config(
@@ -111,7 +103,7 @@ def _write_config(
     # transformers' TimmWrapper passes num_classes itself and fails on a second one.
     config.get("model_args", {}).pop("num_classes", None)
     config["pretrained_cfg"] = {key: value for key, value in config["pretrained_cfg"].items() if value is not None}
-    file.write_text(json.dumps(config, indent=2) + "\n")
+    write_json(file, config)
 
 
 def licence(of_teachers: Sequence[object]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import logging
 import shutil
 import warnings
@@ -12,17 +13,19 @@ import torch
 from torch import Tensor
 
 from deit_kd.errors import UserError
-from deit_kd.files import replace_folder, write_bytes, write_tensors
+from deit_kd.files import write_bytes, write_tensors
 from deit_kd.models import load_student
 from deit_kd.models.described import RELEASED, folder_of
 from deit_kd.models.taps import TimmModel
+from deit_kd.outputs import settle, workspace
 
+BESIDE = ("config.json", "README.md", "recipe.yaml", "metrics.jsonl", "LICENSE")  # weights, in a student's folder
 FORMATS = ("onnx", "torch-export", "fp16", "bf16")
 EXACT = 1e-4  # the largest difference of a logit that kernels of another library explain, relative to the largest logit
 
 
 @torch.inference_mode()
-def export(source: str, format_: str, output: Path | None) -> tuple[Path, float]:
+def export(source: str, format_: str, output: Path | None) -> tuple[Path, float, bool]:
     """Writes a student in another format: images [B,3,H,W] as its preprocessing gives them -> logits [B,K], the mean of its heads.
 
     Args:
@@ -31,32 +34,31 @@ def export(source: str, format_: str, output: Path | None) -> tuple[Path, float]
         output: the file or folder; None: beside the student, or in the current folder.
 
     Returns:
-        Where it is, and the largest difference of a logit, relative to the largest logit.
+        Where it is, the largest difference of a logit, relative to the largest logit, and whether the same was there already.
 
     Raises:
-        UserError: a package is missing, the output is there, or its logits differ.
+        UserError: a package is missing, something else is at the output, or its logits differ.
     """
     student = load_student(source)
-    folder = folder_of(source) or Path()
+    folder = folder_of(source)
     names = {"onnx": "model.onnx", "torch-export": "model.pt2"}
-    beside = Path() if RELEASED in folder.parents else folder
+    beside = Path() if folder is None or RELEASED in folder.parents else folder
     path = output or (beside / names[format_] if format_ in names else beside.parent / f"student_{format_}")
-    if path.exists():
-        raise UserError(f"{path}: is there already; give another --output, or remove it")
     shape = student.pretrained_cfg["input_size"]
     images = torch.randn(5, *shape, generator=torch.Generator().manual_seed(0))
     expected = student(images)
     write = {"onnx": _onnx, "torch-export": _torch_export}.get(format_)
-    if write is not None:
-        found = write(student, images, path)
-    else:
-        found = _halved(folder, {"fp16": torch.float16, "bf16": torch.bfloat16}[format_], path)(images)
-    difference = ((found - expected).abs().max() / expected.abs().max()).item()
-    if not difference < (EXACT if write else 0.05):
-        raise UserError(
-            f"{path}: gives other logits than the student (relative difference {difference:.2g}); it is left for you to look at"
-        )
-    return path, difference
+    with workspace(path, "deit-kd export") as made:
+        if write is not None:
+            found = write(student, images, made)
+        else:
+            found = _halved(folder, {"fp16": torch.float16, "bf16": torch.bfloat16}[format_], made)(images)
+        difference = ((found - expected).abs().max() / expected.abs().max()).item()
+        if not difference < (EXACT if write else 0.05):
+            raise UserError(
+                f"{source} as {format_}: gives other logits than the student (relative difference {difference:.2g}); nothing is written"
+            )
+        return path, difference, settle(made, path)
 
 
 def _onnx(student: TimmModel, images: Tensor, path: Path) -> Tensor:
@@ -92,23 +94,27 @@ def _torch_export(student: TimmModel, images: Tensor, path: Path) -> Tensor:
     for part in program.graph_module.modules():
         for node in part.graph.nodes if isinstance(part, torch.fx.GraphModule) else ():
             node.meta.pop("stack_trace", None)  # it holds the paths of this machine
-    torch.export.save(program, path)
+    memory = io.BytesIO()  # torch ends the process where it cannot write all to a file
+    torch.export.save(program, memory)
+    write_bytes(path, memory.getvalue())
     program = torch.export.load(path)
     reloaded = program.module()
     return torch.cat([reloaded(images[:-1]), reloaded(images[-1:])])
 
 
-def _halved(folder: Path, kind: torch.dtype, path: Path) -> TimmModel:
+def _halved(folder: Path | None, kind: torch.dtype, path: Path) -> TimmModel:
     """Computed in float32 from halved weights, as `load_student` does."""
     from safetensors.torch import load_file
 
-    if not (folder / "model.safetensors").is_file():
+    if folder is None or not (folder / "model.safetensors").is_file():
         raise UserError("fp16 and bf16 are folders, made of one with a model.safetensors; make one with deit-kd convert first")
-    temporary = path.with_name(f".{path.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(folder, temporary)
+    (path / "plots").mkdir(parents=True)
+    for file in (*(folder / name for name in BESIDE), *sorted((folder / "plots").glob("*.png"))):
+        if file.is_file():
+            shutil.copyfile(file, path / file.relative_to(folder))
+    if not any((path / "plots").iterdir()):
+        (path / "plots").rmdir()
     tensors = load_file(folder / "model.safetensors")
     halved = {name: value.to(kind) if value.is_floating_point() else value for name, value in tensors.items()}
-    write_tensors(halved, temporary / "model.safetensors")
-    replace_folder(temporary, path)
+    write_tensors(halved, path / "model.safetensors")
     return load_student(path)

@@ -1,0 +1,163 @@
+"""Where a command puts what it makes: it touches nothing of others, and does its work once, however often it is interrupted."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from deit_kd.errors import UserError
+from deit_kd.files import clear, flush, locked
+from deit_kd.text import for_terminal
+
+BLOCK = 1 << 20
+
+
+@contextmanager
+def workspace(output: Path, doing: str) -> Iterator[Path]:
+    """Gives a path beside `output` at which to make it, for `settle`; nobody else makes `output` meanwhile.
+
+    What an interrupted command left there is removed first, and all that is left there at the end.
+
+    Args:
+        output: the file or folder that is to be made.
+        doing: the command, for another process's message.
+
+    Raises:
+        UserError: another process makes it.
+    """
+    output = Path(os.path.abspath(output))
+    if not output.name:
+        raise UserError(f"{output}: is no name of a file or folder; give another")
+    room = output.with_name(f".{output.name}.tmp")
+    room.mkdir(parents=True, exist_ok=True)
+    with locked(room, doing, shown=output):
+        for left in room.iterdir():
+            if left.name != ".lock":
+                _remove(left)
+        try:
+            yield room / output.name
+        finally:
+            shutil.rmtree(room, ignore_errors=True)
+
+
+def settle(made: Path, output: Path) -> bool:
+    """Renames what a `workspace` made to `output`, on the disk; a part of it that is there already is replaced.
+
+    Returns:
+        Whether the same was there already.
+
+    Raises:
+        UserError: something else is there; it is left alone.
+    """
+    fault, there = _compare(made, output), os.path.lexists(output)
+    if fault:
+        raise UserError(
+            f"{output}: is there already, and is not what this command makes ({fault}); give another name, or remove it"
+        )
+    if there and not _is_shorter(made, output):
+        return True
+    replace(made, output)
+    return False
+
+
+def replace(made: Path, output: Path) -> None:
+    """Flushes what a `workspace` made and renames it to `output`; what is there goes only after that."""
+    for path in sorted(made.rglob("*")) if made.is_dir() else []:
+        flush(path)
+    flush(made)
+    before = made.with_name(".before")
+    if output.is_dir():
+        output.rename(before)
+    try:
+        made.replace(output)
+    except OSError:
+        if before.exists():
+            before.rename(output)
+        raise
+    flush(Path(os.path.abspath(output)).parent)
+
+
+@contextmanager
+def claimed(folder: Path, doing: str, is_ours: Callable[[Path], bool]) -> Iterator[None]:
+    """Makes `folder` and holds its lock while the block runs.
+
+    Args:
+        folder: to be made, or filled; it may be empty.
+        doing: the command.
+        is_ours: whether the command made what is in a folder that is not empty.
+
+    Raises:
+        UserError: the folder holds what the command did not make, or another process is at work in it.
+    """
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise UserError(f"{folder}: is no folder; give another --output")
+    names = sorted(set(os.listdir(folder)) - {".lock"}) if folder.is_dir() else []
+    if names and not _began(folder, doing) and not is_ours(folder):
+        told = for_terminal(", ".join(names[:3]))[:200]
+        raise UserError(f"{folder}: holds {told}{' ...' if names[3:] else ''}, which {doing} did not make; give another --output")
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder, doing):
+        clear(folder)
+        yield
+
+
+def _began(folder: Path, doing: str) -> bool:
+    """Whether this command was interrupted in `folder`: its lock file says so."""
+    try:
+        with (folder / ".lock").open("rb") as stream:
+            return stream.read(300).startswith(f"{doing} (process".encode())
+    except OSError:
+        return False
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def _compare(made: Path, there: Path) -> str | None:
+    """What `there` has that `made` has not; None if it is not there, equal, or a part: files are missing, or end too early."""
+    if not os.path.lexists(there):
+        return None
+    if not there.exists() or (there.is_symlink() and _is_shorter(made, there)):
+        return "a link"
+    if made.is_dir() != there.is_dir():
+        return "a folder" if there.is_dir() else "a file"
+    if made.is_file():
+        return None if there.is_file() and _begins_with(made, there) else "a file of other content"
+    for path in sorted(there.rglob("*")):
+        name = path.relative_to(there)
+        if not (made / name).exists():
+            return f"a folder that also holds {for_terminal(str(name))}"
+        if path.is_dir() and (made / name).is_dir():
+            continue
+        if not path.is_file() or not (made / name).is_file() or not _begins_with(made / name, path):
+            return f"a folder whose {for_terminal(str(name))} has other content"
+    return None
+
+
+def _is_shorter(made: Path, there: Path) -> bool:
+    """Whether files of `made` are missing `there`, or longer; of two that `_compare` took for each other's beginning."""
+    if made.is_file() or there.is_file():
+        return made.stat().st_size != there.stat().st_size
+    paths = [path.relative_to(made) for path in made.rglob("*")]
+    return any(
+        not (there / name).exists() or ((made / name).is_file() and (made / name).stat().st_size != (there / name).stat().st_size)
+        for name in paths
+    )
+
+
+def _begins_with(whole: Path, part: Path) -> bool:
+    """Whether a file begins with all bytes of another."""
+    if part.stat().st_size > whole.stat().st_size:
+        return False
+    with whole.open("rb") as ours, part.open("rb") as theirs:
+        while block := theirs.read(BLOCK):
+            if block != ours.read(len(block)):
+                return False
+    return True
