@@ -13,7 +13,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from timm.models import model_entrypoint
 
 from deit_kd import recipe as recipes
-from deit_kd.files import write_text
+from deit_kd.files import clear, write_text
 from deit_kd.recipe import Recipe
 from deit_kd.release.citations import bibtex, cited
 from deit_kd.release.export import licence
@@ -29,6 +29,7 @@ SIZES = r"_(?:tiny|small|medium|base|large|huge|giant|little|nano|micro)(?=_|$)"
 def write_card(run_folder: Path) -> Path:
     """Writes `student/README.md` of a run that has been evaluated, recipe and metrics beside it, and returns its path."""
     student = run_folder / "student"
+    clear(student)
     write_text(student / "recipe.yaml", recipes.dump(recipes.load(run_folder / "recipe.yaml"), redact_recipe))
     recipe = recipes.load(student / "recipe.yaml")
     run = _public(json.loads((run_folder / "run.json").read_text(encoding="utf-8")))
