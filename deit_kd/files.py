@@ -11,13 +11,15 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 import socket
+import stat
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError
@@ -25,18 +27,34 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from deit_kd.errors import UserError
+from deit_kd.text import for_terminal
 
 Tensors = Mapping[str, Tensor]
 FULL = (errno.ENOSPC, errno.EDQUOT)  # a disk that is full, or a user's share of it
-_CANNOT = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM, errno.EACCES, errno.EROFS)  # a disk that has no such operation
+_NO_FLUSH = (
+    errno.EINVAL,
+    errno.ENOSYS,
+    errno.ENOTSUP,
+    errno.EPERM,
+    errno.EACCES,
+    errno.EROFS,
+    errno.EBADF,
+)  # no such operation here
+_LEFT = re.compile(r"\.(.+)\.[0-9a-f]{8}\.(tmp|old)")  # what a killed write leaves
 _warned: set[str] = set()
+_locks: set[IO[str]] = set()
 
 
-def warn(text: str) -> None:
-    """Prints a line to stderr, the same line once; where nobody reads it any more, it is dropped."""
-    if text in _warned:
+def warn(text: str, once: str | None = None) -> None:
+    """Prints a line to stderr, the same line once; where nobody reads it any more, it is dropped.
+
+    Args:
+        text: the line.
+        once: lines with the same key count as the same.
+    """
+    if (once or text) in _warned:
         return
-    _warned.add(text)
+    _warned.add(once or text)
     with suppress(OSError, ValueError):  # a closed stream
         print(f"warning: {text}", file=sys.stderr, flush=True)
 
@@ -70,11 +88,14 @@ def write_json(file: Path, content: Any, indent: int | None = 2) -> None:
 
 
 def write_bytes(file: Path, content: bytes) -> None:
-    """Writes bytes whole or not at all; a file that already holds them is left alone.
+    """Writes bytes whole or not at all; a file that already holds them is left alone. A device or pipe just gets them.
 
     Raises:
         OSError: the disk is full or gone; the file is as it was.
     """
+    if file.exists() and not file.is_file() and not file.is_dir():
+        file.write_bytes(content)
+        return
     if file.is_file() and file.stat().st_size == len(content) and file.read_bytes() == content:
         return
     with whole(file) as part:
@@ -85,12 +106,19 @@ def write_bytes(file: Path, content: bytes) -> None:
 def whole(file: Path) -> Iterator[Path]:
     """Gives the path of a temporary file to write; when the block ends, it is flushed and renamed to `file`.
 
+    The file gets the mode that the user's umask gives to new files, whatever the block made of it.
+
     Raises:
         OSError: as the block, or the disk is full; `file` is as it was.
     """
-    part = _temporary(file)
+    part = _beside(file, "tmp")
     try:
+        part.touch(exist_ok=False)
+        mode = stat.S_IMODE(part.stat().st_mode)
         yield part
+        if stat.S_IMODE(part.stat().st_mode) != mode:  # safetensors makes files that only their owner can read
+            with optional(f"changing the mode of {file}"):
+                part.chmod(mode)
         flush(part)
         part.replace(file)
     except BaseException:
@@ -109,10 +137,10 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     Raises:
         OSError: as the block, or the disk is full; `folder` is as it was.
     """
-    part = _temporary(folder)
-    shutil.rmtree(part, ignore_errors=True)
+    make_folder(folder.parent)
+    part = _beside(folder, "tmp")
     try:
-        part.mkdir(parents=True)
+        part.mkdir()
         yield part
         for path in sorted(part.rglob("*")):
             flush(path)
@@ -121,17 +149,57 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a folder and those above it, on the disk.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    if folder.is_dir():
+        return
+    if not folder.parent.exists():
+        make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
     flush(folder.parent)
 
 
 def replace_folder(temporary: Path, final: Path) -> None:
-    """Renames `temporary` to `final`; what was there before goes only after that."""
-    before = final.with_name(f".{final.name}.before")
-    shutil.rmtree(before, ignore_errors=True)
-    if final.exists():
+    """Renames `temporary`, which is flushed, to `final`; what was there before goes only after that.
+
+    Raises:
+        OSError: it cannot be renamed; `final` is as it was.
+    """
+    before = _beside(final, "old")
+    there = final.exists()
+    if there:
         final.rename(before)
-    temporary.rename(final)
-    shutil.rmtree(before, ignore_errors=True)
+    try:
+        temporary.rename(final)
+    except OSError:
+        if there:
+            before.rename(final)
+        raise
+    flush(final.parent)
+    if there:
+        with optional(f"removing {before}"):
+            shutil.rmtree(before)
+
+
+def clear(folder: Path) -> None:
+    """Removes what killed writes left in a folder that this process alone writes; a replaced folder comes back if nothing took its place."""
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        left = _LEFT.fullmatch(path.name)
+        if left is None:
+            continue
+        with optional(f"clearing {path}"):
+            if left[2] == "old" and not (folder / left[1]).exists():
+                path.rename(folder / left[1])
+            elif path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
 
 def write_tensors(tensors: Tensors, file: Path, metadata: dict[str, str] | None = None) -> None:
@@ -151,12 +219,10 @@ def write_tensors(tensors: Tensors, file: Path, metadata: dict[str, str] | None 
             if number is None:
                 raise
             raise OSError(int(number[1]), os.strerror(int(number[1])), str(file)) from None
-        with optional(f"changing the mode of {file}"):
-            part.chmod(_new_file_mode())  # safetensors makes files that only their owner can read
 
 
 def flush(path: Path) -> None:
-    """Waits until a file or folder is on the disk. A folder that cannot be flushed, as on some network disks, is one warning.
+    """Waits until a file or folder is on the disk. Where the disk cannot say so, as some network disks of folders, is one warning.
 
     Raises:
         OSError: a file cannot be written to the disk.
@@ -169,11 +235,14 @@ def flush(path: Path) -> None:
         finally:
             os.close(descriptor)
     except OSError as error:
-        if not is_folder and error.errno not in _CANNOT:
+        if not is_folder and error.errno not in _NO_FLUSH:
             raise
-        warn(
-            f"{path.parent}: this disk cannot flush {'folders' if is_folder else 'files'} ({error.strerror}); a power cut may lose the newest"
-        )
+        what = "folders" if is_folder else "files"
+        with suppress(OSError):
+            warn(
+                f"{path if is_folder else path.parent}: this disk cannot flush {what} ({error.strerror}); a power cut may lose the newest",
+                once=f"{what} of disk {path.stat().st_dev}",
+            )
 
 
 def sha256(file: Path) -> str:
@@ -186,39 +255,77 @@ def sha256(file: Path) -> str:
 
 
 @contextmanager
-def locked(folder: Path, doing: str) -> Iterator[None]:
+def locked(folder: Path, doing: str, shown: Path | None = None) -> Iterator[None]:
     """Holds `folder/.lock` while the block runs, so that two processes never write one folder.
+
+    The system frees it when this process ends, however that happens; children do not hold it. The file is removed when the block ends
+    well.
 
     Args:
         folder: it must exist.
         doing: what this process does, for the other's message.
+        shown: what messages call the folder, if not by its own name.
 
     Raises:
         UserError: another process holds it.
+        OSError: the file cannot be made.
     """
     file = folder / ".lock"
-    with file.open("a+") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            stream.seek(0)
-            other = stream.read(300).strip() or "another process"
-            raise UserError(f"{folder}: is in use by {other}; wait for it, stop it, or give another --output") from None
-        except OSError as error:
-            warn(f"{folder}: this disk has no locks ({error.strerror}); make sure that no other process writes there")
+    stream = _open_lock(file, shown or folder)
+    _locks.add(stream)
+    try:
         with optional(f"writing {file}"):
             stream.truncate(0)
             stream.write(f"{doing} (process {os.getpid()} on {socket.gethostname()})\n")
             stream.flush()
         yield
+        with optional(f"removing {file}"):
+            if _is(file, stream):  # the folder may have been moved meanwhile
+                file.unlink()
+    finally:
+        _locks.discard(stream)
+        with suppress(OSError, ValueError):  # full disk
+            stream.close()
 
 
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.tmp")
+def _open_lock(file: Path, shown: Path) -> IO[str]:
+    """The open lock file, locked if the disk has locks."""
+    while True:
+        stream = file.open("a+", encoding="utf-8", errors="replace")
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            stream.seek(0)
+            other = for_terminal(stream.read(300).strip()) or "another process"
+            stream.close()
+            raise UserError(f"{shown}: is in use by {other}; wait for it, stop it, or give another --output") from None
+        except OSError as error:
+            warn(f"{shown}: this disk has no locks ({error.strerror}); make sure that no other process writes there")
+            return stream
+        if _is(file, stream):
+            return stream
+        stream.close()  # its holder ended and removed it between our opening and our locking
 
 
-def _new_file_mode() -> int:
-    """The mode that the user's umask gives to new files."""
-    umask = os.umask(0o077)  # the only way to read it is to set it
-    os.umask(umask)
-    return 0o666 & ~umask
+def _is(file: Path, stream: IO[str]) -> bool:
+    """Whether the open file is still the one of that name."""
+    try:
+        return os.path.samestat(file.stat(), os.fstat(stream.fileno()))
+    except OSError:
+        return False
+
+
+def _let_go() -> None:
+    """A forked child, such as a loader's worker, must not hold the lock of a parent that is killed."""
+    for stream in _locks:
+        with suppress(OSError, ValueError):
+            stream.close()
+    _locks.clear()
+
+
+os.register_at_fork(after_in_child=_let_go)
+
+
+def _beside(path: Path, kind: str) -> Path:
+    """A name beside `path` that nobody uses."""
+    return path.with_name(f".{path.name if kind == 'old' else path.name[:60]}.{secrets.token_hex(4)}.{kind}")
