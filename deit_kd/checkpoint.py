@@ -56,10 +56,15 @@ def save(folder: Path, step: int, parts: Mapping[str, Tensors], state: Mapping[s
             hashes[file.name] = sha256(file)
         content = {**state, "step": step, "sha256": hashes}
         (temporary / "state.json").write_text(json.dumps({**content, "own_sha256": _own_hash(content)}, indent=1))
-    for old in [path for path in _all(folder) if path != final][: -keep + 1 or None]:
+    prune(folder, final, keep)
+    return final
+
+
+def prune(folder: Path, last: Path, keep: int) -> None:
+    """Removes all checkpoints of `folder` but the newest `keep`, of which `last`, which is whole, is one."""
+    for old in [path for path in _all(folder) if path != last][: -keep + 1 or None]:
         with optional(f"removing {old}"):
             shutil.rmtree(old)
-    return final
 
 
 def set_aside_after(folder: Path, chosen: Path | None, warn: Callable[[str], None]) -> None:

@@ -117,8 +117,11 @@ def whole(file: Path) -> Iterator[Path]:
         mode = stat.S_IMODE(part.stat().st_mode)
         yield part
         if stat.S_IMODE(part.stat().st_mode) != mode:  # safetensors makes files that only their owner can read
-            with optional(f"changing the mode of {file}"):
+            try:
                 part.chmod(mode)
+            except OSError as error:
+                told = f"{file.parent}: this disk cannot change modes ({error.strerror}); only you can read some files there"
+                warn(told, once=f"modes of disk {part.stat().st_dev}")
         flush(part)
         part.replace(file)
     except BaseException:

@@ -10,6 +10,7 @@ from timm.utils import ModelEmaV3
 from deit_kd import analysis, release
 from deit_kd.classification import Classification
 from deit_kd.files import warn
+from deit_kd.text import for_terminal
 
 
 def write(
@@ -28,12 +29,14 @@ def write(
     licences += [task.origin["license"]] if task.recipe.finetune else []
     release.export_student(student, output / "student", task.recipe, class_names, licences)
     say(f"student {output / 'student'}")
-    for name, make, again in (("card", release.write_card, "deit-kd card"), ("plots", analysis.plot_run, "the same command")):
+    for name, make, again in (
+        ("card", release.write_card, f"deit-kd card {output}"),
+        ("plots", analysis.plot_run, "the same command"),
+    ):
         try:
             make(output)
         except Exception as error:  # a disk, a name, a licence, a font: the weights are worth more than their description
-            warn(
-                f"no {name}: {' '.join(str(error).split())[:300] or type(error).__name__}; the student is whole, {again} makes them again"
-            )
+            reason = for_terminal(" ".join(str(error).split())[:300]) or type(error).__name__
+            warn(f"no {name} ({reason}); the student is whole, make the {name} again with {again}")
         else:
             say(f"{name:<7} {output / ('student/README.md' if name == 'card' else 'plots')}")

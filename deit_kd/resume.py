@@ -94,7 +94,11 @@ def changes(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[dict[str, An
 
 
 def refuse(
-    fault: str, found: Sequence[Mapping[str, Any]], accepted: Collection[str], recorded: Sequence[Mapping[str, Any]], more: str = ""
+    fault: str,
+    found: Sequence[Mapping[str, Any]],
+    accepted: Collection[str],
+    recorded: Sequence[Mapping[str, Any]],
+    unreadable: Sequence[str] = (),
 ) -> None:
     """Ends the run unless each change is accepted, or was and is recorded.
 
@@ -103,7 +107,7 @@ def refuse(
         found: `changes`.
         accepted: keys that the user accepts now.
         recorded: changes that were accepted before.
-        more: what else to say.
+        unreadable: images, and what is wrong with them.
 
     Raises:
         UserError: every change that is not accepted, with both values and the way out.
@@ -115,8 +119,11 @@ def refuse(
     way = "give what it had, another --output, or --resume none to move that run aside"
     if all(may_change(key) for key in keys):
         wanted = dict.fromkeys([*sorted(accepted), *keys, *([TRAINING] if "data.on_bad_image" in keys else [])])
+        if unreadable:
+            wanted["data.on_bad_image"] = None
+            fault = f"{fault}: {'; '.join(unreadable[:3])}; remove it or set data.on_bad_image=skip, and see what follows"
         way += f"; or go on with it as it is now: add --accept-changes {','.join(wanted)}"
-    raise UserError(f"{fault} ({'; '.join(tell(change) for change in left[:5])}){more}; {way}")
+    raise UserError(f"{fault} ({'; '.join(tell(change) for change in left[:5])}); {way}")
 
 
 def may_change(key: str) -> bool:
@@ -148,7 +155,8 @@ def tell(change: Mapping[str, Any]) -> str:
     """A change in words."""
     key, was, now = change["key"], change["was"], change["now"]
     if isinstance(was, dict) and isinstance(now, dict):
-        return f"{key}: {', '.join(f'{name} {was.get(name)} -> {now.get(name)}' for name in now)}"
+        numbers = [f"{name} {was.get(name)} -> {now[name]}" for name in now if isinstance(now[name], int)]
+        return f"{key}: {', '.join([*numbers, *(f'other {name}' for name in now if not isinstance(now[name], int))])}"
     if isinstance(was, list) and isinstance(now, list) and len(was) == len(now):
         at = next(n for n in range(len(was)) if was[n] != now[n])
         return f"{key}: number {at} {short(was[at])} -> {short(now[at])}"

@@ -89,6 +89,7 @@ class Change(Document):
     key: Text
     was: Any
     now: Any
+    told: Text  # in words, for a card
     step: Count
 
 

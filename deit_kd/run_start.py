@@ -22,7 +22,7 @@ from deit_kd.data import Source
 from deit_kd.errors import UserError
 from deit_kd.files import clear, flush, locked, make_folder, optional
 from deit_kd.recipe import Recipe
-from deit_kd.text import for_terminal
+from deit_kd.text import for_terminal, redact
 from deit_kd.tracking import read_metrics
 
 if TYPE_CHECKING:
@@ -192,11 +192,14 @@ def _find(output: Path, recipe: Recipe, resume: str, accepted: tuple[str, ...], 
                 f"--output {output}: holds what a run measured, but no whole checkpoint to go on from; put its checkpoints back, or "
                 "begin anew with --resume none, which moves that run aside"
             )
-        (output / "metrics.jsonl").unlink(missing_ok=True)  # of a start that saved nothing
+        if os.path.lexists(output / "metrics.jsonl"):
+            (output / "metrics.jsonl").unlink()  # of a start that saved nothing
     else:
         run = run or _copied_run(path, state, say)
         say(f"going on from {path}")
     checkpoint.set_aside_after(folder, path, say)
+    if path is not None and path.parent == folder:
+        checkpoint.prune(folder, path, recipe.run.keep_checkpoints)  # as a save would have, had it not been killed
     return Start(path, state, run, accepted)
 
 
@@ -255,11 +258,16 @@ def compare_data(
         now = {**resuming.of_recipe(recipe), **resuming.of_old(task.steps_per_epoch)}
     found = resuming.changes(was, now)
     faults = [fault for source in sources for fault in resuming.unreadable(source)] if found else []
-    more = f"; {'; '.join(faults[:3])}" if faults else ""
-    resuming.refuse(f"--output {output}: its run depends on what is another now", found, start.accepted, recorded, more)
-    new = [{**change, "step": start.state["step"]} for change in found]
+    resuming.refuse(
+        f"--output {output}: the run goes on with the same data, teachers and weights alone",
+        found,
+        start.accepted,
+        recorded,
+        faults,
+    )
+    new = [{**change, "told": redact(resuming.tell(change)), "step": start.state["step"]} for change in found]
     for change in new:
-        say(f"goes on with a change that is accepted, and recorded in run.json: {resuming.tell(change)}")
+        say(f"goes on with a change that was accepted, and is recorded in run.json: {resuming.tell(change)}")
     return [*recorded, *(change for change in new if change not in recorded)]
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from pydantic import Field
+from pydantic import Field, model_validator
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
@@ -28,6 +28,12 @@ class _Window(Document):
     sums: dict[str, Annotated[float, Field(allow_inf_nan=True)]]
     counts: dict[str, Annotated[_Count, Field(ge=1)]]
     seconds: _Finite
+
+    @model_validator(mode="after")
+    def _of_the_same(self) -> _Window:
+        if self.sums.keys() != self.counts.keys():
+            raise ValueError("sums and counts are of other terms")
+        return self
 
 
 class _Optimizer(Document):

@@ -100,7 +100,7 @@ MAY_IMPORT = {
         "verdict",
     },
     "__main__": {"cli"},
-    "release": {"__init__", "release", "checkpoint", "models", "recipe", "tracking"},
+    "release": {"__init__", "release", "checkpoint", "models", "recipe", "run_files", "tracking"},
     "analysis": {"tracking"},
     "resume": {"data", "models", "recipe", "run_files", "stream"},
     "run_start": {"__init__", "checkpoint", "classification", "data", "documents", "recipe", "resume", "run_files", "tracking"},

@@ -13,6 +13,7 @@ from timm.models import model_entrypoint
 
 from deit_kd import recipe as recipes
 from deit_kd.release.export import licence
+from deit_kd.run_files import read_run
 from deit_kd.tracking import read_metrics
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
@@ -21,7 +22,7 @@ TEMPLATE = Path(__file__).with_name("card.md.jinja")
 def write_card(run_folder: Path) -> Path:
     """Writes `student/README.md` of a run that has been evaluated, recipe and metrics beside it, and returns its path."""
     recipe = recipes.load(run_folder / "recipe.yaml")
-    run = json.loads((run_folder / "run.json").read_text())
+    run = read_run(run_folder)
     metrics = read_metrics(run_folder)
     evaluations = [line for line in metrics if line["kind"] == "eval"]
     last = evaluations[-1]
