@@ -20,7 +20,6 @@ from torch import nn
 from tqdm import tqdm
 
 from deit_kd import build, engine, optim, plan, sharding, speed, spread
-from deit_kd import recipe as recipes
 from deit_kd.classification import Classification
 from deit_kd.data import Batch, Source
 from deit_kd.data.device import OnDevice, choose_augmentation

@@ -36,6 +36,8 @@ class _Head(Document):
     step: int = Field(ge=0, le=10**12)
     sha256: dict[Annotated[str, Field(pattern=r"^\w{1,100}\.safetensors$")], Annotated[str, Field(pattern="^[0-9a-f]{64}$")]]
     own_sha256: str
+    depends_on: dict[str, Any] = {}
+    folder: dict[str, str] = {}
 
 
 def save(folder: Path, step: int, parts: Mapping[str, Tensors], state: Mapping[str, Any], keep: int) -> Path:

@@ -146,7 +146,7 @@ def parse_accepted(text: str | None) -> tuple[str, ...]:
     return keys
 
 
-def of_old(steps_per_epoch: int) -> dict[str, Any]:
+def of_old(steps_per_epoch: int | None) -> dict[str, Any]:
     """What checkpoints of earlier versions say of the data."""
     return {TRAINING: {"steps_an_epoch": steps_per_epoch}}
 

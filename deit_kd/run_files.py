@@ -164,7 +164,7 @@ def parse_run(content: bytes | str, where: str) -> dict[str, Any]:
     """
     run = parse_json(content, where, dict[str, Any], RUN_REMEDY)
     check(run, where, Run, RUN_REMEDY)
-    return run
+    return {"earlier_sessions": [], "accepted_changes": [], **run}
 
 
 def parse_line(line: str) -> dict[str, Any] | None:

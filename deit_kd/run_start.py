@@ -254,7 +254,7 @@ def compare_data(
     was, now = start.state.get("depends_on"), task.depends_on
     if not was:
         say(f"{start.checkpoint}: an earlier version wrote it; whether data, classes and teacher are the same cannot be compared")
-        was = {**resuming.of_recipe(recipe), **resuming.of_old(start.state["steps_per_epoch"])}
+        was = {**resuming.of_recipe(recipe), **resuming.of_old(start.state.get("steps_per_epoch"))}
         now = {**resuming.of_recipe(recipe), **resuming.of_old(task.steps_per_epoch)}
     found = resuming.changes(was, now)
     faults = [fault for source in sources for fault in resuming.unreadable(source)] if found else []

@@ -5,26 +5,49 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, UndefinedError
 from timm.models import model_entrypoint
 
 from deit_kd import recipe as recipes
+from deit_kd.errors import UserError
 from deit_kd.release.export import licence
 from deit_kd.run_files import read_run
+from deit_kd.text import for_terminal
 from deit_kd.tracking import read_metrics
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 
 
+def _of_files_that_agree(make: Callable[[Path], Path]) -> Callable[[Path], Path]:
+    """Each file of a run is checked when it is read; what one lacks that another promises is one line, too."""
+
+    @wraps(make)
+    def made(run_folder: Path) -> Path:
+        try:
+            return make(run_folder)
+        except (UndefinedError, ArithmeticError, LookupError, TypeError, ValueError) as error:
+            reason = for_terminal(" ".join(str(error).split())[:200])
+            raise UserError(
+                f"{run_folder}: its files do not agree with each other ({reason}); give the command of the run again, which writes them anew"
+            ) from None
+
+    return made
+
+
+@_of_files_that_agree
 def write_card(run_folder: Path) -> Path:
     """Writes `student/README.md` of a run that has been evaluated, recipe and metrics beside it, and returns its path."""
     recipe = recipes.load(run_folder / "recipe.yaml")
     run = read_run(run_folder)
     metrics = read_metrics(run_folder)
     evaluations = [line for line in metrics if line["kind"] == "eval"]
+    if not evaluations:
+        raise UserError(f"{run_folder}: its metrics.jsonl holds no evaluation; give the command of the run again, which evaluates")
     last = evaluations[-1]
     ema = "ema_top1" in last
     name = f"{recipe.student.name}, {run['name']}"
