@@ -27,7 +27,7 @@ from deit_kd.errors import UserError
 from deit_kd.files import Tensors, optional, sha256, whole_folder, write_tensors
 
 REMEDY = "give another checkpoint to --resume, or auto for the newest whole one"
-MOST_BYTES = 512 * MEGABYTE  # of a state.json, which holds the lines of metrics.jsonl
+MOST_BYTES = 2000 * MEGABYTE  # of a state.json, which holds the lines of metrics.jsonl
 
 
 class _Head(Document):

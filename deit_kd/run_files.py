@@ -189,7 +189,7 @@ def read_lines(file: Path) -> str:
     """
     if not file.exists():
         return ""
-    return read_bytes(file, "move it away; a checkpoint of the run holds its lines", 256 * MEGABYTE).decode("utf-8", "replace")
+    return read_bytes(file, "move it away; a checkpoint of the run holds its lines", 1000 * MEGABYTE).decode("utf-8", "replace")
 
 
 def copies(folder: Path) -> dict[str, str]:

@@ -92,6 +92,8 @@ def must_be_ours(real: Path, output: Path, data: Path | None) -> None:
     Raises:
         UserError: it is such a place.
     """
+    if output.parts[:1] and output.parts[0].startswith("~"):
+        raise UserError(f"--output {output}: the shell did not replace the ~; write --output with a space behind it, or $HOME")
     if real.exists() and not real.is_dir():
         raise UserError(f"--output {output}: is a file; check the path, or give another --output")
     if data is not None:

@@ -265,6 +265,33 @@ def test_a_change_that_was_accepted_stays_so_if_nothing_was_saved_since(
     assert "holds a run of another recipe" in refuse(train_cli, *command(data, half)), "and back is another change"
 
 
+def test_remedies_that_change_what_is_stated_of_the_data_or_how_it_runs(
+    half: Path, runs: tuple[Path, Path], data: Path, train_cli: Cli, tmp_path: Path
+) -> None:
+    """`set data.train_images=auto`, `set data.num_classes=2`, `go on with run.precision=no`, `lower run.keep_checkpoints`."""
+    run = Path(shutil.copytree(half, tmp_path / "stated"))
+    words = ["data.num_classes=2", "data.train_images=16", "run.keep_checkpoints=2", "run.on_full_disk=go_on"]
+    code, printed = train_cli(*command(data, run, *words, *_flag(refuse(train_cli, *command(data, run, *words)))))
+    assert code == 0, printed
+    assert (run / "student/model.safetensors").read_bytes() == (runs[0] / "student/model.safetensors").read_bytes()
+    code, printed = train_cli(*command(data, half, "run.precision=bf16"))
+    assert code == 0, printed
+    assert "other than in the session before, so that numbers may differ a little: " in printed
+    assert "precision 'no' -> 'bf16'" in printed
+
+
+def test_a_damaged_checkpoint_names_a_remedy_that_works(half: Path, runs: tuple[Path, Path], data: Path, train_cli: Cli) -> None:
+    shutil.copytree(runs[0] / "checkpoints/step_00000004", half / "checkpoints/step_00000004")
+    (half / "checkpoints/step_00000004/module.safetensors").write_bytes(b"")
+    told = refuse(train_cli, *command(data, half, "--resume", half / "checkpoints/step_00000004"))
+    assert "module.safetensors is damaged; give another checkpoint to --resume, or auto for the newest whole one" in told
+    code, printed = train_cli(*command(data, half))
+    assert code == 0, printed
+    assert "is set aside as aside_step_00000004" in printed
+    shutil.rmtree(half / "checkpoints/aside_step_00000004")
+    same_result(half, runs[0])
+
+
 def test_only_what_may_change_is_accepted(half: Path, data: Path, train_cli: Cli) -> None:
     told = refuse(train_cli, *command(data, half, "optim.lr=0.5", "--accept-changes", "optim.lr"))
     assert "--accept-changes 'optim.lr': a run can go on with other data.on_bad_image" in told
@@ -325,6 +352,7 @@ def test_outputs_that_are_no_place_for_a_run(data: Path, train_cli: Cli, tmp_pat
     for place in (own, Path(), own / "train", own / "train/cat/run", own / "val/run"):
         assert "is where the data are; give another --output" in refuse(train_cli, *command(own, place)), place
     assert "is a file" in refuse(train_cli, *command(own, tmp_path / "file"))
+    assert "the shell did not replace the ~" in refuse(train_cli, *command(own, "~/runs/x"))
     assert "did not make" in refuse(train_cli, *command(own, Path("/")))
     assert "did not make" in refuse(train_cli, *command(own, tmp_path, "--resume", "none"))
     (tmp_path / "file").unlink()

@@ -30,6 +30,8 @@ def _of_files_that_agree(make: Callable[[Path], Path]) -> Callable[[Path], Path]
     def made(run_folder: Path) -> Path:
         try:
             return make(run_folder)
+        except UserError:
+            raise
         except (UndefinedError, ArithmeticError, LookupError, TypeError, ValueError) as error:
             reason = for_terminal(" ".join(str(error).split())[:200])
             raise UserError(
