@@ -113,9 +113,17 @@ def must_be_ours(real: Path, output: Path, data: Path | None) -> None:
 
 
 def _is_empty(folder: Path) -> bool:
-    """Whether a folder holds nothing, or what a start leaves that was killed before it wrote anything of worth."""
+    """Whether a folder holds nothing but empty folders, and what a start leaves that was killed before it wrote anything of worth."""
     left = re.compile(r"\.lock|\..+\.[0-9a-f]{8}\.tmp|class_means_[0-9a-f]{8}\.safetensors")
-    return all(left.fullmatch(path.name) for path in folder.iterdir())
+    return all(left.fullmatch(path.name) or _is_bare(path) for path in folder.iterdir())
+
+
+def _is_bare(path: Path) -> bool:
+    """Whether this is a folder with nothing in it, such as a disk's lost+found."""
+    try:
+        return path.is_dir() and not path.is_symlink() and not any(path.iterdir())
+    except OSError:
+        return False
 
 
 def _is_run(folder: Path) -> bool:
