@@ -32,7 +32,6 @@ from deit_kd.run_start import Start, compare_data, on_main
 
 if TYPE_CHECKING:
     from deit_kd.classification import Classification
-    from deit_kd.data import Source
     from deit_kd.speed import Quickened
 
 
