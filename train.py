@@ -23,10 +23,8 @@ from deit_kd.text import error_for_terminal
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-    from timm.utils import ModelEmaV3
-    from torch.optim import Optimizer
 
-    from deit_kd.classification import Classification
+    from deit_kd.run_start import Start
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -44,6 +42,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         default="auto",
         help="auto (default): go on if the run folder holds a checkpoint; none: start anew; or a checkpoint",
     )
+    add("--accept-changes", metavar="KEYS", help="go on although what these name is another now; a refusal says which to give")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one")
     add("--device-batch-size", type=int, help="most images on a device at once; a larger share of the global batch is accumulated")
     add("--max-steps", type=int, help="stop after so many optimiser steps; the schedule stays that of the whole run")
@@ -100,12 +99,22 @@ def dry_run(recipe: recipes.Recipe, data: Path | None) -> None:
 
 
 def train(recipe: recipes.Recipe, options: argparse.Namespace, output: Path) -> None:
-    from deit_kd import analysis, build, classification, engine, optim, processes, release, run_folder, sharding, speed, tracking
+    from deit_kd import processes, run_start, sharding
 
     sharded = sharding.take_over()
     accelerator = processes.make_accelerator(recipe, options.device, output)
-    resume = run_folder.prepare(output, recipe, options.resume, accelerator)
-    say = accelerator.print
+    with run_start.entered(output, recipe, options.resume, options.accept_changes, options.data, accelerator) as start:
+        complete = train_in(output, recipe, options, accelerator, sharded, start)
+    if not complete:
+        sys.exit(REQUEUE)
+
+
+def train_in(
+    output: Path, recipe: recipes.Recipe, options: argparse.Namespace, accelerator: Accelerator, sharded: bool, start: Start
+) -> bool:
+    from deit_kd import build, classification, engine, optim, outcome, run_folder, speed, spread, tracking
+
+    say, resume = accelerator.print, start.checkpoint
 
     with accelerator.main_process_first():  # one process downloads, the others find it
         sources = build.open_data(recipe, options.data)
@@ -114,11 +123,11 @@ def train(recipe: recipes.Recipe, options: argparse.Namespace, output: Path) -> 
     task = classification.Classification(
         recipe, accelerator, sources, teachers, output, options.device_batch_size, say, quickened.compiled
     )
-    optimizer, ema = prepare(task, recipe, accelerator, sharded)
+    optimizer, ema = spread.prepare(task, recipe, accelerator, sharded)
 
     total_steps = recipe.epochs * task.steps_per_epoch
     stop_at = min(total_steps, options.max_steps or total_steps)
-    run_folder.describe(output, recipe, accelerator, task, total_steps, quickened, resumed=resume is not None)
+    run_folder.describe(output, recipe, accelerator, task, total_steps, quickened, sources, start)
     tracker = tracking.Tracker(accelerator, output, stop_at, goes_on=recipe.run.on_full_disk == "go_on")
     if resume is None and any(task.knows_labels):
         tracker.log("teacher", 0, task.evaluate_teachers())
@@ -136,37 +145,12 @@ def train(recipe: recipes.Recipe, options: argparse.Namespace, output: Path) -> 
     )
     schedule = optim.build_schedule(recipe, task.steps_per_epoch)
     complete = engine.fit(task, accelerator, optimizer, schedule, loop, tracker, output, ema, resume)
-    if quickened.compiled:
+    if quickened.compiled and not tracker.lines("compiled"):
         tracker.log("compiled", stop_at, speed.compiled_graphs())
-    student = task.whole(task.student if ema is None else ema.module) if complete else None
-    if complete and accelerator.is_main_process:
-        licences = [teacher.info.license for teacher in teachers]
-        licences += [task.origin["license"]] if recipe.finetune else []
-        release.export_student(student, output / "student", recipe, sources[0].class_names, licences)
-        card = release.write_card(output)
-        analysis.plot_run(output)
-        say(f"student {output / 'student'}\ncard    {card}\nplots   {output / 'plots'}")
+    if complete:
+        outcome.write(task, output, ema, sources[0].class_names, say)
     tracker.close()
-    if not complete:
-        sys.exit(REQUEUE)
-
-
-def prepare(
-    task: Classification, recipe: recipes.Recipe, accelerator: Accelerator, sharded: bool
-) -> tuple[Optimizer, ModelEmaV3 | None]:
-    """Puts the task's module on its device and spreads it over processes, by DDP or by FSDP2; gives optimiser and EMA of it."""
-    from timm.utils import ModelEmaV3
-
-    from deit_kd import optim, sharding
-
-    task.module.to(accelerator.device)
-    ema = ModelEmaV3(task.student, decay=recipe.ema_decay) if recipe.ema_decay else None
-    if sharded and accelerator.num_processes > 1:
-        task.module = accelerator.prepare_model(task.module, evaluation_mode=True)  # autocast, without DDP
-        sharding.shard(task.module, *([ema.module] if ema else []))
-        return accelerator.prepare(optim.build_optimizer(recipe, task.module)), ema
-    task.module, optimizer = accelerator.prepare(task.module, optim.build_optimizer(recipe, task.module))
-    return optimizer, ema
+    return complete
 
 
 def listen() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import math
 import os
@@ -20,8 +19,7 @@ from accelerate import Accelerator
 from torch import nn
 from tqdm import tqdm
 
-from deit_kd import build, engine, optim, plan, sharding, speed
-from deit_kd import recipe as recipes
+from deit_kd import build, engine, optim, plan, sharding, speed, spread
 from deit_kd.classification import Classification
 from deit_kd.data import Batch, Source
 from deit_kd.data.device import OnDevice, choose_augmentation
@@ -112,7 +110,7 @@ class _Kept(Tracker):
     def advance(self) -> None:
         self.bar.update()
 
-    def log(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+    def log(self, kind: str, step: int, values: Mapping[str, Any], with_the_next: bool = False) -> None:
         if kind == "train":
             self.kept.append(values)
 
@@ -133,7 +131,7 @@ class Rig:
     def __init__(self, recipe: Recipe, data: Path | None, device: str = "auto", device_batch_size: int | None = None):
         if any(lesson.distill.class_means == "auto" for lesson in recipe.lessons()):
             raise UserError("distill.class_means=auto: takes a pass over the data first; make a file with deit-kd class-means")
-        script, sharded = _train_script(), sharding.take_over()
+        sharded = sharding.take_over()
         self.recipe = recipe = build.resolve(recipe)
         self.folder = tempfile.TemporaryDirectory()  # for what an interruption saves
         nowhere = Path(self.folder.name)
@@ -150,7 +148,7 @@ class Rig:
         self.loader, self.stream = self.task.train_loader, _Endless(self.task.train_loader.epoch)
         self.schedule = optim.build_schedule(recipe, self.task.steps_per_epoch)
         self.reads_every_step = sharded or self.accelerator.device.type == "cpu"  # as train.py has it
-        self.optimizer, self.ema = script.prepare(self.task, recipe, self.accelerator, sharded)
+        self.optimizer, self.ema = spread.prepare(self.task, recipe, self.accelerator, sharded)
 
     def time(self, steps: int, same_batch: bool = False) -> dict[str, float]:
         """Seconds a step of the real loop: `whole`, and `data`, `teacher`, `student` of it. A fifth more steps warm up.
@@ -279,13 +277,3 @@ def image_seconds(
     finally:
         torch.set_num_threads(threads)
     return (reading / taken, augmenting / taken) if taken else (math.nan, math.nan)
-
-
-def _train_script() -> Any:
-    """train.py as a module: how it prepares a task is what is to be timed."""
-    spec = importlib.util.spec_from_file_location("deit_kd_train_script", Path(recipes.FOLDER).parent / "train.py")
-    assert spec is not None
-    assert spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    return script

@@ -112,7 +112,7 @@ class Classification:
         )
         self.patience = tune and tune.patience_epochs
         self.steps_per_epoch = self.train_loader.steps_per_epoch
-        self.fingerprint = fingerprint(recipe)
+        self.fingerprint, self.depends_on = fingerprint(recipe), dict[str, Any]()
         self.layout = {
             "processes": accelerator.num_processes,
             "accumulation_steps": self.accumulation_steps,

@@ -71,7 +71,7 @@ def read_bytes(file: Path, remedy: str, most_bytes: int) -> bytes:
     must_be_a_file(file, remedy, most_bytes)
     try:
         with file.open("rb") as stream:
-            content = stream.read(most_bytes + 1)
+            content = stream.read(min(file.stat().st_size, most_bytes) + 1)  # which is all the memory it takes
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror or error}); {remedy}") from None
     if len(content) > most_bytes:

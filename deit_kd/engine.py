@@ -31,6 +31,7 @@ class Task(Protocol):
     steps_per_epoch: int
     fingerprint: str  # of the recipe
     layout: dict[str, Any]  # how the global batch is cut, for checkpoints
+    depends_on: dict[str, Any]  # what a run that goes on from them must find again
 
     def train_batches(self, epoch: int, start_step: int, clock: Clock) -> Iterator[Any]:
         """Micro-batches of an epoch, from an optimiser step within it on."""
@@ -98,6 +99,7 @@ def fit(
         steps_per_epoch=task.steps_per_epoch,
         recipe=task.fingerprint,
         layout=task.layout,
+        depends_on=task.depends_on,
         keep_checkpoints=loop.keep_checkpoints,
         on_full_disk=loop.on_full_disk,
     )
@@ -227,7 +229,7 @@ def _evaluation_is_due(loop: Loop, task: Task, step: int) -> bool:
 
 def _evaluate(task: Task, tracker: Tracker, step: int, ema: ModelEmaV3 | None) -> None:
     metrics = task.evaluate(None if ema is None else ema.module)
-    tracker.log("eval", step, {"epoch": step / task.steps_per_epoch, **metrics})
+    tracker.log("eval", step, {"epoch": step / task.steps_per_epoch, **metrics}, with_the_next=True)
     tracker.log("projector", step, task.inspect())
     task.module.train()
 

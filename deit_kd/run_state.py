@@ -2,20 +2,56 @@
 
 from __future__ import annotations
 
-import errno
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from pydantic import Field, model_validator
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from deit_kd import checkpoint, sharding
+from deit_kd import checkpoint, run_files, sharding
+from deit_kd.documents import Document, check
 from deit_kd.errors import UserError
+from deit_kd.files import FULL
 from deit_kd.tracking import Tracker
+
+_Finite = Annotated[float, Field(ge=-1e300, le=1e300)]
+_Count = Annotated[int, Field(ge=0, le=10**12)]
+_Setting = float | bool | str | list[float] | None
+
+
+class _Window(Document):
+    sums: dict[str, Annotated[float, Field(allow_inf_nan=True)]]
+    counts: dict[str, Annotated[_Count, Field(ge=1)]]
+    seconds: _Finite
+
+    @model_validator(mode="after")
+    def _of_the_same(self) -> _Window:
+        if self.sums.keys() != self.counts.keys():
+            raise ValueError("sums and counts are of other terms")
+        return self
+
+
+class _Optimizer(Document):
+    state: dict[str, float | bool | None]
+    param_groups: list[dict[str, _Setting | list[_Count]]]
+
+
+class _State(Document):
+    """What state.json says beside the hashes."""
+
+    optimizer: _Optimizer
+    window: _Window
+    scaler: dict[str, float] | None
+    steps_per_epoch: Annotated[_Count, Field(ge=1)]
+    recipe: str
+    layout: dict[str, int | str]
+    depends_on: dict[str, Any] = {}
+    folder: dict[str, str] = {}
 
 
 @dataclass
@@ -31,6 +67,7 @@ class RunState:
     steps_per_epoch: int
     recipe: str  # its fingerprint
     layout: dict[str, Any]  # how the global batch is cut
+    depends_on: dict[str, Any]  # what a run that goes on must find again
     keep_checkpoints: int
     on_full_disk: str  # stop or go_on
     reached: int = 0  # whole steps
@@ -69,10 +106,13 @@ class RunState:
                     "steps_per_epoch": self.steps_per_epoch,
                     "recipe": self.recipe,
                     "layout": self.layout,
+                    "depends_on": self.depends_on,
+                    "folder": run_files.copies(self.folder.parent),
                 }
                 checkpoint.save(self.folder, step, parts, state, self.keep_checkpoints)
+                run_files.note_saved(self.folder.parent)
             except OSError as error:
-                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                if error.errno not in FULL:
                     raise
                 fault = [f"no space left on the device of {self.folder}: step {step} is not saved, earlier checkpoints are kept"]
         broadcast_object_list(fault)  # all stop, or none
@@ -84,16 +124,17 @@ class RunState:
             self._saved = step
 
     def restore(self, path: Path) -> int:
-        """Puts everything back; returns the step that was reached.
+        """Puts everything of a checkpoint back whose files are whole; returns the step that was reached.
 
         Raises:
             UserError: the checkpoint is damaged, or of another module, optimiser or data.
         """
-        parts, state = checkpoint.load(path)
+        parts, state = checkpoint.load(path, verified=True)
+        check(state, str(path / "state.json"), _State, checkpoint.REMEDY)
         if state["steps_per_epoch"] != self.steps_per_epoch:
-            raise UserError(
-                f"{path}: was saved with {state['steps_per_epoch']} steps an epoch, this run has {self.steps_per_epoch}; "
-                "give the same data and global_batch_size, or --resume none"
+            self.tracker.say(
+                f"{path.name} was saved with {state['steps_per_epoch']} steps an epoch; going on at step {state['step']} with "
+                f"{self.steps_per_epoch}"
             )
         try:
             _load(self.module, parts["module"])
@@ -108,14 +149,14 @@ class RunState:
                 _load(self.ema.module, parts["ema"])
             if self.accelerator.scaler and state["scaler"]:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
-        except (RuntimeError, KeyError, ValueError) as error:
+        except (RuntimeError, KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
             raise UserError(f"{path}: does not fit this recipe ({' '.join(str(error).split())[:200]})") from None
         if state["layout"] != self.layout:
             before, now = (
                 ", ".join(f"{key} {value}" for key, value in layout.items()) for layout in (state["layout"], self.layout)
             )
             self.tracker.say(f"{path.name} was saved with {before}; going on with {now}")
-        self.tracker.restore(state["window"])
+        self.tracker.restore(state["window"], state.get("folder", {}).get("metrics.jsonl"))
         self.reached = self._saved = int(state["step"])
         return self.reached
 

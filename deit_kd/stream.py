@@ -64,19 +64,19 @@ def describe(recipe: Recipe, loader: TrainLoader, autocast: str) -> dict[str, An
 
 def of_images(source: Source) -> dict[str, Any]:
     """What tells data apart wherever they lie: their number, classes, labels, sizes of files, and some images."""
-    sizes = _sizes(source)
+    of_files = sizes(source)
     return {
         "number of images": len(source),
         "classes": list(source.class_names),
         "hash of labels and of 512 images": fingerprint(source).partition(" ")[2],
-        "hash of the sizes of files": None if sizes is None else hashlib.sha256(sizes.astype("<i8").tobytes()).hexdigest(),
+        "hash of the sizes of files": None if of_files is None else hashlib.sha256(of_files.astype("<i8").tobytes()).hexdigest(),
     }
 
 
-def _sizes(source: Source) -> np.ndarray | None:
+def sizes(source: Source) -> np.ndarray | None:
     """[N] bytes of each image's file, which a folder and shards that were packed of it have in common; None of data without files."""
     if isinstance(source, PartSource):
-        whole = _sizes(source.whole)
+        whole = sizes(source.whole)
         return None if whole is None else whole[source.indices]
     if isinstance(source, FolderSource):
         return np.asarray([Path(path).stat().st_size for path in source.paths])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import re
@@ -19,6 +18,8 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
+from deit_kd.files import FULL, flush, optional, warn, write_text
+from deit_kd.run_files import parse_line, read_lines
 from deit_kd.text import lines_for_terminal
 
 TERM = re.compile(r"(loss|ce|kd|feature)(_\d+)?")  # of several teachers kd_0, kd_1 ...
@@ -92,21 +93,23 @@ class Tracker:
     def __init__(self, accelerator: Accelerator, folder: Path, total_steps: int, goes_on: bool = False):
         self.accelerator, self.file, self.total_steps = accelerator, folder / "metrics.jsonl", total_steps
         self.goes_on, self._pending, self._said_full = goes_on, "", False
+        self._held: str | None = None  # the lines that the checkpoint holds from which the run goes on
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
         self._bar: tqdm[Any] | None = None
-        self._started = time.time()
+        self._started = time.monotonic()
 
     def start(self, step: int) -> None:
         """Begins or goes on at `step`; lines of later steps, written before an interruption, are dropped."""
         if not self.accelerator.is_main_process:
             return
-        lines = self.file.read_text().splitlines() if self.file.exists() else []
-        kept = [line for line in lines if _step_of(line) <= step]
-        if len(kept) < len(lines):
-            temporary = self.file.with_suffix(".tmp")
-            temporary.write_text("".join(f"{line}\n" for line in kept))
-            temporary.replace(self.file)
+        text = read_lines(self.file)
+        if self._held is not None and not text.startswith(self._held):
+            warn(f"{self.file}: has lost lines; those of the checkpoint take its place")
+            text = self._held
+        kept = "".join(f"{line}\n" for line in text.split("\n") if _step_of(line) <= step)
+        if text or self.file.exists():
+            write_text(self.file, kept)
         if sys.stderr.isatty():
             self._bar = tqdm(total=self.total_steps, initial=step, unit="step", dynamic_ncols=True)
 
@@ -141,22 +144,27 @@ class Tracker:
     def state(self) -> dict[str, Any]:
         """The open window, averaged over processes, and the run's seconds so far, for a checkpoint."""
         sums = dict(zip(self._sums, self._over_processes(list(self._sums.values())), strict=True))
-        return {"sums": sums, "counts": self._counts, "seconds": time.time() - self._started}
+        return {"sums": sums, "counts": self._counts, "seconds": time.monotonic() - self._started}
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Puts back what `state` gave."""
+    def restore(self, state: Mapping[str, Any], lines: str | None = None) -> None:
+        """Puts back what `state` gave; `lines` are those that metrics.jsonl had then, if that is known."""
+        self._held = lines
         device = self.accelerator.device
         self._sums = {name: torch.tensor(value, device=device) for name, value in state["sums"].items()}
         self._counts = dict(state["counts"])
-        self._started = time.time() - state["seconds"]
+        self._started = time.monotonic() - state["seconds"]
 
-    def log(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        """Writes one line of `kind` (train, eval, teacher, projector, skipped), shows it, and passes its numbers to the trackers."""
+    def log(self, kind: str, step: int, values: Mapping[str, Any], with_the_next: bool = False) -> None:
+        """Writes one line of `kind` (train, eval, teacher, projector, skipped), shows it, and passes its numbers to the trackers.
+
+        A line `with_the_next` is written when the next one is: a crash loses both, or neither.
+        """
         if not self.accelerator.is_main_process:
             return
-        line = {"kind": kind, "step": step, **values, "seconds": time.time() - self._started}
+        line = {"kind": kind, "step": step, **values, "seconds": time.monotonic() - self._started}
         self._pending += json.dumps(line) + "\n"
-        self._write()
+        if not with_the_next:
+            self._write()
         numbers = {name: value for name, value in values.items() if isinstance(value, (int, float))}
         self.accelerator.log({f"{kind}/{name}": value for name, value in numbers.items()}, step=step)
         shown = "  ".join(f"{name} {_short(value)}" for name, value in numbers.items() if not name.startswith("seconds"))
@@ -174,9 +182,10 @@ class Tracker:
             with self.file.open("a") as stream:
                 stream.write(self._pending)
         except OSError as error:
-            if not self.goes_on or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            with optional(f"truncating {self.file}"):
+                os.truncate(self.file, size)
+            if not self.goes_on or error.errno not in FULL:
                 raise
-            os.truncate(self.file, size)
             if not self._said_full:
                 self._said_full = True
                 self.say(f"no space left on the device of {self.file}: lines are kept until there is; the run goes on")
@@ -192,21 +201,27 @@ class Tracker:
         """Ends the bar and the trackers."""
         if self._bar is not None:
             self._bar.close()
+        if self.accelerator.is_main_process and self.file.exists():
+            flush(self.file)
         self.accelerator.end_training()
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """All lines of a run's metrics.jsonl; a last line cut off by a crash is left out."""
-    file = folder / "metrics.jsonl"
-    lines = file.read_text().splitlines() if file.exists() else []
-    return [json.loads(line) for line in lines if _step_of(line) < float("inf")]
+    """All lines of a run's metrics.jsonl; those that are damaged, as a last line that was cut off by a crash, are left out.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    *lines, last = read_lines(folder / "metrics.jsonl").split("\n")
+    found = [(line, parse_line(line)) for line in (*lines, last)]
+    if damaged := sum(values is None and bool(line.strip()) for line, values in found[:-1]):
+        warn(f"{folder / 'metrics.jsonl'}: {damaged} lines are damaged, and left out")
+    return [values for _, values in found if values is not None]
 
 
 def _step_of(line: str) -> float:
-    try:
-        return float(json.loads(line)["step"])
-    except ValueError:
-        return float("inf")
+    values = parse_line(line)
+    return float("inf") if values is None else float(values["step"])
 
 
 def _short(value: float) -> str:

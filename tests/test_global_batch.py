@@ -25,8 +25,8 @@ from deit_kd.classification import Classification
 from deit_kd.data import Batch
 from deit_kd.optim import build_schedule
 from deit_kd.recipe import Recipe
+from deit_kd.spread import prepare
 from deit_kd.tracking import Tracker, read_metrics
-from train import prepare
 
 LAYOUTS = [(1, 1), (2, 1), (4, 1), (1, 4), (2, 2)]  # processes, accumulation steps
 COUPLED = ["logsum_correlation", "logsum_difference", "logsum none", "logsum l2", "dist", "cc", "crd", "nd", "kl"]

@@ -5,20 +5,24 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from jinja2 import UndefinedError
 from timm.models import model_entrypoint
 
 from deit_kd import recipe as recipes
+from deit_kd.errors import UserError
 from deit_kd.files import clear, write_text
 from deit_kd.recipe import Recipe
 from deit_kd.release.citations import bibtex, cited
 from deit_kd.release.export import licence
 from deit_kd.release.markdown import Written, render
-from deit_kd.text import for_markdown, licence_name, printable, redact_all, redact_path
+from deit_kd.run_files import read_run
+from deit_kd.text import for_markdown, for_terminal, licence_name, printable, redact_all, redact_path
 from deit_kd.tracking import read_metrics
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
@@ -26,15 +30,36 @@ PRECISION = {"no": "float32", "bf16": "bfloat16 (autocast)", "fp16": "float16 (a
 SIZES = r"_(?:tiny|small|medium|base|large|huge|giant|little|nano|micro)(?=_|$)"
 
 
+def _of_files_that_agree(make: Callable[[Path], Path]) -> Callable[[Path], Path]:
+    """Each file of a run is checked when it is read; what one lacks that another promises is one line, too."""
+
+    @wraps(make)
+    def made(run_folder: Path) -> Path:
+        try:
+            return make(run_folder)
+        except UserError:
+            raise
+        except (UndefinedError, ArithmeticError, LookupError, TypeError, ValueError) as error:
+            reason = for_terminal(" ".join(str(error).split())[:200])
+            raise UserError(
+                f"{run_folder}: its files do not agree with each other ({reason}); give the command of the run again, which writes them anew"
+            ) from None
+
+    return made
+
+
+@_of_files_that_agree
 def write_card(run_folder: Path) -> Path:
     """Writes `student/README.md` of a run that has been evaluated, recipe and metrics beside it, and returns its path."""
     student = run_folder / "student"
     clear(student)
     write_text(student / "recipe.yaml", recipes.dump(recipes.load(run_folder / "recipe.yaml"), redact_recipe))
     recipe = recipes.load(student / "recipe.yaml")
-    run = _public(json.loads((run_folder / "run.json").read_text(encoding="utf-8")))
+    run = _public(read_run(run_folder))
     metrics = read_metrics(run_folder)
     evaluations = [line for line in metrics if line["kind"] == "eval"]
+    if not evaluations:
+        raise UserError(f"{run_folder}: its metrics.jsonl holds no evaluation; give the command of the run again, which evaluates")
     last = evaluations[-1]
     ema = "ema_top1" in last
     name = f"{run['name']}: {what(recipe)}"

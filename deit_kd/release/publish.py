@@ -22,6 +22,7 @@ from deit_kd.errors import UserError
 from deit_kd.files import write_json, write_text
 from deit_kd.models import load_student
 from deit_kd.release.export import PERMISSIVE
+from deit_kd.run_files import read_run
 from deit_kd.text import for_markdown, for_terminal, hide_secrets, leaks, licence_name, printable
 from deit_kd.tracking import read_metrics
 
@@ -146,7 +147,7 @@ def _same_numbers(run: Path) -> str:
 
 def _licence(run: Path, folder: Path, licence: str | None, despite_teacher: bool) -> str:
     """Sets the licence in card and config, and puts its text beside them where it is Apache's."""
-    facts = json.loads((run / "run.json").read_text())
+    facts = read_run(run)
     learnt = {licence_name(each["license"]) for each in (*facts["teachers"], facts.get("finetuned_from")) if each}
     card = ModelCard.load(folder / "README.md")
     chosen = licence or card.data.license

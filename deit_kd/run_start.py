@@ -1,0 +1,296 @@
+"""The beginning of a run in its folder: whose it is, who is in it, which checkpoint to go on from, and whether that still fits."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from deit_kd import checkpoint, documents, run_files
+from deit_kd import recipe as recipes
+from deit_kd import resume as resuming
+from deit_kd.data import Source
+from deit_kd.errors import UserError
+from deit_kd.files import clear, flush, locked, make_folder, optional
+from deit_kd.recipe import Recipe
+from deit_kd.text import for_terminal, redact
+from deit_kd.tracking import read_metrics
+
+if TYPE_CHECKING:
+    from deit_kd.classification import Classification
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Start:
+    """How a run begins. All but the checkpoint is known to the main process alone.
+
+    Attributes:
+        checkpoint: to go on from; its files are whole.
+        state: its state.json.
+        run: run.json of the sessions before.
+        accepted: keys that may have changed, as the user says.
+    """
+
+    checkpoint: Path | None
+    state: Mapping[str, Any] = field(default_factory=dict)
+    run: Mapping[str, Any] | None = None
+    accepted: tuple[str, ...] = ()
+
+
+@contextmanager
+def entered(
+    output: Path, recipe: Recipe, resume: str, accept: str | None, data: Path | None, accelerator: Accelerator
+) -> Iterator[Start]:
+    """Makes the folder, holds it while the block runs, and finds the checkpoint to go on from.
+
+    Args:
+        output: the run folder.
+        recipe: the resolved recipe; a folder of another one is refused.
+        resume: auto, none, or the path of a checkpoint. With none an existing run is moved aside, not deleted.
+        accept: keys, with commas between them, of what may have changed; see `resume.MAY_CHANGE`.
+        data: the folder of the data.
+        accelerator: for doing this once and telling people.
+
+    Raises:
+        UserError: the folder is not of this project, of another recipe or in use, or the checkpoint is not there.
+        OSError: the folder cannot be made or moved.
+    """
+    with ExitStack() as held:
+
+        def enter() -> Start:
+            accepted = resuming.parse_accepted(accept)
+            real = Path(os.path.realpath(output))  # of a link, what it leads to is the run
+            must_be_ours(real, output, data)
+            if resume == "none" and real.is_dir() and not _is_empty(real):
+                _move_aside(real, output, accelerator.print)
+            make_folder(real)
+            held.enter_context(locked(real, "train.py", shown=output))
+            for folder in (real, real / "checkpoints"):
+                clear(folder)
+            return _find(output, recipe, resume, accepted, accelerator.print)
+
+        start = on_main(accelerator, enter)
+        chosen: list[Path | None] = [start.checkpoint if start else None]
+        broadcast_object_list(chosen)  # one process looks, all go on from the same
+        yield start or Start(chosen[0])
+
+
+def must_be_ours(real: Path, output: Path, data: Path | None) -> None:
+    """Refuses a place where a run would touch what this project did not make, or be taken for data.
+
+    Raises:
+        UserError: it is such a place.
+    """
+    if output.parts[:1] and output.parts[0].startswith("~"):
+        raise UserError(f"--output {output}: the shell did not replace the ~; write --output with a space behind it, or $HOME")
+    if real.exists() and not real.is_dir():
+        raise UserError(f"--output {output}: is a file; check the path, or give another --output")
+    if data is not None:
+        parts = real.relative_to(data.resolve()).parts if real.is_relative_to(data.resolve()) else None
+        if parts is not None and (not parts or parts[0] in ("train", "val", "validation", "test")):
+            raise UserError(f"--output {output}: is where the data are; give another --output")
+    if not real.is_dir() or _is_empty(real):
+        return
+    if not _is_run(real):
+        told = ", ".join(sorted(path.name for path in real.iterdir())[:3])
+        raise UserError(
+            f"--output {output}: holds {for_terminal(told)[:200]} ..., which train.py did not make; give another --output"
+        )
+    student = real / "student"
+    if os.path.lexists(student) and not _is_student(student):
+        raise UserError(f"--output {output}: holds a student/ that train.py did not make; move it away, or give another --output")
+
+
+def _is_empty(folder: Path) -> bool:
+    """Whether a folder holds nothing but empty folders, and what a start leaves that was killed before it wrote anything of worth."""
+    left = re.compile(r"\.lock|\..+\.[0-9a-f]{8}\.tmp|class_means_[0-9a-f]{8}\.safetensors")
+    return all(left.fullmatch(path.name) or _is_bare(path) for path in folder.iterdir())
+
+
+def _is_bare(path: Path) -> bool:
+    """Whether this is a folder with nothing in it, such as a disk's lost+found."""
+    try:
+        return path.is_dir() and not path.is_symlink() and not any(path.iterdir())
+    except OSError:
+        return False
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether train.py made a folder: run.json says so, or a checkpoint, or the recipe beside one of the files that may be cut."""
+    try:
+        if "deit_kd" in documents.read_json(folder / "run.json", dict[str, Any], ""):
+            return True
+    except UserError:
+        pass
+    for path in (folder / "checkpoints").glob("step_*"):
+        with suppress(UserError):
+            checkpoint.read_state(path)
+            return True
+    if _stored_recipe(folder, None) is None:
+        return False
+    return any((folder / name).is_file() for name in ("run.json", "metrics.jsonl"))
+
+
+def _is_student(folder: Path) -> bool:
+    """Whether train.py wrote a student there, whole or in part."""
+    if not folder.is_dir():
+        return False
+    names = {path.name for path in folder.iterdir()}
+    if "config.json" not in names:
+        return not names
+    with suppress(UserError):
+        return "deit_kd" in documents.read_json(folder / "config.json", dict[str, Any], "")
+    return False
+
+
+def _move_aside(real: Path, output: Path, say: Callable[[str], None]) -> None:
+    """Renames a run's folder; nobody writes there meanwhile."""
+    stamp = real.with_name(f"{real.name}.{time.strftime('%Y%m%d-%H%M%S')}")
+    aside = next(path for n in count() if not os.path.lexists(path := stamp.with_name(f"{stamp.name}{n and f'-{n}' or ''}")))
+    with locked(real, "train.py", shown=output):
+        real.rename(aside)
+    with optional(f"removing {aside / '.lock'}"):
+        (aside / ".lock").unlink(missing_ok=True)
+    flush(real.parent)
+    say(f"the run that was in {output} is now in {aside}")
+
+
+def _find(output: Path, recipe: Recipe, resume: str, accepted: tuple[str, ...], say: Callable[[str], None]) -> Start:
+    """The start in a folder that is this process's: where to go on, if what the run depends on is as it was."""
+    stored, run = _stored_recipe(output, say), _stored_run(output, say)
+    recorded = _accepted_before(run)
+    now = resuming.of_recipe(recipe)
+
+    def compare(was: Mapping[str, Any], fault: str) -> None:
+        found = resuming.changes({key: value for key, value in was.items() if key not in resuming.OF_DATA}, now)
+        resuming.refuse(fault, found, accepted, recorded)
+
+    if stored is not None:
+        compare(resuming.of_recipe(stored), f"--output {output}: holds a run of another recipe")
+
+    def accepts(state: Mapping[str, Any]) -> bool:
+        try:
+            compare(state.get("depends_on") or {"recipe": "unknown"}, "")
+        except UserError:
+            return False
+        return True
+
+    folder, path = output / "checkpoints", None if resume in ("auto", "none") else Path(resume)
+    fits = {recipes.fingerprint(each) for each in (recipe, stored) if each is not None}
+    if path is None:
+        path = checkpoint.newest(folder, say, accepts=lambda state: state.get("recipe") in fits or accepts(state))
+        state = {} if path is None else checkpoint.read_state(path)
+    else:
+        state = checkpoint.verify(path)  # says now what is wrong with it
+        if state.get("recipe") not in fits:
+            compare(state.get("depends_on") or {"recipe": "unknown"}, f"--resume {path}: is of another recipe")
+    if path is None:
+        lines = read_metrics(output)
+        if lines and (run is None or run.get("saved", True)):
+            raise UserError(
+                f"--output {output}: holds what a run measured, but no whole checkpoint to go on from; put its checkpoints back, or "
+                "begin anew with --resume none, which moves that run aside"
+            )
+        if os.path.lexists(output / "metrics.jsonl"):
+            (output / "metrics.jsonl").unlink()  # of a start that saved nothing
+    else:
+        run = run or _copied_run(path, state, say)
+        say(f"going on from {path}")
+    checkpoint.set_aside_after(folder, path, say)
+    if path is not None and path.parent == folder:
+        checkpoint.prune(folder, path, recipe.run.keep_checkpoints)  # as a save would have, had it not been killed
+    return Start(path, state, run, accepted)
+
+
+def _stored_recipe(output: Path, say: Callable[[str], None] | None) -> Recipe | None:
+    """What recipe.yaml of a run says; None if it is not there, or damaged."""
+    file = output / "recipe.yaml"
+    try:
+        return recipes.load(file) if os.path.lexists(file) else None
+    except UserError as error:
+        if say is not None:
+            say(f"{file}: cannot be read ({str(error).splitlines()[0]}); a checkpoint says what the run's recipe is")
+        return None
+
+
+def _stored_run(output: Path, say: Callable[[str], None]) -> dict[str, Any] | None:
+    """run.json; None if it is not there, or damaged."""
+    try:
+        return run_files.read_run(output) if os.path.lexists(output / "run.json") else None
+    except UserError as error:
+        say(f"{error}; a checkpoint of the run stands in for it")
+        return None
+
+
+def _copied_run(path: Path, state: Mapping[str, Any], say: Callable[[str], None]) -> dict[str, Any] | None:
+    """run.json as a checkpoint holds it."""
+    try:
+        return run_files.parse_run(state["folder"]["run.json"], str(path / "state.json"))
+    except (UserError, KeyError, TypeError):
+        say(f"{path}: does not say how the run began; its card will tell of this session alone")
+        return None
+
+
+def _accepted_before(run: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    return list((run or {}).get("accepted_changes", []))
+
+
+def compare_data(
+    output: Path, task: Classification, recipe: Recipe, sources: tuple[Source, Source], start: Start, say: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """Notes in the task what the run depends on; refuses other data, teachers or weights than the checkpoint's.
+
+    Returns:
+        All changes that were accepted so far.
+
+    Raises:
+        UserError: a change that is not accepted.
+    """
+    task.depends_on = resuming.depends_on(recipe, sources, dict.fromkeys(task.teachers))
+    recorded = _accepted_before(start.run)
+    if start.checkpoint is None:
+        return []
+    was, now = start.state.get("depends_on"), task.depends_on
+    if not was:
+        say(f"{start.checkpoint}: an earlier version wrote it; whether data, classes and teacher are the same cannot be compared")
+        was = {**resuming.of_recipe(recipe), **resuming.of_old(start.state.get("steps_per_epoch"))}
+        now = {**resuming.of_recipe(recipe), **resuming.of_old(task.steps_per_epoch)}
+    found = resuming.changes(was, now)
+    faults = [fault for source in sources for fault in resuming.unreadable(source)] if found else []
+    resuming.refuse(
+        f"--output {output}: the run goes on with the same data, teachers and weights alone",
+        found,
+        start.accepted,
+        recorded,
+        faults,
+    )
+    new = [{**change, "told": redact(resuming.tell(change)), "step": start.state["step"]} for change in found]
+    for change in new:
+        say(f"goes on with a change that was accepted, and is recorded in run.json: {resuming.tell(change)}")
+    return [*recorded, *(change for change in new if change not in recorded)]
+
+
+def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T | None:
+    """Does it on the main process, which gets the answer; where it fails, all processes do."""
+    answer: list[Any] = [None]
+    found: T | None = None
+    if accelerator.is_main_process:
+        try:
+            found = work()
+        except (UserError, OSError) as error:
+            answer = [error]
+    broadcast_object_list(answer)
+    if answer[0] is not None:
+        raise answer[0]
+    return found
