@@ -14,6 +14,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from deit_kd import checkpoint, sharding
+from deit_kd.best import Best
 from deit_kd.errors import UserError
 from deit_kd.tracking import Tracker
 
@@ -33,6 +34,7 @@ class RunState:
     layout: dict[str, Any]  # how the global batch is cut
     keep_checkpoints: int
     on_full_disk: str  # stop or go_on
+    best: Best | None = None  # weights to keep beside the last ones
     reached: int = 0  # whole steps
     _saved: int = 0  # of them those that a checkpoint holds
 
@@ -51,6 +53,8 @@ class RunState:
         parts = {"module": self.module.state_dict(), "optimizer": tensors}
         if self.ema is not None:
             parts["ema"] = self.ema.module.state_dict()
+        if self.best is not None and self.best.tensors:
+            parts["best"] = self.best.tensors
         parts = {name: sharding.gather(part) for name, part in parts.items()}
         if not all(torch.stack([value.isfinite().all() for value in parts["module"].values()]).tolist()):
             raise UserError(
@@ -69,6 +73,7 @@ class RunState:
                     "steps_per_epoch": self.steps_per_epoch,
                     "recipe": self.recipe,
                     "layout": self.layout,
+                    "best": self.best and self.best.tensors and self.best.state(),
                 }
                 checkpoint.save(self.folder, step, parts, state, self.keep_checkpoints)
             except OSError as error:
@@ -106,6 +111,8 @@ class RunState:
                 group.update(values)  # the recipe's, not the checkpoint's
             if self.ema is not None:
                 _load(self.ema.module, parts["ema"])
+            if self.best is not None and "best" in parts:
+                self.best.restore(state["best"], parts["best"])
             if self.accelerator.scaler and state["scaler"]:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
         except (RuntimeError, KeyError, ValueError) as error:

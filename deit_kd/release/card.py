@@ -13,6 +13,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from timm.models import model_entrypoint
 
 from deit_kd import recipe as recipes
+from deit_kd.best import exported
 from deit_kd.files import write_text
 from deit_kd.recipe import Recipe
 from deit_kd.release.citations import bibtex, cited
@@ -34,7 +35,7 @@ def write_card(run_folder: Path) -> Path:
     run = _public(json.loads((run_folder / "run.json").read_text(encoding="utf-8")))
     metrics = read_metrics(run_folder)
     evaluations = [line for line in metrics if line["kind"] == "eval"]
-    last = evaluations[-1]
+    last, chosen = exported(metrics, run)  # not the last, where the best are kept
     ema = "ema_top1" in last
     name = f"{run['name']}: {what(recipe)}"
     teachers = run["teachers"]
@@ -70,6 +71,7 @@ def write_card(run_folder: Path) -> Path:
         last=last,
         end=evaluations[-1],
         ema=ema,
+        chosen=chosen,
         best=max(evaluations, key=lambda line: line["top1"]),
         scores=next((line for line in metrics if line["kind"] == "teacher"), {}),
         lessons=recipe.lessons(),
