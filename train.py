@@ -15,11 +15,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from deit_kd import recipe as recipes
-from deit_kd import streams
-from deit_kd.errors import UserError
-from deit_kd.stop import REQUEUE, heard
-from deit_kd.text import error_for_terminal
+from deit_kd.errors import UserError, outside_of_the_environment
+
+try:
+    from deit_kd import recipe as recipes
+    from deit_kd import streams
+    from deit_kd.stop import REQUEUE, heard
+    from deit_kd.text import error_for_terminal
+except ModuleNotFoundError as error:
+    outside_of_the_environment(error)
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -31,10 +35,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="train.py",
         description="Distil a CNN teacher into a DeiT student, as a recipe says.",
-        epilog=f"recipes: {', '.join(recipes.names())}",
+        epilog=f"recipes:\n{recipes.overview()}".replace("%", "%%"),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--recipe", required=True, help="a name in recipes/, or the path of a YAML file")
+    add("--recipe", help="a name in recipes/, or the path of a YAML file")
     add("--data", type=Path, help="the folder of the data; Fashion-MNIST needs none, a subset of it is embedded")
     add("--output", type=Path, help="the run folder (default: runs/RECIPE)")
     add(
@@ -49,6 +54,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--dry-run", action="store_true", help="print networks, shapes, memory and compute; train nothing")
     add("overrides", nargs="*", metavar="key=value", help="changes to the recipe, such as optim.lr=1e-3 epochs=3")
     options = parser.parse_intermixed_args(arguments)
+    if options.recipe is None:
+        parser.error(f"--recipe is missing: one of these, or the path of a YAML file\n{recipes.overview()}")
     if options.max_steps is not None and options.max_steps < 1:
         parser.error("--max-steps must be at least 1")
     return options
@@ -60,12 +67,12 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     try:
         recipe = recipes.load(options.recipe, options.overrides)
-        if recipe.finetune is not None:
+        if recipe.finetune is not None or recipe.follows_teacher():
             from deit_kd.build import resolve
 
             recipe = resolve(recipe)
         output = options.output or Path("runs") / Path(options.recipe).stem
-        dry_run(recipe, options.data) if options.dry_run else train(recipe, options, output)
+        dry_run(recipe, options, output) if options.dry_run else train(recipe, options, output)
     except UserError as error:
         fail(str(error))
     except KeyboardInterrupt:
@@ -88,14 +95,11 @@ def fail(message: str) -> NoReturn:
     sys.exit(2)
 
 
-def dry_run(recipe: recipes.Recipe, data: Path | None) -> None:
-    from deit_kd import build, plan
+def dry_run(recipe: recipes.Recipe, options: argparse.Namespace, output: Path) -> None:
+    from deit_kd import processes, ready
 
-    train = None
-    if data or recipe.data.source == "fashion_mnist":
-        train, _ = build.open_data(recipe, data)
-    counted = plan.make_plan(recipe, len(train.class_names) if train else None)
-    print(plan.describe(recipe, counted, len(train) if train else None))
+    accelerator = processes.make_accelerator(recipe, options.device, output)
+    ready.rehearse(ready.Start(recipe, options.data, accelerator, options.device_batch_size, reads_weights=True), accelerator.print)
 
 
 def train(recipe: recipes.Recipe, options: argparse.Namespace, output: Path) -> None:
@@ -112,12 +116,13 @@ def train(recipe: recipes.Recipe, options: argparse.Namespace, output: Path) -> 
 def train_in(
     output: Path, recipe: recipes.Recipe, options: argparse.Namespace, accelerator: Accelerator, sharded: bool, start: Start
 ) -> bool:
-    from deit_kd import build, classification, engine, optim, outcome, run_folder, speed, spread, tracking
+    from deit_kd import build, classification, engine, optim, outcome, ready, run_folder, speed, spread, tracking
+    from deit_kd.best import Best
 
     say, resume = accelerator.print, start.checkpoint
 
     with accelerator.main_process_first():  # one process downloads, the others find it
-        sources = build.open_data(recipe, options.data)
+        sources = ready.must_start(recipe, options.data, accelerator, options.device_batch_size)
     teachers = [teacher.to(accelerator.device) for teacher in build.build_teachers(recipe, sources[0].class_names)]
     quickened = speed.prepare(recipe.run, teachers, partial(build.example_images, recipe, sources[1]), accelerator, sharded)
     task = classification.Classification(
@@ -131,6 +136,7 @@ def train_in(
     tracker = tracking.Tracker(accelerator, output, stop_at, goes_on=recipe.run.on_full_disk == "go_on")
     if resume is None and any(task.knows_labels):
         tracker.log("teacher", 0, task.evaluate_teachers())
+    task.warn_of_poor_teachers(tracker)
     loop = engine.Loop(
         total_steps=stop_at,
         accumulation_steps=task.accumulation_steps,
@@ -144,11 +150,12 @@ def train_in(
         reads_every_step=sharded or accelerator.device.type == "cpu",
     )
     schedule = optim.build_schedule(recipe, task.steps_per_epoch)
-    complete = engine.fit(task, accelerator, optimizer, schedule, loop, tracker, output, ema, resume)
+    best = Best(accelerator, task.student, ema, task.holdout_loader is not None) if recipe.run.keep_best else None
+    complete = engine.fit(task, accelerator, optimizer, schedule, loop, tracker, output, ema, resume, best)
     if quickened.compiled and not tracker.lines("compiled"):
         tracker.log("compiled", stop_at, speed.compiled_graphs())
     if complete:
-        outcome.write(task, output, ema, sources[0].class_names, say)
+        outcome.write(task, output, ema, best, sources[0].class_names, tracker)
     tracker.close()
     return complete
 

@@ -20,15 +20,16 @@ from deit_kd.errors import UserError
 from deit_kd.files import warn
 from deit_kd.models import AnyTeacher, CachedTeacher, Distiller, build_student, load_student, load_teacher
 from deit_kd.models.distiller import build_lesson_projector
+from deit_kd.models.facts import facts_of, locate
 from deit_kd.models.loading import architecture_of
 from deit_kd.models.taps import TimmModel
-from deit_kd.models.teacher import doubts
+from deit_kd.models.teacher import doubts, other_classes
 from deit_kd.recipe import Finetune, Lesson, Recipe, nearest
 from deit_kd.recipe.checks import impossible
 from deit_kd.seed import derive_seed
 
 
-def build_teachers(recipe: Recipe, class_names: Sequence[str] | int, pretrained: bool = True) -> list[AnyTeacher]:
+def build_teachers(recipe: Recipe, class_names: Sequence[str] | int | None, pretrained: bool = True) -> list[AnyTeacher]:
     """The teacher of each lesson of the recipe, the same object where two lessons name the same.
 
     A teacher gets the images that the student gets, and must know the data's classes if its logits are distilled. It is in half
@@ -36,8 +37,8 @@ def build_teachers(recipe: Recipe, class_names: Sequence[str] | int, pretrained:
 
     Args:
         recipe: names them.
-        class_names: of the data; a number where there are no data yet.
-        pretrained: False counts only: random weights, whatever the recipe says.
+        class_names: of the data; a number where there are no data yet, None where nobody knows it.
+        pretrained: False counts only: random weights, whatever the recipe says, but no other classes.
 
     Raises:
         UserError: see `load_teacher` and `CachedTeacher`; or labels of other names.
@@ -51,7 +52,7 @@ def build_teachers(recipe: Recipe, class_names: Sequence[str] | int, pretrained:
             teachers.append(teachers[first])
             continue
         compares_logits = any(each.distill.kd_weight or each.distill.teacher_tap == "dense_logits" for each in same)
-        number = class_names if isinstance(class_names, int) else len(class_names)
+        number = class_names if class_names is None or isinstance(class_names, int) else len(class_names)
         teacher: AnyTeacher
         if config.cache and pretrained:
             teacher = CachedTeacher(Path(config.cache), any(each.distill.feature_weight for each in same), compares_logits)
@@ -65,7 +66,9 @@ def build_teachers(recipe: Recipe, class_names: Sequence[str] | int, pretrained:
             torch.manual_seed(derive_seed(recipe.seed, "teacher", *([first] if first else [])))
             teacher = load_teacher(
                 config.name,
-                number if compares_logits or config.weights == "random" or not pretrained else None,
+                number
+                if config.weights == "random" or (compares_logits and (pretrained or config.weights != "pretrained"))
+                else None,
                 weights=config.weights if pretrained else "random",
                 image_mean=recipe.data.mean,
                 image_std=recipe.data.std,
@@ -75,12 +78,14 @@ def build_teachers(recipe: Recipe, class_names: Sequence[str] | int, pretrained:
             )
             for doubt in doubts(teacher, recipe.data.img_size, recipe.data.mean) if config.weights != "random" else ():
                 warn(doubt)
+            if compares_logits and number not in (None, teacher.num_classes):  # where it is counted; else `load_teacher` says so
+                raise UserError(other_classes(config.name, teacher.num_classes, number))
             teacher.gives_feature_map = False  # nothing but its taps is read in training
             if config.precision in ("bfloat16", "float16") and pretrained:
                 teacher.stated_dtype = getattr(torch, config.precision)
-        if compares_logits and teacher.info.label_names and not isinstance(class_names, int):
+        if compares_logits and teacher.info.label_names and isinstance(class_names, Sequence):
             _same_labels(teacher.info.label_names, class_names)
-        elif compares_logits and not isinstance(class_names, int) and (theirs := other_order(class_names)):
+        elif compares_logits and isinstance(class_names, Sequence) and (theirs := other_order(class_names)):
             place = next(n for n, (ours, other) in enumerate(zip(class_names, theirs, strict=True)) if ours != other)
             warn(
                 f"teacher {config.name} does not name its classes: its logit {place} is taken for {class_names[place]}; a teacher that was "
@@ -91,13 +96,26 @@ def build_teachers(recipe: Recipe, class_names: Sequence[str] | int, pretrained:
 
 
 def resolve(recipe: Recipe) -> Recipe:
-    """The recipe with the architecture of the weights that it goes on from.
+    """The recipe with the architecture of the weights that it goes on from, and the first teacher's size and normalization for auto.
 
     Raises:
-        UserError: weights that cannot be read, or of another architecture than it names.
+        UserError: weights or a teacher that cannot be read; weights of another architecture than it names; what then does not fit.
     """
+    if auto := recipe.follows_teacher():
+        first = recipe.lessons()[0].teacher
+        if first.name.startswith("hf-hub:"):
+            locate(
+                first.name, first.weights
+            )  # its configuration is there, too, and where it is not the hub's client tries for long
+        facts = facts_of(first.name, first.weights)
+        data = replace(recipe.data, **{key: getattr(facts, key) for key in (key.partition(".")[2] for key in auto)})
+        recipe = replace(recipe, data=data)
+        if faults := impossible(recipe):
+            raise UserError("\n  ".join([f"with {', '.join(auto)} of teacher {first.name}: {len(faults)} faults", *faults]))
     if recipe.finetune is None:
         return recipe
+    if recipe.finetune.weights.startswith("hf-hub:"):
+        locate(recipe.finetune.weights)
     name, arguments = architecture_of(recipe.finetune.weights)
     if recipe.student.name not in ("auto", name):
         raise UserError(f"student.name={recipe.student.name}: {recipe.finetune.weights} is a {name}; set student.name=auto")
@@ -162,14 +180,15 @@ def build_models(recipe: Recipe, num_classes: int | None) -> tuple[int, list[Any
 
     Args:
         recipe: names them, `resolve`d.
-        num_classes: of the data; None for as many as the recipe states, or ImageNet's.
+        num_classes: of the data; None for as many as the recipe states, or the first teacher has, or ImageNet.
 
     Raises:
         UserError: as `build_teachers` and `build_distiller`.
     """
-    classes = num_classes or (recipe.data.num_classes if isinstance(recipe.data.num_classes, int) else 1000)
+    stated = num_classes or (recipe.data.num_classes if isinstance(recipe.data.num_classes, int) else None)
     with torch.device("meta"), torch.no_grad():
-        teachers = build_teachers(recipe, classes, pretrained=False)
+        teachers = build_teachers(recipe, stated, pretrained=False)
+        classes = stated or (teachers[0].num_classes if teachers else 1000)
         return classes, teachers, build_distiller(recipe, classes, teachers, pretrained=False)
 
 

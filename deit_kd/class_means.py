@@ -29,7 +29,7 @@ from deit_kd.documents import MEGABYTE, Document, must_be_a_file, parse_json
 from deit_kd.errors import UserError
 from deit_kd.files import write_tensors
 from deit_kd.models import AnyTeacher, Teacher
-from deit_kd.recipe import Recipe, dump
+from deit_kd.recipe import Distill, Recipe, dump
 from deit_kd.seed import derive_seed
 from deit_kd.text import for_terminal
 
@@ -60,6 +60,21 @@ def load_or_compute(
             write_tensors({"class_means": means}, file, {"deit_kd": json.dumps(told)})  # one entry: several come in any order
         accelerator.wait_for_everyone()
     return _read(file, _identity(recipe, teacher, source), teacher.width).to(accelerator.device)
+
+
+def must_fit(recipe: Recipe, distill: Distill, teacher: AnyTeacher | None, source: Source | None) -> None:
+    """Refuses a stated file that is not there, or of another teacher or data where these are given.
+
+    Raises:
+        UserError: it is so.
+    """
+    if distill.class_means in (None, "auto") or not distill.feature_weight:
+        return
+    file = Path(str(distill.class_means))
+    if not file.exists():
+        raise UserError(f"distill.class_means={file}: no such file; make it with deit-kd class-means, or set it to auto")
+    if teacher is not None and source is not None:
+        _read(file, _identity(recipe, teacher, source))
 
 
 @torch.inference_mode()

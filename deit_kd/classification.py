@@ -26,23 +26,20 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from deit_kd import sharding, stream
-from deit_kd.build import accumulation, build_distiller, placement, tokens
-from deit_kd.class_means import load_or_compute
+from deit_kd.build import build_distiller, tokens
+from deit_kd.class_means import load_or_compute, must_fit
 from deit_kd.closeness import closeness
 from deit_kd.collective import GlobalBatch
-from deit_kd.data import Batch, EvaluationLoader, Source, TrainLoader
-from deit_kd.data.device import choose_augmentation
-from deit_kd.data.sources import hold_out
-from deit_kd.data.transforms import evaluation_transform
+from deit_kd.data import Batch, Source
 from deit_kd.errors import UserError
-from deit_kd.evaluation import measure, measure_student
+from deit_kd.evaluation import measure, measure_student, near_chance
 from deit_kd.models import AnyTeacher, CachedTeacher, Distiller, StudentOutput, TeacherOutput, build_student
 from deit_kd.models.projectors import first_matrix
 from deit_kd.models.taps import TimmModel
+from deit_kd.ready import make_loaders
 from deit_kd.recipe import Lesson, Recipe, fingerprint
-from deit_kd.seed import derive_seed
 from deit_kd.terms import Terms
-from deit_kd.tracking import Clock
+from deit_kd.tracking import Clock, Tracker
 
 _Taught = dict[AnyTeacher, TeacherOutput]
 
@@ -76,40 +73,12 @@ class Classification:
         compiled: str | None = None,
     ):
         self.recipe, self.accelerator, self.teachers = recipe, accelerator, tuple(teachers)
-        train, val = sources
-        tune, holdout = recipe.finetune, None
-        if tune is not None and tune.holdout:
-            train, holdout = hold_out(train, tune.holdout, derive_seed(recipe.seed, "holdout"))
-        self.num_classes = len(train.class_names)
-        lessons = recipe.lessons()
-        self.knows_labels = [bool(lesson.distill.kd_weight) for lesson in lessons]
-        if len(val) < accelerator.num_processes:
-            raise UserError(f"{val.origin}: {len(val)} validation images are fewer than the {accelerator.num_processes} processes")
-        self.accumulation_steps = accumulation(recipe.global_batch_size, accelerator.num_processes, device_batch_size)
-        here = placement(recipe, accelerator, warn)
         cached = next((teacher for teacher in teachers if isinstance(teacher, CachedTeacher)), None)
-        self.train_loader = TrainLoader(
-            train,
-            choose_augmentation(recipe, accelerator.device),
-            recipe.augmentation,
-            here,
-            num_classes=self.num_classes,
-            seed=recipe.seed,
-            global_batch_size=recipe.global_batch_size,
-            accumulation_steps=self.accumulation_steps,
-            memory=cached,
-        )
-        if cached is not None:
-            stream.must_fit(cached, recipe, self.train_loader, accelerator.mixed_precision, warn)
-        micro = self.train_loader.micro_batch_size
-        if micro < 2 and any(lesson.distill.feature_weight for lesson in lessons):
-            raise UserError(
-                f"global_batch_size={recipe.global_batch_size}: leaves {micro} image a micro-batch, feature losses need 2"
-            )
-        self.val_loader = EvaluationLoader(val, evaluation_transform(recipe), here, batch_size=micro)
-        self.holdout_loader = (
-            None if holdout is None else EvaluationLoader(holdout, evaluation_transform(recipe), here, batch_size=micro)
-        )
+        loaders = make_loaders(recipe, accelerator, sources, device_batch_size, warn, cached)
+        self.train_loader, self.val_loader, self.holdout_loader = loaders
+        train, tune, lessons = self.train_loader.source, recipe.finetune, recipe.lessons()
+        self.num_classes, self.accumulation_steps = len(train.class_names), self.train_loader.accumulation_steps
+        self.knows_labels = [bool(lesson.distill.kd_weight) for lesson in lessons]
         self.patience = tune and tune.patience_epochs
         self.steps_per_epoch = self.train_loader.steps_per_epoch
         self.fingerprint, self.depends_on = fingerprint(recipe), dict[str, Any]()
@@ -135,9 +104,8 @@ class Classification:
             if stated is None or not lesson.distill.feature_weight:
                 return None
             file = output / f"class_means_{teacher.info.sha256[:8]}.safetensors" if stated == "auto" else Path(stated)
-            if stated != "auto" and not file.exists():
-                raise UserError(f"distill.class_means={stated}: no such file; make it with deit-kd class-means, or set it to auto")
-            return load_or_compute(file, recipe, teacher, train, accelerator, here)
+            must_fit(recipe, lesson.distill, None, None)
+            return load_or_compute(file, recipe, teacher, train, accelerator, self.train_loader.placement)
 
         self.terms = [
             Terms(lesson, number, token or 0, teacher, recipe, means(lesson, teacher), self.global_batch, compiled)
@@ -285,6 +253,11 @@ class Classification:
                         "set teacher.precision=float32"
                     )
         return metrics
+
+    def warn_of_poor_teachers(self, tracker: Tracker) -> None:
+        """Says loudly which teachers were measured to know next to nothing."""
+        for line in near_chance(self.teachers, tracker.lines("teacher"), self.val_loader.source.labels, self.num_classes):
+            tracker.say(line)
 
     @torch.no_grad()
     def inspect(self) -> dict[str, Any]:

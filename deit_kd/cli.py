@@ -445,22 +445,26 @@ def _run_of(folder: Path) -> Path:
 def doctor(options: argparse.Namespace) -> None:
     """Prints a line a check; the exit code is that of the worst."""
     recipe = recipes.load(options.recipe, options.overrides)
-    from deit_kd import processes
-    from deit_kd.doctor import SEVERITY, examine
+    from deit_kd import build, processes
+    from deit_kd.doctor import SEVERITY, examine, verdict
 
-    cpu = processes.on_cpu(options.device)
-    processes.must_agree(recipe, processes.precision_of(recipe, cpu))
+    recipe, fault = build.resolve(recipe), None
     try:
-        accelerator = processes.plain_accelerator(cpu)
+        try:
+            accelerator = processes.make_accelerator(recipe, options.device, options.output)
+        except UserError as error:
+            fault = str(error)
+            accelerator = processes.plain_accelerator(cpu=options.device != "cuda")  # the rest can be looked at all the same
     except (ValueError, RuntimeError) as error:  # WORLD_SIZE without a launcher, or a launcher that nobody else answers
-        reason = " ".join(str(error).split())[:200]
+        reason = fault or " ".join(str(error).split())[:200]
         raise UserError(f"processes do not find each other ({reason}); start them with a command of launch/README.md") from None
-    worst = 0
-    for line in examine(recipe, options.data, options.output, accelerator):
+    lines = []
+    for line in examine(recipe, options.data, options.output, accelerator, fault):
         accelerator.print(f"{line.severity:<5} {line.name:<11} {for_terminal(line.text)}", flush=True)
-        worst = max(worst, SEVERITY[line.severity])
+        lines.append(line)
+    accelerator.print(verdict(lines))
     accelerator.end_training()
-    sys.exit(worst)
+    sys.exit(max(SEVERITY[line.severity] for line in lines))
 
 
 def plan(options: argparse.Namespace) -> None:

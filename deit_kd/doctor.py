@@ -9,19 +9,22 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from deit_kd import build, plan
+from deit_kd import build, machine, plan, ready
 from deit_kd import recipe as recipes
 from deit_kd.class_means import fingerprint
+from deit_kd.data.transforms import evaluation_transform
 from deit_kd.errors import UserError
+from deit_kd.ready import Line
 from deit_kd.recipe import Recipe
 
 SEVERITY = {"ok": 0, "warn": 1, "fail": 2}  # the exit code is that of the worst line
@@ -29,23 +32,17 @@ LOWEST = {"torch": "2.11", "torchvision": "0.26", "timm": "1.0.31", "accelerate"
 SLOW, CLOCK, BANDWIDTH = 1.5, 5.0, 1e9  # slowest over fastest process; seconds; bytes a second between processes on GPUs
 
 
-class Line(NamedTuple):
-    """A finding: ok, warn or fail; what was looked at; what was found, with the remedy if it is not well."""
-
-    severity: str
-    name: str
-    text: str
-
-
-def examine(recipe: Recipe, data: Path | None, output: Path, accelerator: Accelerator) -> Iterator[Line]:
-    """Lines, in every process the same. A check that breaks is a line too, not the end.
+def examine(recipe: Recipe, data: Path | None, output: Path, accelerator: Accelerator, fault: str | None = None) -> Iterator[Line]:
+    """Lines, in every process the same. A check that breaks is a line too, not the end. What fails would end a run, what warns would not.
 
     Args:
-        recipe: whose data, size and student are looked at.
+        recipe: whose data, teacher and student are looked at; `build.resolve`d.
         data: the folder of the data; None looks at no data, but for those that are embedded.
         output: where runs would be kept.
         accelerator: of this process.
+        fault: why the processes of a run could not be started as the recipe says.
     """
+    start = ready.Start(recipe, data, accelerator, None, reads_weights=True)
     checks: dict[str, Callable[[], Line]] = {
         "versions": lambda: _versions(accelerator),
         "devices": lambda: _devices(accelerator),
@@ -53,17 +50,39 @@ def examine(recipe: Recipe, data: Path | None, output: Path, accelerator: Accele
         "all-reduce": lambda: _all_reduce(accelerator),
         "speed": lambda: _speed(accelerator),
         "clock": lambda: _clock(accelerator),
+        "settings": lambda: (
+            Line("fail", "settings", fault) if fault else Line("ok", "settings", f"precision {accelerator.mixed_precision}")
+        ),
         "recipe": lambda: _same("recipe", recipes.dump(recipe), "every process reads the same recipe", accelerator),
-        "data": lambda: _data(recipe, data, accelerator),
-        "disk": lambda: _disk(recipe, output, accelerator),
-        "port": lambda: _port(accelerator),
     }
+    found = ready.look(start)
+    checks |= {name: partial(next, found) for name in start.checks()}
+    checks["data"] = lambda: _same_data(next(found), start, accelerator)
+    folder = next(path for path in (output.resolve(), *output.resolve().parents) if path.exists())
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    count = build.placement(recipe, accelerator, lambda _: None).workers
+    checks |= {
+        "memory": lambda: _shared_memory(start, local),
+        "workers": lambda: _workers(recipe, start, count),
+        "files": lambda: machine.descriptors(count, local),
+    }
+    checks |= {name: partial(machine.disk_operation, name, folder) for name in machine.DISK_OPERATIONS}
+    checks |= {"disk": lambda: _disk(recipe, start, folder, accelerator), "port": lambda: _port(accelerator)}
     for name, check in checks.items():
         try:
             line = check()
         except (UserError, OSError, RuntimeError) as error:
             line = Line("fail", name, " ".join(str(error).split())[:300])
         yield max(_everywhere(line, accelerator), key=lambda each: SEVERITY[each.severity])
+
+
+def verdict(lines: Sequence[Line]) -> str:
+    """The last line: which checks would end a run, and which only warn."""
+    fails, warns = ([line.name for line in lines if line.severity == severity] for severity in ("fail", "warn"))
+    if not fails and not warns:
+        return "all is well: a run would start"
+    ends = f"a run would end because of: {', '.join(fails)}" if fails else "nothing would end a run"
+    return ends + (f"; only warnings: {', '.join(warns)}" if warns else "")
 
 
 def _everywhere(value: Any, accelerator: Accelerator) -> list[Any]:
@@ -159,26 +178,36 @@ def _same(name: str, value: str, text: str, accelerator: Accelerator) -> Line:
     return Line("ok", name, text)
 
 
-def _data(recipe: Recipe, data: Path | None, accelerator: Accelerator) -> Line:
-    if data is None and recipe.data.source != "fashion_mnist":
-        return Line("warn", "data", "not looked at: pass --data")
-    fault, told = None, ""
-    try:
-        train, val = build.open_data(recipe, data)
-        told = f"{len(train):,} training and {len(val):,} validation images of {train.origin}"
-        print_of_data = f"{fingerprint(train)} {fingerprint(val)} {train.class_names}"
-    except Exception as error:  # whatever is wrong with data is a line, on every process
-        told = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        fault, print_of_data = told, told
-    same = _same("data", print_of_data, told, accelerator)
-    return Line("fail", "data", fault) if fault else same
+def _same_data(line: Line, start: ready.Start, accelerator: Accelerator) -> Line:
+    """What was found of the data, unless another process has others."""
+    fingerprints = line.text
+    if start.sources:
+        train, val = start.sources
+        fingerprints = f"{fingerprint(train)} {fingerprint(val)} {train.class_names}"
+    same = _same("data", fingerprints, line.text, accelerator)
+    return line if line.severity != "ok" else same
 
 
-def _disk(recipe: Recipe, output: Path, accelerator: Accelerator) -> Line:
+def _workers(recipe: Recipe, start: ready.Start, count: int) -> Line:
+    if start.sources is None:
+        return Line("warn", "workers", "not looked at: there are no images")
+    size = start.loaders.train.micro_batch_size if start.loaders else recipe.global_batch_size
+    return machine.workers(count, start.sources[0], evaluation_transform(recipe), recipe.data.img_size, size)
+
+
+def _shared_memory(start: ready.Start, local: int) -> Line:
+    if start.loaders is None:
+        return Line("warn", "memory", "not looked at: there is no batch")
+    return machine.shared_memory(start.loaders.train, local)
+
+
+def _disk(recipe: Recipe, start: ready.Start, folder: Path, accelerator: Accelerator) -> Line:
     if not accelerator.is_main_process:
         return Line("ok", "disk", "")
-    folder = next(path for path in (output.resolve(), *output.resolve().parents) if path.exists())
-    counted = plan.make_plan(recipe, None)
+    try:
+        counted = plan.make_plan(recipe, len(start.sources[0].class_names) if start.sources else None)
+    except UserError:
+        return Line("warn", "disk", "not looked at: the networks cannot be counted, see above")
     needed = counted.checkpoint_bytes * (recipe.run.keep_checkpoints + 1)
     free = shutil.disk_usage(folder).free
     if free < needed:

@@ -14,6 +14,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from deit_kd.best import Best
 from deit_kd.errors import UserError
 from deit_kd.run_state import RunState
 from deit_kd.stop import Stop, Stopped, goes_on
@@ -80,6 +81,7 @@ def fit(
     folder: Path,
     ema: ModelEmaV3 | None = None,
     resume: Path | None = None,
+    best: Best | None = None,
 ) -> bool:
     """Trains to `loop.total_steps`, from a checkpoint if one is given.
 
@@ -102,16 +104,16 @@ def fit(
         depends_on=task.depends_on,
         keep_checkpoints=loop.keep_checkpoints,
         on_full_disk=loop.on_full_disk,
+        best=best,
     )
     step = state.restore(resume) if resume else 0
     clock, batches, vote = Clock(accelerator.device), None, Vote(accelerator)
     tracker.start(step)
     if step == 0:
         tracker.log("projector", step, task.inspect())
-    elif _evaluation_is_due(loop, task, step) and step not in {
-        line["step"] for line in tracker.lines("eval")
-    }:  # stopped between saving and evaluating
-        _evaluate(task, tracker, step, ema)
+    elif _evaluation_is_due(loop, task, step):  # stopped after saving, and before evaluating or after
+        evaluated = [line for line in tracker.lines("eval") if line["step"] == step]
+        _evaluate(task, tracker, step, ema, best, evaluated[-1] if evaluated else None)
     over = _is_over(task, tracker, accelerator)
     window, buffers, unread = Window(step), _Buffers(task.module), _Unread(task, tracker)
     lazily = not loop.reads_every_step and _can_skip_by_itself(optimizer, accelerator)
@@ -151,7 +153,7 @@ def fit(
                         state.save(step)  # before evaluating, which can take long and fail
                     if _evaluation_is_due(loop, task, step) and not vote.stopping:
                         with stop.waiting():
-                            _evaluate(task, tracker, step, ema)
+                            _evaluate(task, tracker, step, ema, best)
                         over = _is_over(task, tracker, accelerator)
                 if vote.stopping:
                     tracker.say(goes_on(step, folder))
@@ -227,10 +229,16 @@ def _evaluation_is_due(loop: Loop, task: Task, step: int) -> bool:
     return step % (loop.eval_every_epochs * task.steps_per_epoch) == 0 or step >= loop.total_steps
 
 
-def _evaluate(task: Task, tracker: Tracker, step: int, ema: ModelEmaV3 | None) -> None:
-    metrics = task.evaluate(None if ema is None else ema.module)
-    tracker.log("eval", step, {"epoch": step / task.steps_per_epoch, **metrics}, with_the_next=True)
-    tracker.log("projector", step, task.inspect())
+def _evaluate(
+    task: Task, tracker: Tracker, step: int, ema: ModelEmaV3 | None, best: Best | None, done: dict[str, Any] | None = None
+) -> None:
+    """Measures, unless that is `done`, and offers the weights to `best`."""
+    metrics = done or task.evaluate(None if ema is None else ema.module)
+    if best is not None:
+        best.offer(step, metrics)
+    if done is None:
+        tracker.log("eval", step, {"epoch": step / task.steps_per_epoch, **metrics}, with_the_next=True)
+        tracker.log("projector", step, task.inspect())
     task.module.train()
 
 

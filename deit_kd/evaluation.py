@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -13,7 +16,7 @@ from tqdm import tqdm
 from deit_kd.data import EvaluationLoader
 from deit_kd.data.loader import SKIPPED
 from deit_kd.errors import UserError
-from deit_kd.models import Distiller, StudentOutput
+from deit_kd.models import AnyTeacher, Distiller, StudentOutput
 
 
 @torch.no_grad()
@@ -32,6 +35,35 @@ def measure_student(distiller: Distiller, loader: EvaluationLoader, accelerator:
         return {"": output.prediction(), **dict(each)}
 
     return measure(predict, loader, accelerator, prefix, heads)
+
+
+def near_chance(
+    teachers: Sequence[AnyTeacher], measured: Sequence[Mapping[str, Any]], labels: np.ndarray, num_classes: int
+) -> list[str]:
+    """A line of each teacher that knows hardly more of the validation images than one answer for all of them would get.
+
+    Args:
+        teachers: one a lesson; random ones are tests, and nothing is said of them.
+        measured: lines of `Classification.evaluate_teachers`, of which the last counts; a teacher that was not measured is not in it.
+        labels: [N] int of the validation images.
+        num_classes: K.
+    """
+    if not measured:
+        return []
+    lines, count = [], max(1, len(labels))
+    constant = float(np.bincount(labels).max(initial=0)) / count  # what the best single answer gets
+    three_errors = 3 * math.sqrt(constant * (1 - constant) / count)
+    enough = max(constant + three_errors, min(2 * constant, constant + 0.1 * (1 - constant)))
+    for number, teacher in enumerate(dict.fromkeys(teachers)):
+        known = measured[-1].get(f"teacher_{number}_top1" if number else "teacher_top1")
+        if known is not None and known / 100 < enough and teacher.info.weights != "random":
+            best = f", one answer for all images gets {100 * constant:.1f} %" if constant * num_classes > 1.05 else ""
+            lines.append(
+                f"WARNING: teacher {teacher.info.name} knows {known:.1f} % of the validation images, chance is {100 / num_classes:.1f} %{best}: IT TEACHES "
+                "NEXT TO NOTHING. Check data.mean, data.std, data.img_size and teacher.img_size against what it was trained with, and that "
+                "its classes are in the order of the data's"
+            )
+    return lines
 
 
 @torch.no_grad()

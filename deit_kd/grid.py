@@ -30,6 +30,7 @@ from typing import Any
 from tqdm import tqdm
 
 from deit_kd import recipe as recipes
+from deit_kd.best import exported
 from deit_kd.documents import Document, read_json
 from deit_kd.errors import UserError
 from deit_kd.files import clear, optional, warn, write_text
@@ -209,13 +210,16 @@ def _write(recipe: str, overrides: Sequence[str], cells: Sequence[Cell], output:
     """Mean, standard error and number of runs of each combination over seeds, of complete runs; and the first projector's rank."""
     axes = [key for key in cells[0] if key != "seed" and len({cell[key] for cell in cells}) > 1]
     scores: dict[tuple[str, ...], list[float]] = {}
+    chosen: set[str] = set()
     ranks: dict[tuple[str, ...], list[float]] = {}
     for cell in cells:
         folder, key = output / _name(cell, cells), tuple(cell[axis] for axis in axes)
         row, rank = scores.setdefault(key, []), ranks.setdefault(key, [])
         if _complete(folder):
             metrics = read_metrics(folder)
-            row += [line["top1"] for line in metrics if line["kind"] == "eval"][-1:]
+            of_these, how = exported(metrics, read_json(folder / "run.json", dict[str, Any], "run it again in another folder"))
+            row += [of_these["top1"]] if of_these else []
+            chosen |= {how} if how else set()
             rank += [line["effective_rank"] for line in metrics if "effective_rank" in line][-1:]
     header: list[Any] = [*axes, "top1", "standard_error", "n", "projector_effective_rank"]
     rows: list[list[Any]] = [
@@ -229,7 +233,8 @@ def _write(recipe: str, overrides: Sequence[str], cells: Sequence[Cell], output:
     lines = [" | ".join(map(str, row)) for row in [header, ["---"] * len(header), *shown]]
     command = for_code(shlex.join(["deit-kd", "grid", *redact_words([recipe, *overrides])]), 2000)
     table, text = output / "grid.md", "\n".join(f"| {line} |" for line in lines)
-    about = f"Top-1 in percent of the last weights, mean and standard error over seeds. {_facts(output, cells)}"
+    weights = f"weights that run.keep_best kept, {' or '.join(sorted(chosen))}" if chosen else "last weights"
+    about = f"Top-1 in percent of the {weights}, mean and standard error over seeds. {_facts(output, cells)}"
     write_text(table, f"{command}\n\n{about}\n\n{text}\n")  # first: the others are known by it
     stream = io.StringIO(newline="")
     csv.writer(stream).writerows([[for_csv(redact(str(cell))) for cell in row] for row in (header, *rows)])

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from timm.utils import ModelEmaV3
 
 from deit_kd import analysis, release
+from deit_kd.best import Best
 from deit_kd.classification import Classification
 from deit_kd.files import warn
 from deit_kd.text import for_terminal
+from deit_kd.tracking import Tracker
 
 
 def write(
-    task: Classification, output: Path, ema: ModelEmaV3 | None, class_names: Sequence[str], say: Callable[[str], None]
+    task: Classification, output: Path, ema: ModelEmaV3 | None, best: Best | None, class_names: Sequence[str], tracker: Tracker
 ) -> None:
     """Exports the student, on the main process; a card or plots that fail are a warning, because the student is there.
 
@@ -25,9 +27,12 @@ def write(
     student = task.whole(task.student if ema is None else ema.module)
     if not task.accelerator.is_main_process:
         return
+    if best is not None:
+        best.put_into(student, output, tracker)
     licences = [teacher.info.license for teacher in task.teachers]
     licences += [task.origin["license"]] if task.recipe.finetune else []
     release.export_student(student, output / "student", task.recipe, class_names, licences)
+    say = task.accelerator.print
     say(f"student {output / 'student'}")
     for name, make, again in (
         ("card", release.write_card, f"deit-kd card {output}"),

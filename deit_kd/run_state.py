@@ -14,6 +14,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from deit_kd import checkpoint, run_files, sharding
+from deit_kd.best import Best
 from deit_kd.documents import Document, check
 from deit_kd.errors import UserError
 from deit_kd.files import FULL
@@ -41,6 +42,11 @@ class _Optimizer(Document):
     param_groups: list[dict[str, _Setting | list[_Count]]]
 
 
+class _Best(Document):
+    step: _Count
+    value: _Finite
+
+
 class _State(Document):
     """What state.json says beside the hashes."""
 
@@ -52,6 +58,7 @@ class _State(Document):
     layout: dict[str, int | str]
     depends_on: dict[str, Any] = {}
     folder: dict[str, str] = {}
+    best: _Best | None = None
 
 
 @dataclass
@@ -70,6 +77,7 @@ class RunState:
     depends_on: dict[str, Any]  # what a run that goes on must find again
     keep_checkpoints: int
     on_full_disk: str  # stop or go_on
+    best: Best | None = None  # weights to keep beside the last ones
     reached: int = 0  # whole steps
     _saved: int = 0  # of them those that a checkpoint holds
 
@@ -88,6 +96,8 @@ class RunState:
         parts = {"module": self.module.state_dict(), "optimizer": tensors}
         if self.ema is not None:
             parts["ema"] = self.ema.module.state_dict()
+        if self.best is not None and self.best.tensors:
+            parts["best"] = self.best.tensors
         parts = {name: sharding.gather(part) for name, part in parts.items()}
         if not all(torch.stack([value.isfinite().all() for value in parts["module"].values()]).tolist()):
             raise UserError(
@@ -108,6 +118,7 @@ class RunState:
                     "layout": self.layout,
                     "depends_on": self.depends_on,
                     "folder": run_files.copies(self.folder.parent),
+                    "best": self.best.state() if self.best is not None and self.best.tensors else None,
                 }
                 checkpoint.save(self.folder, step, parts, state, self.keep_checkpoints)
                 run_files.note_saved(self.folder.parent)
@@ -147,6 +158,8 @@ class RunState:
                 group.update(values)  # the recipe's, not the checkpoint's
             if self.ema is not None:
                 _load(self.ema.module, parts["ema"])
+            if self.best is not None and "best" in parts:
+                self.best.restore(state["best"], parts["best"])
             if self.accelerator.scaler and state["scaler"]:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
         except (RuntimeError, KeyError, ValueError, TypeError, IndexError, AttributeError) as error:

@@ -10,6 +10,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,7 @@ class Tracker:
         self._counts: dict[str, int] = {}
         self._bar: tqdm[Any] | None = None
         self._started = time.monotonic()
+        self._session = (0, time.monotonic())  # the step at which this process began, and when
 
     def start(self, step: int) -> None:
         """Begins or goes on at `step`; lines of later steps, written before an interruption, are dropped."""
@@ -110,7 +112,10 @@ class Tracker:
         kept = "".join(f"{line}\n" for line in text.split("\n") if _step_of(line) <= step)
         if text or self.file.exists():
             write_text(self.file, kept)
-        if sys.stderr.isatty():
+        self._session = (step, time.monotonic())
+        if not sys.stderr.isatty():
+            self.say(f"start   step {step}/{self.total_steps}  at {time.strftime('%Y-%m-%d %H:%M:%S')}")
+        else:
             self._bar = tqdm(total=self.total_steps, initial=step, unit="step", dynamic_ncols=True)
 
     def lines(self, kind: str) -> list[dict[str, Any]]:
@@ -173,7 +178,14 @@ class Tracker:
             terms = {name: value for name, value in numbers.items() if name == "lr" or TERM.fullmatch(name)}
             self._bar.set_postfix_str("  ".join(f"{name} {_short(value)}" for name, value in terms.items()), refresh=False)
         elif kind not in ("projector", "skipped"):
-            self.say(f"{kind:<7} step {step}/{self.total_steps}  {shown}")
+            left = f"  eta {self._eta(step)}" if kind == "train" else ""
+            self.say(f"{kind:<7} step {step}/{self.total_steps}  {shown}{left}")
+
+    def _eta(self, step: int) -> str:
+        """Hours, minutes and seconds to the last step, at this process's pace so far, evaluations and saves included."""
+        first, since = self._session
+        pace = (time.monotonic() - since) / max(1, step - first)
+        return str(timedelta(seconds=round(pace * (self.total_steps - step))))
 
     def _write(self) -> None:
         """Appends what waits; on a full disk, where the run is to go on, it waits for the next time, and no half of a line is left."""

@@ -24,4 +24,7 @@ echo "setting up .venv from $lock: about 6 GB, minutes"
 [ -x .venv/bin/python ] || "$python" -m venv .venv
 .venv/bin/python -m pip install --disable-pip-version-check -r "$lock"
 .venv/bin/python -m pip install --disable-pip-version-check --no-deps --editable .  # the command deit-kd
-cp "$lock" requirements.lock .venv/ # the stamps; dev holds the other whole
+for each in "$lock" requirements.lock; do # the stamps; dev holds the other whole
+  cp "$each" .venv/
+done
+echo "set up; now: source .venv/bin/activate (or run .venv/bin/python and .venv/bin/deit-kd)"

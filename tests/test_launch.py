@@ -73,6 +73,7 @@ def test_two_processes_by_accelerate_launch(tmp_path: Path, fashion_folder: Path
 def test_a_student_cut_over_two_processes_is_exported_as_from_ddp(tmp_path: Path, fashion_folder: Path) -> None:
     launcher = ["-m", "accelerate.commands.launch", "--num_processes", 2, "--config_file"]
     options = [*RUN, "--data", fashion_folder, "--max-steps", 4, "run.eval_every_epochs=1", "ema_decay=0.5", "optim.clip_grad=1.0"]
+    options += ["run.keep_best=true"]  # what is exported is gathered when it is evaluated
     options += ["run.speed=plain"]  # a bound of rounding: Adam steps by the rate also where a gradient is nothing but rounding
     students = {}
     for name, file in (("DDP", "cpu2"), ("FSDP2", "fsdp2")):
@@ -83,8 +84,9 @@ def test_a_student_cut_over_two_processes_is_exported_as_from_ddp(tmp_path: Path
     assert students["DDP"].keys() == students["FSDP2"].keys()
     for key, value in students["DDP"].items():
         assert_close(students["FSDP2"][key], value, rtol=1e-5, atol=1e-6)
-    ours, theirs = (read_metrics(tmp_path / name)[-2] for name in students)
-    assert (ours["kind"], ours["top1"], ours["ema_top1"]) == ("eval", theirs["top1"], theirs["ema_top1"])
+        assert_close(load_file(tmp_path / "FSDP2/checkpoints/step_00000004/ema.safetensors")[key], students["FSDP2"][key])
+    ours, theirs = ([line for line in read_metrics(tmp_path / name) if line["kind"] == "eval"][-1] for name in students)
+    assert (ours["top1"], ours["ema_top1"]) == (theirs["top1"], theirs["ema_top1"])
 
 
 def test_a_signal_to_the_launcher_saves_and_asks_for_another_start(tmp_path: Path, fashion_folder: Path) -> None:

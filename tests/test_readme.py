@@ -48,7 +48,7 @@ def bash(script: Path, *arguments: str) -> str:
 
 
 def test_the_two_commands_come_first() -> None:
-    assert BASH[:2] == ["bash launch/quickstart.sh", "bash launch/test.sh"]
+    assert BASH[:3] == ["bash launch/quickstart.sh", "source .venv/bin/activate", "bash launch/test.sh"]
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +61,9 @@ def test_quick_start_and_what_follows_it(copy: Path, quick_start: str) -> None:
     printed = quick_start
     assert re.search(r"teacher +959,066 +91\.30", printed), printed
     assert re.search(r"student +465,620 +\d", printed), printed
+    assert re.search(r"student alone +465,620 +84\.12", printed), printed
+    assert "between 84.45 and 86.45" in printed
+    assert "84.45 to 86.45" in README
     with Image.open(copy / "runs/quickstart/plots/contact_sheet.png") as sheet:
         assert sheet.size[0] > 800
     assert "is now in" in bash(copy / "launch" / "quickstart.sh", "--max-steps", "1"), "a second run keeps the first"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from deit_kd.data import folders
-from deit_kd.data.decode import Jpeg, as_jpeg, as_pixels, decode, orientation
+from deit_kd.data.decode import SUFFIXES, Jpeg, as_jpeg, as_pixels, decode, orientation
 from deit_kd.data.folder_source import FolderSource, label_space
 from deit_kd.data.idx import read_idx
 from deit_kd.errors import UserError
@@ -217,16 +217,29 @@ def _hf_datasets(data: Path | None, split: Split, label_column: str | None = Non
 
 
 def _download(name: str, data: Path, files: str, **kwargs: Any) -> Any:
-    """The torchvision dataset in `data`, downloaded when it is not there."""
+    """The torchvision dataset in `data`, downloaded when it is not there; a download that fails leaves nothing behind.
+
+    Raises:
+        UserError: `data` is an image folder, or the download failed.
+    """
+    if any((data / split).is_dir() for split in ("train", "val", "validation")):
+        raise UserError(
+            f"--data {data}: does not hold {name}, but looks like an image folder: set data.source=image_folder (and "
+            "data.num_classes=auto data.train_images=auto, if it has others)"
+        )
+    if any(path.suffix.lower() in SUFFIXES for folder in data.iterdir() if folder.is_dir() for path in folder.iterdir()):
+        raise UserError(
+            f"--data {data}: does not hold {name}, but looks like folders of classes: put them into {data}/train/CLASS/ and "
+            f"{data}/val/CLASS/, and set data.source=image_folder"
+        )
     import torchvision.datasets
 
-    made = [folder for folder in (data / name / "raw", data / name) if not folder.exists()]
+    before = set(data.iterdir())
     try:
         return getattr(torchvision.datasets, name)(str(data), download=True, **kwargs)
     except (OSError, RuntimeError) as error:  # no network, an interrupted download, a wrong checksum
-        for folder in made:
-            with suppress(OSError):  # it is not there, or holds a part of a download
-                folder.rmdir()
+        for path in set(data.iterdir()) - before:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
         raise UserError(
             f"--data {data}: does not hold {name}, and downloading it failed ({' '.join(str(error).split())}); put {files} there by hand"
         ) from None

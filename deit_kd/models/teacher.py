@@ -194,10 +194,7 @@ def load_teacher(
     else:
         model = _create(_full_tag(name), pretrained=True)
     if num_classes not in (None, model.num_classes):
-        raise UserError(
-            f"teacher {name} knows {model.num_classes} classes, the data has {num_classes}: fine-tune the teacher on this data "
-            "first and give its folder as teacher.name, or distil features only with distill.kd_weight=0"
-        )
+        raise UserError(other_classes(name, model.num_classes, num_classes))
     labels = None if weights == "random" else model.pretrained_cfg.get("label_names")
     stated = {"random": "none, random weights", "pretrained": model.pretrained_cfg.get("license") or "unknown"}
     licence = stated.get(weights, "unknown, weights from a file")
@@ -236,9 +233,17 @@ def doubts(teacher: Teacher, img_size: int, mean: Sequence[float]) -> list[str]:
         stated = [",".join(f"{value:.4g}" for value in own[key]) for key in ("mean", "std")]
         lines.append(
             f"teacher {printable(teacher.info.name)}: was trained on images of other means than data.mean={','.join(f'{value:.4g}' for value in mean)}; "
-            f"what it gets is converted, but the recipe may be of other images than yours: for the teacher's, set data.mean=[{stated[0]}] data.std=[{stated[1]}]"
+            f"what it gets is converted, but the recipe may be of other images than yours: for the teacher's, set data.mean=[{stated[0]}] data.std=[{stated[1]}], or both to auto"
         )
     return lines
+
+
+def other_classes(name: str, theirs: int, ours: int | None) -> str:
+    """What is wrong with a teacher whose logits cannot be compared."""
+    return (
+        f"teacher {name} knows {theirs} classes, the data has {ours}: fine-tune the teacher on this data first and give its folder as "
+        "teacher.name, or distil features only with distill.kd_weight=0"
+    )
 
 
 def _create(name: str, **kwargs: Any) -> TimmModel:

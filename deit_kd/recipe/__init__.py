@@ -66,6 +66,7 @@ __all__ = [
     "load",
     "names",
     "nearest",
+    "overview",
 ]
 
 FOLDER = Path(__file__).resolve().parent.parent.parent / "recipes"
@@ -173,8 +174,17 @@ def _find(name_or_path: str | Path) -> Path:
         return FOLDER / f"{path}.yaml"
     if os.path.exists(path / "recipe.yaml"):  # noqa: PTH110
         return path / "recipe.yaml"
-    hint = nearest(str(path), names()) or f"; known: {', '.join(names())}"
+    hint = nearest(str(path), names()) or f"; known, or the path of a YAML file:\n{overview()}"
     raise RecipeError(f"unknown recipe {short(str(path))}{hint}")
+
+
+def overview() -> str:
+    """The recipes that come with the project, one a line: its name, and the first sentence of its file."""
+    lines = []
+    for name in names():
+        with (FOLDER / f"{name}.yaml").open(encoding="utf-8") as file:
+            lines.append(f"  {name:<42} {file.readline().removeprefix('# ').strip()}")
+    return "\n".join(lines)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

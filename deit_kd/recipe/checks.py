@@ -248,7 +248,8 @@ def _crop_scale(recipe: Recipe) -> Iterator[str]:
 
 
 def _normalisation(recipe: Recipe) -> Iterator[str]:
-    if not all(map(math.isfinite, recipe.data.mean)) or not all(0 < std < math.inf for std in recipe.data.std):
+    mean, std = ((0.5,) if isinstance(each, str) else each for each in (recipe.data.mean, recipe.data.std))  # auto
+    if not all(map(math.isfinite, mean)) or not all(0 < each < math.inf for each in std):
         yield f"data.mean, data.std: must be finite, std above 0, got {list(recipe.data.mean)}, {list(recipe.data.std)}"
 
 
@@ -276,8 +277,13 @@ def _elsewhere(r: Recipe) -> Iterator[str]:
 def _patches(r: Recipe) -> Iterator[str]:
     named = re.search(r"_patch(\d{1,4})(?!\d)", r.student.name, flags=re.ASCII) if isinstance(r.student.name, str) else None
     patch = r.student.model_args.get("patch_size", int(named[1]) if named else None)
-    if isinstance(patch, int) and patch > 0 and r.data.img_size % patch:
+    if not isinstance(r.data.img_size, str) and isinstance(patch, int) and patch > 0 and r.data.img_size % patch:
         yield f"data.img_size: {r.data.img_size} is not divisible by the patch size {patch}"
+
+
+def _follows(r: Recipe) -> Iterator[str]:
+    if (auto := r.follows_teacher()) and not r.lessons():
+        yield f"{', '.join(auto)}: auto takes the teacher's, and this recipe has none; state numbers"
 
 
 def _automatic_student(r: Recipe) -> Iterator[str]:
@@ -332,6 +338,6 @@ def _cached(r: Recipe) -> Iterator[str]:
 
 
 RECIPE_CHECKS = (
-    _out_of_range, _ema, _crop_scale, _normalisation, _betas, _warmup, _color_jitter, _elsewhere, _patches, _automatic_student, _patience,
+    _out_of_range, _ema, _crop_scale, _normalisation, _betas, _warmup, _color_jitter, _elsewhere, _patches, _follows, _automatic_student, _patience,
     _together, _untaught, _one_crop, _momentum, _milestones, _cached,
 )  # fmt: skip

@@ -8,9 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import ConfigDict
+
+if TYPE_CHECKING:  # what everything reads: `deit_kd.build.resolve` puts the first teacher's value in the place of auto
+    Three = tuple[float, float, float]
+    Pixels = int
+else:
+    Three = tuple[float, float, float] | Literal["auto"]
+    Pixels = int | Literal["auto"]
 
 
 class Section:
@@ -26,9 +33,9 @@ class Data(Section):
     source: str  # a key of deit_kd.data.SOURCES
     num_classes: int | Literal["auto"]  # auto: as many as the data has
     train_images: int | Literal["auto"]  # a number refuses data of another size
-    img_size: int  # pixels a side, what the student sees
-    mean: tuple[float, float, float]  # of pixels in [0, 1]
-    std: tuple[float, float, float]
+    img_size: Pixels  # pixels a side, what the student sees; auto: what the first teacher was trained on
+    mean: Three  # of pixels in [0, 1]; auto: the first teacher's
+    std: Three
     on_bad_image: Literal["refuse", "skip"]  # skip: the next readable image takes its place; evaluation leaves it out
     # apply: images are turned as their EXIF orientation says, as viewers show them. null: as they are stored, which is what torchvision,
     # timm and the papers train on; so recipes of ImageNet have null, those for own photos apply.
@@ -204,6 +211,7 @@ class Run(Section):
     eval_every_epochs: int = 1
     save_every_steps: int | Literal["epoch"] = "epoch"
     keep_checkpoints: int = 2
+    keep_best: bool = False  # the weights of the best evaluation are exported instead of the last, and marked so
     on_full_disk: Literal["stop", "go_on"] = "stop"  # go_on: without the checkpoint that did not fit
     trackers: tuple[str, ...] = ()  # names Accelerate knows: tensorboard, wandb, ...
     speed: Literal["auto", "plain"] = (
@@ -260,6 +268,10 @@ class Recipe(Section):
         """What the peak learning rate is multiplied by, from the declared global batch and the rule."""
         ratio = self.global_batch_size / self.optim.lr_base_batch_size
         return {"none": 1.0, "linear": ratio, "sqrt": ratio**0.5}[self.optim.lr_rule]
+
+    def follows_teacher(self) -> list[str]:
+        """The keys of `data` that are auto and take the first teacher's value."""
+        return [f"data.{key}" for key in ("img_size", "mean", "std") if getattr(self.data, key) == "auto"]
 
 
 def flatten(recipe: Recipe) -> Iterator[tuple[str, Any]]:

@@ -15,6 +15,7 @@ from jinja2 import UndefinedError
 from timm.models import model_entrypoint
 
 from deit_kd import recipe as recipes
+from deit_kd.best import exported
 from deit_kd.errors import UserError
 from deit_kd.files import clear, write_text
 from deit_kd.recipe import Recipe
@@ -60,7 +61,7 @@ def write_card(run_folder: Path) -> Path:
     evaluations = [line for line in metrics if line["kind"] == "eval"]
     if not evaluations:
         raise UserError(f"{run_folder}: its metrics.jsonl holds no evaluation; give the command of the run again, which evaluates")
-    last = evaluations[-1]
+    last, chosen = exported(metrics, run)  # not the last, where the best are kept
     ema = "ema_top1" in last
     name = f"{run['name']}: {what(recipe)}"
     teachers = run["teachers"]
@@ -96,6 +97,7 @@ def write_card(run_folder: Path) -> Path:
         last=last,
         end=evaluations[-1],
         ema=ema,
+        chosen=chosen,
         best=max(evaluations, key=lambda line: line["top1"]),
         scores=next((line for line in metrics if line["kind"] == "teacher"), {}),
         lessons=recipe.lessons(),

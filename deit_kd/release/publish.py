@@ -17,6 +17,7 @@ from huggingface_hub import HfApi, ModelCard, get_token
 from huggingface_hub.errors import HfHubHTTPError
 from timm.models import model_entrypoint
 
+from deit_kd.best import exported
 from deit_kd.documents import short
 from deit_kd.errors import UserError
 from deit_kd.files import write_json, write_text
@@ -132,7 +133,7 @@ def _same_logits(student: Path) -> str:
 
 def _same_numbers(run: Path) -> str:
     """What the card claims is what the run measured."""
-    last = [line for line in read_metrics(run) if line["kind"] == "eval"][-1]
+    last, _ = exported(read_metrics(run), json.loads((run / "run.json").read_text()))
     prefix = "ema_" if "ema_top1" in last else ""
     claimed = {
         each.metric_name: each.metric_value for each in ModelCard.load(run / "student" / "README.md").data.eval_results or ()

@@ -1,0 +1,263 @@
+"""What a run needs before its first step: one list of checks, which train.py, --dry-run and `deit-kd doctor` share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from accelerate import Accelerator
+
+from deit_kd import build, plan, stream
+from deit_kd.class_means import must_fit
+from deit_kd.data import EvaluationLoader, Source, TrainLoader
+from deit_kd.data.device import choose_augmentation
+from deit_kd.data.sources import hold_out
+from deit_kd.data.transforms import evaluation_transform
+from deit_kd.errors import UserError
+from deit_kd.files import warn
+from deit_kd.models import AnyTeacher, CachedTeacher
+from deit_kd.models.facts import facts_of, locate, unread
+from deit_kd.models.teacher import doubts, other_classes
+from deit_kd.recipe import Recipe
+from deit_kd.release.export import PERMISSIVE
+from deit_kd.seed import derive_seed
+
+
+class Line(NamedTuple):
+    """A finding: ok, warn or fail; what was looked at; what was found, with the remedy if it is not well."""
+
+    severity: str
+    name: str
+    text: str
+
+
+class Loaders(NamedTuple):
+    """The loaders of a run; `holdout` is of the images that fine-tuning holds out."""
+
+    train: TrainLoader
+    val: EvaluationLoader
+    holdout: EvaluationLoader | None
+
+
+def make_loaders(
+    recipe: Recipe,
+    accelerator: Accelerator,
+    sources: tuple[Source, Source],
+    device_batch_size: int | None,
+    warn: Callable[[str], None],
+    cached: CachedTeacher | None = None,
+) -> Loaders:
+    """The loaders of this process.
+
+    Args:
+        recipe: what is trained.
+        accelerator: says where, and among how many processes.
+        sources: train and val.
+        device_batch_size: the largest micro-batch of one device; None for no accumulation.
+        warn: tells people something.
+        cached: the teacher whose answers are read.
+
+    Raises:
+        UserError: a batch that does not divide or has too few images, too few images, or a cache of other images.
+    """
+    train, val = sources
+    tune, holdout = recipe.finetune, None
+    if tune is not None and tune.holdout:
+        train, holdout = hold_out(train, tune.holdout, derive_seed(recipe.seed, "holdout"))
+    if len(val) < accelerator.num_processes:
+        raise UserError(f"{val.origin}: {len(val)} validation images are fewer than the {accelerator.num_processes} processes")
+    steps = build.accumulation(recipe.global_batch_size, accelerator.num_processes, device_batch_size)
+    here = build.placement(recipe, accelerator, warn)
+    loader = TrainLoader(
+        train,
+        choose_augmentation(recipe, accelerator.device),
+        recipe.augmentation,
+        here,
+        num_classes=len(train.class_names),
+        seed=recipe.seed,
+        global_batch_size=recipe.global_batch_size,
+        accumulation_steps=steps,
+        memory=cached,
+    )
+    if cached is not None:
+        stream.must_fit(cached, recipe, loader, accelerator.mixed_precision, warn)
+    micro = loader.micro_batch_size
+    if micro < 2 and any(lesson.distill.feature_weight for lesson in recipe.lessons()):
+        raise UserError(f"global_batch_size={recipe.global_batch_size}: leaves {micro} image a micro-batch, feature losses need 2")
+    transform = evaluation_transform(recipe)
+    held = None if holdout is None else EvaluationLoader(holdout, transform, here, batch_size=micro)
+    return Loaders(loader, EvaluationLoader(val, transform, here, batch_size=micro), held)
+
+
+class Start:
+    """What a run would start with, looked at piece by piece; each check gives what is well in a line, and adds to `warnings`.
+
+    Args:
+        recipe: `build.resolve`d.
+        data: the folder of --data.
+        accelerator: of this process.
+        device_batch_size: the largest micro-batch of one device.
+        reads_weights: whether weights that are on this machine are read, as the run would do next; else their configurations are.
+    """
+
+    def __init__(
+        self, recipe: Recipe, data: Path | None, accelerator: Accelerator, device_batch_size: int | None, reads_weights: bool
+    ):
+        self.recipe, self.data, self.accelerator, self.device_batch_size = recipe, data, accelerator, device_batch_size
+        self.reads_weights, self.warnings = reads_weights, list[str]()
+        self.sources: tuple[Source, Source] | None = None
+        self.loaders: Loaders | None = None
+        self.teachers: list[AnyTeacher] = []
+
+    def checks(self) -> dict[str, Callable[[], str]]:
+        """By name, in the order in which they must be made. Each raises a UserError for what would end the run."""
+        return {"data": self.open_data, "teacher": self.teacher, "batch": self.batch, "networks": self.networks}
+
+    @property
+    def lacks_data(self) -> bool:
+        """Whether there are no images to look at, because --data was not given."""
+        return self.data is None and self.recipe.data.source != "fashion_mnist"
+
+    def open_data(self) -> str:
+        """Images of both splits, and the classes."""
+        self.sources = train, val = build.open_data(self.recipe, self.data)
+        return f"{len(train):,} training and {len(val):,} validation images of {train.origin}"
+
+    def batch(self) -> str:
+        """How the global batch is cut, and whether a teacher's cache is of these images."""
+        if self.sources is None:
+            steps = build.accumulation(self.recipe.global_batch_size, self.accelerator.num_processes, self.device_batch_size)
+            return f"{self.recipe.global_batch_size} images on {self.accelerator.num_processes} processes in {steps} pieces"
+        cached = next((teacher for teacher in self.teachers if isinstance(teacher, CachedTeacher)), None)
+        tell = self.warnings.append if self.reads_weights else _nobody  # the run makes them again, and says so itself
+        self.loaders = make_loaders(self.recipe, self.accelerator, self.sources, self.device_batch_size, tell, cached)
+        loader = self.loaders.train
+        return (
+            f"{loader.global_batch_size} images = {self.accelerator.num_processes} x {loader.accumulation_steps} x "
+            f"{loader.micro_batch_size} (processes x accumulation x device)"
+        )
+
+    def teacher(self) -> str:
+        """Of each teacher where its weights are, whose classes it knows, its licence, and what images it was trained on."""
+        names = None if self.sources is None else self.sources[0].class_names
+        told, here = [], True
+        for lesson in {lesson.teacher: lesson for lesson in reversed(self.recipe.lessons())}.values():
+            config = lesson.teacher
+            if config.cache:
+                told.append(f"{config.name} is not run: its answers are in {config.cache}")
+                continue
+            place = None
+            if config.name.startswith("hf-hub:"):  # its configuration lies beside its weights
+                place = locate(config.name, config.weights)
+            facts = facts_of(config.name, config.weights)
+            compares = any(
+                each.distill.kd_weight or each.distill.teacher_tap == "dense_logits"
+                for each in self.recipe.lessons()
+                if each.teacher == config
+            )
+            if names and compares and config.weights == "pretrained" and facts.num_classes != len(names):
+                raise UserError(other_classes(config.name, facts.num_classes, len(names)))
+            place = place or locate(config.name, config.weights)
+            here &= place.here
+            if config.weights == "random":
+                told.append(f"{config.name}: random weights")
+                continue
+            self.warnings += doubts(
+                unread(config.name, config.weights, config.img_size), self.recipe.data.img_size, self.recipe.data.mean
+            )
+            licence = (
+                facts.license if facts.license in PERMISSIVE else f"{facts.license} (the student's card will not say apache-2.0)"
+            )
+            told.append(f"{config.name}: weights {place.words}, licence {licence}, {facts.num_classes} classes")
+        if any(lesson.teacher.cache for lesson in self.recipe.lessons()) or (self.reads_weights and here):
+            self.teachers = build.build_teachers(self.recipe, names)  # reads them, or opens the cache
+        return "; ".join(told) or "none"
+
+    def networks(self) -> str:
+        """Student, projectors and class means; weights to go on from."""
+        classes = None if self.sources is None else len(self.sources[0].class_names)
+        tune = self.recipe.finetune
+        place = None if tune is None else locate(tune.weights)
+        for number, lesson in enumerate(self.recipe.lessons()):
+            teacher = self.teachers[number] if self.teachers else None
+            must_fit(self.recipe, lesson.distill, teacher, self.loaders and self.loaders.train.source)
+        if self.reads_weights and self.loaders and place and place.here and len(self.teachers) == len(self.recipe.lessons()):
+            labels = torch.from_numpy(self.loaders.train.source.labels)
+            build.build_distiller(self.recipe, len(self.loaders.train.source.class_names), self.teachers, labels)
+        else:
+            build.build_models(self.recipe, classes)
+        return f"{self.recipe.student.name}" + (f", weights {place.words}" if place else ", fresh weights")
+
+
+def look(start: Start) -> Iterator[Line]:
+    """A line a check: well, what is doubtful, or what would end the run."""
+    failed = False
+    for name, check in start.checks().items():
+        start.warnings.clear()
+        if name == "data" and start.lacks_data:
+            yield Line("warn", name, "not looked at: pass --data")
+        elif failed and name == "networks":
+            yield Line("warn", name, "not looked at: mend first what fails above")
+        else:
+            try:
+                text = check()
+            except UserError as error:
+                failed = True
+                yield Line("fail", name, str(error))
+                continue
+            doubtful = "; ".join(start.warnings)
+            yield Line("warn", name, f"{text}; {doubtful}") if doubtful else Line("ok", name, text)
+
+
+def rehearse(start: Start, say: Callable[[str], None]) -> None:
+    """The dry run: prints what the recipe amounts to, as far as it can be counted, and what is doubtful.
+
+    Raises:
+        UserError: what would end the run.
+    """
+    faults = []
+    for line in look(start):
+        if line.severity == "fail":
+            faults.append(line.text)
+        for warning in start.warnings:
+            warn(warning)
+    train = start.sources[0] if start.sources else None
+    try:
+        counted = plan.make_plan(start.recipe, len(train.class_names) if train else None)
+        say(plan.describe(start.recipe, counted, len(train) if train else None))
+    except UserError as error:
+        faults = faults or [str(error)]  # else it is one of them again
+    if len(faults) == 1:
+        raise UserError(faults[0])
+    if faults:
+        raise UserError("\n  ".join([f"{len(faults)} faults would end the run", *faults]))
+
+
+def must_start(
+    recipe: Recipe, data: Path | None, accelerator: Accelerator, device_batch_size: int | None, warn: Callable[[str], None] = warn
+) -> tuple[Source, Source]:
+    """Makes all checks, before weights are read; gives the images of both splits.
+
+    Args:
+        recipe: see `Start`, as `data`, `accelerator` and `device_batch_size`.
+        data: the folder of --data.
+        accelerator: of this process.
+        device_batch_size: the largest micro-batch of one device.
+        warn: takes what is doubtful.
+
+    Raises:
+        UserError: what would end the run, the first that is found.
+    """
+    start = Start(recipe, data, accelerator, device_batch_size, reads_weights=False)
+    for check in start.checks().values():
+        check()
+    for text in start.warnings:
+        warn(text)
+    assert start.sources is not None
+    return start.sources
+
+
+def _nobody(_: str) -> None:
+    """Takes a warning."""
