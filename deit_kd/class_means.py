@@ -74,7 +74,7 @@ def must_fit(recipe: Recipe, distill: Distill, teacher: AnyTeacher | None, sourc
     if not file.exists():
         raise UserError(f"distill.class_means={file}: no such file; make it with deit-kd class-means, or set it to auto")
     if teacher is not None and source is not None:
-        _read(file, _identity(recipe, teacher, source))
+        _read(file, _identity(recipe, teacher, source), teacher.width)
 
 
 @torch.inference_mode()
