@@ -99,7 +99,9 @@ def dry_run(recipe: recipes.Recipe, options: argparse.Namespace, output: Path) -
     from deit_kd import processes, ready
 
     accelerator = processes.make_accelerator(recipe, options.device, output)
-    ready.rehearse(ready.Start(recipe, options.data, accelerator, options.device_batch_size, reads_weights=True), accelerator.print)
+    ready.rehearse(
+        ready.Checks(recipe, options.data, accelerator, options.device_batch_size, reads_weights=True), accelerator.print
+    )
 
 
 def train(recipe: recipes.Recipe, options: argparse.Namespace, output: Path) -> None:

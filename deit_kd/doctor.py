@@ -42,7 +42,7 @@ def examine(recipe: Recipe, data: Path | None, output: Path, accelerator: Accele
         accelerator: of this process.
         fault: why the processes of a run could not be started as the recipe says.
     """
-    start = ready.Start(recipe, data, accelerator, None, reads_weights=True)
+    start = ready.Checks(recipe, data, accelerator, None, reads_weights=True)
     checks: dict[str, Callable[[], Line]] = {
         "versions": lambda: _versions(accelerator),
         "devices": lambda: _devices(accelerator),
@@ -178,7 +178,7 @@ def _same(name: str, value: str, text: str, accelerator: Accelerator) -> Line:
     return Line("ok", name, text)
 
 
-def _same_data(line: Line, start: ready.Start, accelerator: Accelerator) -> Line:
+def _same_data(line: Line, start: ready.Checks, accelerator: Accelerator) -> Line:
     """What was found of the data, unless another process has others."""
     fingerprints = line.text
     if start.sources:
@@ -188,20 +188,20 @@ def _same_data(line: Line, start: ready.Start, accelerator: Accelerator) -> Line
     return line if line.severity != "ok" else same
 
 
-def _workers(recipe: Recipe, start: ready.Start, count: int) -> Line:
+def _workers(recipe: Recipe, start: ready.Checks, count: int) -> Line:
     if start.sources is None:
         return Line("warn", "workers", "not looked at: there are no images")
     size = start.loaders.train.micro_batch_size if start.loaders else recipe.global_batch_size
     return machine.workers(count, start.sources[0], evaluation_transform(recipe), recipe.data.img_size, size)
 
 
-def _shared_memory(start: ready.Start, local: int) -> Line:
+def _shared_memory(start: ready.Checks, local: int) -> Line:
     if start.loaders is None:
         return Line("warn", "memory", "not looked at: there is no batch")
     return machine.shared_memory(start.loaders.train, local)
 
 
-def _disk(recipe: Recipe, start: ready.Start, folder: Path, accelerator: Accelerator) -> Line:
+def _disk(recipe: Recipe, start: ready.Checks, folder: Path, accelerator: Accelerator) -> Line:
     if not accelerator.is_main_process:
         return Line("ok", "disk", "")
     try:

@@ -91,7 +91,7 @@ def make_loaders(
     return Loaders(loader, EvaluationLoader(val, transform, here, batch_size=micro), held)
 
 
-class Start:
+class Checks:
     """What a run would start with, looked at piece by piece; each check gives what is well in a line, and adds to `warnings`.
 
     Args:
@@ -191,12 +191,12 @@ class Start:
         return f"{self.recipe.student.name}" + (f", weights {place.words}" if place else ", fresh weights")
 
 
-def look(start: Start) -> Iterator[Line]:
+def look(found: Checks) -> Iterator[Line]:
     """A line a check: well, what is doubtful, or what would end the run."""
     failed = False
-    for name, check in start.checks().items():
-        start.warnings.clear()
-        if name == "data" and start.lacks_data:
+    for name, check in found.checks().items():
+        found.warnings.clear()
+        if name == "data" and found.lacks_data:
             yield Line("warn", name, "not looked at: pass --data")
         elif failed and name == "networks":
             yield Line("warn", name, "not looked at: mend first what fails above")
@@ -207,26 +207,26 @@ def look(start: Start) -> Iterator[Line]:
                 failed = True
                 yield Line("fail", name, str(error))
                 continue
-            doubtful = "; ".join(start.warnings)
+            doubtful = "; ".join(found.warnings)
             yield Line("warn", name, f"{text}; {doubtful}") if doubtful else Line("ok", name, text)
 
 
-def rehearse(start: Start, say: Callable[[str], None]) -> None:
+def rehearse(found: Checks, say: Callable[[str], None]) -> None:
     """The dry run: prints what the recipe amounts to, as far as it can be counted, and what is doubtful.
 
     Raises:
         UserError: what would end the run.
     """
     faults = []
-    for line in look(start):
+    for line in look(found):
         if line.severity == "fail":
             faults.append(line.text)
-        for warning in start.warnings:
+        for warning in found.warnings:
             warn(warning)
-    train = start.sources[0] if start.sources else None
+    train = found.sources[0] if found.sources else None
     try:
-        counted = plan.make_plan(start.recipe, len(train.class_names) if train else None)
-        say(plan.describe(start.recipe, counted, len(train) if train else None))
+        counted = plan.make_plan(found.recipe, len(train.class_names) if train else None)
+        say(plan.describe(found.recipe, counted, len(train) if train else None))
     except UserError as error:
         faults = faults or [str(error)]  # else it is one of them again
     if len(faults) == 1:
@@ -241,7 +241,7 @@ def must_start(
     """Makes all checks, before weights are read; gives the images of both splits.
 
     Args:
-        recipe: see `Start`, as `data`, `accelerator` and `device_batch_size`.
+        recipe: see `Checks`, as `data`, `accelerator` and `device_batch_size`.
         data: the folder of --data.
         accelerator: of this process.
         device_batch_size: the largest micro-batch of one device.
@@ -250,13 +250,13 @@ def must_start(
     Raises:
         UserError: what would end the run, the first that is found.
     """
-    start = Start(recipe, data, accelerator, device_batch_size, reads_weights=False)
-    for check in start.checks().values():
+    found = Checks(recipe, data, accelerator, device_batch_size, reads_weights=False)
+    for check in found.checks().values():
         check()
-    for text in start.warnings:
+    for text in found.warnings:
         warn(text)
-    assert start.sources is not None
-    return start.sources
+    assert found.sources is not None
+    return found.sources
 
 
 def _nobody(_: str) -> None:

@@ -45,10 +45,10 @@ def ignorant(tmp_path_factory: pytest.TempPathFactory, fashion_folder: Path) -> 
 def refusals(recipe: recipes.Recipe, data: Path | None) -> list[str]:
     """What doctor's lines and the dry run say of it, which must be one."""
     accelerator = Accelerator(cpu=True)
-    lines = [line.text for line in ready.look(ready.Start(recipe, data, accelerator, None, True)) if line.severity == "fail"]
+    lines = [line.text for line in ready.look(ready.Checks(recipe, data, accelerator, None, True)) if line.severity == "fail"]
     error = None
     try:
-        ready.rehearse(ready.Start(recipe, data, accelerator, None, True), lambda _: None)
+        ready.rehearse(ready.Checks(recipe, data, accelerator, None, True), lambda _: None)
     except UserError as raised:
         error = str(raised)
     assert (error is None) == (not lines)
