@@ -40,7 +40,7 @@ def test_recipes_are_listed_one_a_line(train_cli: Cli) -> None:
 
 
 @pytest.mark.parametrize("source", ["fashion_mnist", "cifar10", "cifar100", "imagenette"])
-@pytest.mark.parametrize(("layout", "remedy"), [("train/cat", "set data.source=image_folder"), ("cat", "into .*/train/CLASS/")])
+@pytest.mark.parametrize(("layout", "remedy"), [("train/cat", "data.source=image_folder"), ("cat", "into .*/train/CLASS/")])
 def test_pictures_are_recognized_where_a_data_set_is_expected(source: str, layout: str, remedy: str, tmp_path: Path) -> None:
     (tmp_path / layout).mkdir(parents=True)
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / layout / "1.png")
