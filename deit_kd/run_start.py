@@ -76,7 +76,7 @@ def entered(
                 _move_aside(real, output, accelerator.print)
             make_folder(real)
             held.enter_context(locked(real, "train.py", shown=output))
-            for folder in (real, real / "checkpoints"):
+            for folder in (real, *(real / name for name in ("checkpoints", "student", "plots"))):
                 clear(folder)
             return _find(output, recipe, resume, accepted, accelerator.print)
 
