@@ -117,6 +117,8 @@ def refuse(
         return
     keys = [change["key"] for change in left]
     way = "give what it had, another --output, or --resume none to move that run aside"
+    if any(change["key"] == "classes" and sorted(change["was"]) == sorted(change["now"]) for change in left):
+        way = f"write the order that it had, as a JSON list, into class_order.json beside train/; or {way}"
     if all(may_change(key) for key in keys):
         wanted = dict.fromkeys([*sorted(accepted), *keys, *([TRAINING] if "data.on_bad_image" in keys else [])])
         if unreadable:
@@ -146,9 +148,9 @@ def parse_accepted(text: str | None) -> tuple[str, ...]:
     return keys
 
 
-def of_old(steps_per_epoch: int | None) -> dict[str, Any]:
-    """What checkpoints of earlier versions say of the data."""
-    return {TRAINING: {"steps_an_epoch": steps_per_epoch}}
+def of_old(recipe: Recipe, steps_per_epoch: int | None, classes: Sequence[str]) -> dict[str, Any]:
+    """What checkpoints of earlier versions say of the data, whose folders were in the order of their names as text."""
+    return plain({**of_recipe(recipe), TRAINING: {"steps_an_epoch": steps_per_epoch}, "classes": list(classes)})
 
 
 def tell(change: Mapping[str, Any]) -> str:

@@ -264,8 +264,10 @@ def compare_data(
     was, now = start.state.get("depends_on"), task.depends_on
     if not was:
         say(f"{start.checkpoint}: an earlier version wrote it; whether data, classes and teacher are the same cannot be compared")
-        was = {**resuming.of_recipe(recipe), **resuming.of_old(start.state.get("steps_per_epoch"))}
-        now = {**resuming.of_recipe(recipe), **resuming.of_old(task.steps_per_epoch)}
+        names = sources[0].class_names
+        by_text = sorted(names) if recipe.data.source in ("image_folder", "imagenette") else names
+        was = resuming.of_old(recipe, start.state.get("steps_per_epoch"), by_text)
+        now = resuming.of_old(recipe, task.steps_per_epoch, names)
     found = resuming.changes(was, now)
     faults = [fault for source in sources for fault in resuming.unreadable(source)] if found else []
     resuming.refuse(

@@ -156,6 +156,21 @@ def test_a_checkpoint_of_an_earlier_version_goes_on_and_says_what_is_not_compare
     same_result(half, runs[0])
 
 
+def test_an_old_run_on_numbered_folders_keeps_its_labels(train_cli: Cli, tmp_path: Path) -> None:
+    """Earlier versions put 10 before 9."""
+    folders = make_data(tmp_path / "data", ("9", "10"))
+    assert train_cli(*command(folders, tmp_path / "run", "--max-steps", 2))[0] == 0
+    forge(tmp_path / "run/checkpoints/step_00000002", lambda state: [state.pop(key) for key in ("depends_on", "folder")])
+    told = refuse(train_cli, *command(folders, tmp_path / "run"))
+    assert (
+        "(classes: number 0 '10' -> '9'); write the order that it had, as a JSON list, into class_order.json beside train/" in told
+    )
+    (folders / "class_order.json").write_text('["10", "9"]')
+    code, printed = train_cli(*command(folders, tmp_path / "run"))
+    assert code == 0, printed
+    assert json.loads((tmp_path / "run/student/config.json").read_text())["label_names"] == ["10", "9"]
+
+
 # What a run depends on.
 
 
