@@ -269,7 +269,7 @@ def _facts(output: Path, cells: Sequence[Cell]) -> str:
     if not runs:
         return "No run is complete."
     told = {
-        f"{run.data.train_images:,} training images of {run.data.name}, {run.hardware}, commit {run.commit[:12]}" for run in runs
+        f"{run.data.train_images:,} training images ({run.data.name}), {run.hardware}, commit {run.commit[:12]}" for run in runs
     }
     return for_markdown(redact("; ".join(sorted(told)))) + "."
 

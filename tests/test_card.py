@@ -24,6 +24,7 @@ from deit_kd.release.card import what
 from deit_kd.release.citations import OF_LOSS, PAPERS, bibtex, cited
 from deit_kd.release.export import licence
 from deit_kd.release.publish import must_be_clean
+from deit_kd.run_files import plain
 
 TEACHER = {
     "name": "quickstart_teacher", "weights": "pretrained", "sha256": "0" * 64, "license": "apache-2.0", "parameters": 10, "gmacs": 0.1,
@@ -45,11 +46,16 @@ def make_run(
 ) -> Path:
     (folder / "student").mkdir(parents=True, exist_ok=True)
     (folder / "recipe.yaml").write_text(recipes.dump(recipes.load(recipe, overrides)))
-    (folder / "run.json").write_text(json.dumps(RUN | run))
+    (folder / "run.json").write_text(json.dumps(plain(RUN | run)))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (*lines, EVALUATION)))
     (folder / "student/config.json").write_text(json.dumps({"label_names": labels, "architecture": "x"}))
     save_file({"a": zeros(1)}, folder / "student/model.safetensors")
     return folder
+
+
+def change(told: str) -> dict[str, Any]:
+    """What run.json says of a change that its user accepted."""
+    return {"key": "data.train_images", "was": 1, "now": 2, "told": told, "step": 2}
 
 
 def card_of(folder: Path) -> str:
@@ -94,13 +100,15 @@ def test_names_of_others_in_a_card(number: int, tmp_path: Path) -> None:
         teachers=[TEACHER | {"name": name, "license": name, "weights": other}],
         data=RUN["data"] | {"name": name},
         finetuned_from={"source": other, "sha256": "1" * 64, "license": name},
-        accepted_changes=[{"key": "data.classes", "was": name, "now": other, "step": 3}],
+        accepted_changes=[change(name)],
         commit=name,
         hardware=other,
     )
     card = card_of(folder)
     card.encode()
-    plain = card_of(make_run(folder, ["cat", "dog"], finetuned_from=RUN["teachers"][0] | {"source": "x"}, accepted_changes=["x"]))
+    plain = card_of(
+        make_run(folder, ["cat", "dog"], finetuned_from=RUN["teachers"][0] | {"source": "x"}, accepted_changes=[change("x")])
+    )
     kinds = [[token.type for token in markdown.parse(each.partition("\n---\n")[2])] for each in (card, plain)]
     assert kinds[0] == kinds[1], "a name became markup"
     inline = [child.type for token in markdown.parse(card.partition("\n---\n")[2]) for child in token.children or []]
@@ -229,9 +237,9 @@ def test_a_card_says_what_is_so(tmp_path: Path) -> None:
     assert "images of images" not in card
     assert "On 2 validation images (images of 2 classes in folders), each counted once." in card
     assert "# run: deit_distilled of width 96, depth 4, patches of 8 px, images of 64 px\n" in card
-    assert "Changed under way" not in card
-    changed = card_of(make_run(tmp_path, ["cat"], accepted_changes=[{"key": "data.train", "was": 4, "now": "3 | x", "step": 2}]))
-    assert r"| Changed under way, as its author accepted | data.train at step 2: 4 became 3 \| x |" in changed
+    assert "Changed at step" not in card
+    changed = card_of(make_run(tmp_path, ["cat"], accepted_changes=[change("3 | x")]))
+    assert r"| Changed at step 2 | 3 \| x: the run went on, not bit for bit as without the change |" in changed
 
 
 def test_the_rounding_of_the_card_is_timms(tmp_path: Path) -> None:

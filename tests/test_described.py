@@ -432,7 +432,7 @@ def test_a_package_of_weights_is_a_student_too() -> None:
     [
         ("n.txt", b"a\nb\na", "names two classes a; tell them apart"),  # else its folder could not be read
         ("n.txt", b"a\nb", "is no list of 3 class names"),
-        ("n.txt", b"\xff\xfe", "cannot be read as UTF-8"),
+        ("n.txt", b"a\xff\xfe", "cannot be read as UTF-8"),
         ("n.json", b'["a", 1, "c"]', "must be a list of class names"),
         ("n.json", b'{"0": "a"', "Invalid JSON"),
     ],
