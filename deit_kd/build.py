@@ -284,6 +284,8 @@ def placement(recipe: Recipe, accelerator: Accelerator, warn: Callable[[str], No
         workers=min(16, (os.cpu_count() or 1) // accelerator.num_processes) if stated == "auto" else stated,
         on_bad_image=recipe.data.on_bad_image,
         warn=warn,
+        remedy="remove it, or set data.on_bad_image=skip; a run that goes on also needs --accept-changes "
+        "data.on_bad_image,training_images",
     )
 
 

@@ -123,8 +123,11 @@ def refuse(
         wanted = dict.fromkeys([*sorted(accepted), *keys, *([TRAINING] if "data.on_bad_image" in keys else [])])
         if unreadable:
             wanted["data.on_bad_image"] = None
-            fault = f"{fault}: {'; '.join(unreadable[:3])}; remove it or set data.on_bad_image=skip, and see what follows"
-        way += f"; or go on with it as it is now: add --accept-changes {','.join(wanted)}"
+        flag = f"--accept-changes {','.join(wanted)}"
+        mend = (
+            f"{'; '.join(unreadable[:3])}: remove it, or set data.on_bad_image=skip, and" if unreadable else "to go on with this,"
+        )
+        way = f"{mend} add {flag}; or {way}"
     raise UserError(f"{fault} ({'; '.join(tell(change) for change in left[:5])}); {way}")
 
 

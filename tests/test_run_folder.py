@@ -187,7 +187,7 @@ def test_other_data_are_refused_by_name(half: Path, data: Path, train_cli: Cli, 
     assert "training_images: other content" in told("noise", seed=1)
     more = told("more", train=9)
     assert "training_images: number 16 -> 18, other labels, other content, other sizes" in more
-    assert "--resume none to move that run aside; or go on with it as it is now: add --accept-changes training_images" in more
+    assert "; to go on with this, add --accept-changes training_images,validation_images; or give what it had, another --output" in more
     shutil.copytree(data, tmp_path / "val")
     shutil.rmtree(tmp_path / "val/val")
     shutil.copytree(make_data(tmp_path / "noise2", seed=2) / "val", tmp_path / "val/val")
@@ -226,7 +226,7 @@ def test_other_teachers_and_weights_to_start_from_are_refused(data: Path, train_
 
 
 def _flag(told: str) -> list[str]:
-    found = re.search(r"--accept-changes \S+", told)
+    found = re.search(r"--accept-changes [\w.,]+", told)
     assert found, told
     return found[0].split()
 
@@ -241,7 +241,7 @@ def test_each_remedy_of_an_image_that_went_bad_works(
     bad.write_bytes(content[:100])
     told = refuse(train_cli, *command(own, half))
     assert f"{bad}: cannot be read" in told
-    assert "remove it or set data.on_bad_image=skip" in told
+    assert "remove it, or set data.on_bad_image=skip, and add --accept-changes" in told
     changed = ["data.on_bad_image=skip"] if remedy == "skip" else []
     if remedy == "put back":
         bad.write_bytes(content)

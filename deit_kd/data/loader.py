@@ -62,6 +62,7 @@ class Placement:
     on_bad_image: str  # refuse or skip
     warn: Callable[[str], None]
     patience: float = 60.0  # seconds until a batch that does not come is told
+    remedy: str = "remove it, or set data.on_bad_image=skip"  # of an image that cannot be read
 
 
 _Keys = tuple[int, np.ndarray]  # epoch, and [B,2]: index of each image of a batch, and which view of it in this epoch
@@ -211,7 +212,7 @@ class TrainLoader:
         """
         images, plan, _, faults, refused = _collate(self._dataset.items((0, self._order(0)[:1]), self._dataset.read))
         if refused:
-            raise UserError(f"{faults[0]}; remove it, or set data.on_bad_image=skip")
+            raise UserError(f"{faults[0]}; {self.placement.remedy}")
         return count_bytes((images, plan)) * self.micro_batch_size * (2 * self.placement.workers + 1)
 
     def epoch(self, epoch: int, start_step: int = 0, stop_step: int | None = None) -> Iterator[Batch]:
@@ -247,7 +248,7 @@ class TrainLoader:
         """(images on the device, labels) of what `_collate` gives."""
         for fault in faults:
             if refused:
-                raise UserError(f"{fault}; remove it, or set data.on_bad_image=skip")
+                raise UserError(f"{fault}; {self.placement.remedy}")
             self._warn_once(f"{fault}; the next image takes its place")
         if self._finish is not None and plan is not None:
             return self._finish(images, plan), labels
@@ -320,7 +321,7 @@ class EvaluationLoader:
         for images, _, labels, faults, _ in self._batches(self._keys):
             for fault in faults:
                 if self.placement.on_bad_image == "refuse":
-                    raise UserError(f"{fault}; remove it, or set data.on_bad_image=skip")
+                    raise UserError(f"{fault}; {self.placement.remedy}")
                 if fault not in self._warned:
                     self._warned.add(fault)
                     self.placement.warn(f"{fault}; evaluation leaves it out")
