@@ -63,9 +63,10 @@ def workers(count: int, source: Source, transform: Transform, size: int, batch_s
         except Exception as error:  # of the worker's, too
             found.append(error)
 
-    taking = threading.Thread(target=take, daemon=True)  # one that hangs is left behind
+    taking = threading.Thread(target=take, daemon=True)
     taking.start()
     taking.join(SECONDS)
+    batches.close()
     remedy = "run.workers=0 reads in the main process; else look at the speed of the data's disk, and at TMPDIR"
     if not found:
         return Line("fail", "workers", f"the first gave no batch of {batch_size} images in {SECONDS} s; {remedy}")

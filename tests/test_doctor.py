@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import multiprocessing
 import os
 import stat
 import subprocess
@@ -79,6 +80,7 @@ def test_what_the_machine_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         patch.setattr("deit_kd.machine.SECONDS", 1)
         line = machine.workers(2, source, hangs, 28, 40)
         assert line.severity == "fail"
+        assert not any(process.is_alive() for process in multiprocessing.active_children()), "the one that hangs is ended"
         assert "gave no batch of 40 images in 1 s; run.workers=0" in line.text
     loader = ready.make_loaders(
         recipes.load("quickstart", ["run.workers=2"]), Accelerator(cpu=True), (source, source), None, print

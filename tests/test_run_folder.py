@@ -187,7 +187,10 @@ def test_other_data_are_refused_by_name(half: Path, data: Path, train_cli: Cli, 
     assert "training_images: other content" in told("noise", seed=1)
     more = told("more", train=9)
     assert "training_images: number 16 -> 18, other labels, other content, other sizes" in more
-    assert "; to go on with this, add --accept-changes training_images,validation_images; or give what it had, another --output" in more
+    assert (
+        "; to go on with this, add --accept-changes training_images,validation_images; or give what it had, another --output"
+        in more
+    )
     shutil.copytree(data, tmp_path / "val")
     shutil.rmtree(tmp_path / "val/val")
     shutil.copytree(make_data(tmp_path / "noise2", seed=2) / "val", tmp_path / "val/val")

@@ -21,7 +21,7 @@ from PIL import Image
 
 import deit_kd.engine  # noqa: F401  # here once, instead of in each child
 import train
-from deit_kd import build, classification
+from deit_kd import build
 from deit_kd import recipe as recipes
 from deit_kd.data import EvaluationLoader, Placement, TrainLoader, open_source, workers
 from deit_kd.data.device import choose_augmentation
@@ -180,7 +180,8 @@ def test_a_run_that_waits_for_data_without_end_is_saved_and_stopped(number: int,
 
     def work() -> None:
         FolderSource.__getitem__ = hangs  # type: ignore[method-assign]
-        classification.placement = lambda *options: replace(build.placement(*options), patience=0.1)  # type: ignore[assignment]
+        placed = build.placement
+        build.placement = lambda *options: replace(placed(*options), patience=0.1)
         options = ["--recipe", "quickstart", "--data", str(fashion_folder), "--output", str(output), "--max-steps", "6", *SMALL]
         train.main([*options, "teacher.name=resnet10t", "teacher.weights=random", f"run.workers={number}"])
 

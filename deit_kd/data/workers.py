@@ -169,6 +169,12 @@ class Batches:
         )
         self._loader = self._new_loader()
         self._processes: set[Any] = set()
+        self._closed = False
+
+    def close(self) -> None:
+        """Ends the processes, also those that hang; who waits for a batch gets an error within seconds."""
+        self._closed = True
+        self._kill()
 
     def __call__(self, keys: Sequence[Any]) -> Iterator[Any]:
         """The batch of each key.
@@ -184,7 +190,7 @@ class Batches:
                         stream = self._start(keys[done : done + 1] if died else keys[done:])  # to know which batch kills
                     batch, note = next(stream)
             except Exception as error:
-                if not (self.workers and _tells_of_a_death(error)):
+                if self._closed or not (self.workers and _tells_of_a_death(error)):
                     raise
                 died, stream = died + 1, None
                 self._replace(died, keys[done])
