@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 
-MATRIX = 1_000_000  # cells of the largest confusion matrix that is made; of more classes the most frequent confusions are told
+MATRIX = (
+    1_000_000  # cells of the largest confusion matrix that is made; with more classes only the most frequent confusions are kept
+)
 
 
 def per_class(

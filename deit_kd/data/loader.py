@@ -61,7 +61,7 @@ class Placement:
     workers: int
     on_bad_image: str  # refuse or skip
     warn: Callable[[str], None]
-    patience: float = 60.0  # seconds until a batch that does not come is told
+    patience: float = 60.0  # seconds without a batch after which a line says so
     remedy: str = "remove it, or set data.on_bad_image=skip"  # of an image that cannot be read
 
 

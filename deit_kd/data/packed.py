@@ -33,7 +33,7 @@ class Made(Document):
 
 
 def asked_for(data: Path, sources: Mapping[Split, Source], short_side: int | None, shard_bytes: int) -> dict[str, Any]:
-    """What shards depend on; folders of images are told apart by the names, labels, sizes and times of their files."""
+    """What shards depend on; folders of images differ by the names, labels, sizes and times of their files."""
     digest, root = hashlib.sha256(), len(os.fspath(data))
     for split, source in sources.items():
         assert isinstance(source, FolderSource)

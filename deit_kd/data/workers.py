@@ -1,7 +1,7 @@
 """Processes that load batches beside the training process: how batches come from them, and what happens when they do not.
 
 A batch's large tensors come through shared memory. Where that has no room, or descriptors cannot be handed over, they come through
-a pipe, which is slower. A process that dies is replaced. A batch that does not come is told.
+a pipe, which is slower. A process that dies is replaced. A line says when no batch comes.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ class Batches:
         pin: whether they come in pinned memory.
         say: takes a line for people that one process of the run says.
         describe: a key's images in words, for a batch that does not come.
-        patience: seconds after which that is told; the run is asked to stop after 30 times as many.
+        patience: seconds without a batch after which a line says so; after 30 times as many the run is asked to stop.
     """
 
     def __init__(

@@ -196,7 +196,7 @@ def must_fit(
     allowed = (most_numbers, MOST_TENSORS) if tensors is None else (stored + stored // 4 + 1_000_000, 4 * len(tensors) + 100)
     try:
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.device("meta"), torch.no_grad():
-            warnings.simplefilter("ignore")  # an odd network is told of below
+            warnings.simplefilter("ignore")  # the lines below refuse an odd network
             with _at_most(*allowed):
                 model = create().eval()
             output = model(torch.zeros(1, *input_size))

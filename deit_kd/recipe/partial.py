@@ -1,4 +1,4 @@
-"""What is right of a document that has faults of type, so that its impossible values are told with them."""
+"""What is right of a document that has faults of type, so that one message lists its impossible values too."""
 
 from __future__ import annotations
 
