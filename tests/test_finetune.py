@@ -64,7 +64,7 @@ def test_other_classes_and_size(weights: Path, fashion_folder: Path, train_cli: 
     resolved = recipes.load(tmp_path / "run/recipe.yaml")
     assert (resolved.student.name, resolved.student.model_args["depth"]) == ("deit_tiny_distilled_patch16_224", 3)
     card = (tmp_path / "run/student/README.md").read_text()
-    assert "Training went on from **student**" in card
+    assert "Training went on from **.../student**" in card
     assert "patch_embed, blocks.0. stayed as they were" in card
     assert "9 Ankle boot" in card
     for file in (tmp_path / "run/student").iterdir():

@@ -23,6 +23,7 @@ from deit_kd.data.idx import read_idx
 from deit_kd.data.imagenet import open_benchmark
 from deit_kd.data.sources import open_folder_to_evaluate
 from deit_kd.errors import UserError
+from deit_kd.models import load_teacher
 from deit_kd.report import match_labels
 
 PNG = (
@@ -221,13 +222,6 @@ def test_a_file_states_another_order(tmp_path: Path) -> None:
             open_source("image_folder", data, "train")
 
 
-class Nameless:
-    """A teacher of timm whose config names no classes."""
-
-    num_classes = 11
-    info = type("Info", (), {"label_names": None})
-
-
 @pytest.mark.parametrize(
     ("names", "other"),
     [
@@ -244,8 +238,9 @@ class Nameless:
 def test_an_order_that_a_nameless_teacher_may_not_share_is_said(
     names: tuple[str, ...], other: str | None, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build, "load_teacher", lambda *_, **__: Nameless())
-    build.build_teachers(recipes.load("quickstart", ["teacher.name=somebody", "distill.kd_weight=1"]), names)
+    monkeypatch.setattr(build, "load_teacher", lambda *_, **__: load_teacher("resnet10t", 11, weights="random"))
+    its_images = ["data.img_size=224", "data.mean=[0.485, 0.456, 0.406]"]
+    build.build_teachers(recipes.load("quickstart", ["teacher.name=somebody", "distill.kd_weight=1", *its_images]), names)
     assert [line for line in said if other and other in line] == said
     assert len(said) == (other is not None)
 
