@@ -115,7 +115,7 @@ def test_terms_are_those_of_the_live_teacher_to_the_stored_precision(
     live, cached = make_task(data, None, tmp_path), make_task(data, folder, tmp_path)
     for epoch in (0, 1):
         for ours, theirs in zip(terms_of(cached, epoch, 4), terms_of(live, epoch, 4), strict=True):
-            assert ours.keys() == theirs.keys() == {"loss", "ce", "kd", "feature"}
+            assert ours.keys() == theirs.keys() == {"loss", "ce", "kd", "feature", "agreement"}
             assert ours["ce"] == theirs["ce"], "the student sees the same images"
             for name in ("kd", "feature"):
                 assert ours[name] == pytest.approx(theirs[name], rel=close), name
