@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -211,7 +212,10 @@ def test_an_interrupted_run_goes_on(number: signal.Signals, code: int, tmp_path:
     output = tmp_path / "run"
     command = [sys.executable, "train.py", "--recipe", "quickstart", "--data", fashion_folder, "--output", output]
     command += [*SMALL, *RANDOM_TEACHER, "epochs=500", "run.save_every_steps=2", "run.eval_every_epochs=500", "run.workers=1"]
-    process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    heeded = partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
+    process = subprocess.Popen(
+        list(map(str, command)), cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=heeded
+    )
     wait_until(lambda: list(output.glob("checkpoints/step_*")), process)
     os.killpg(process.pid, number)  # the group, as a terminal's Ctrl-C or a scheduler does
     _, errors = process.communicate(timeout=MINUTES)
