@@ -29,7 +29,9 @@ _WORD = r"(?:api|access|secret|private|auth|account|signing)[_-]?keys?|pass(?:wo
 _SECRET = rf"{_WORD}|credentials?|sig(?:nature)?"
 _TOKEN = r"(?<!class_)(?<!dist_)(?<!cls_)token"  # timm calls parts of a network so
 _SHORT = r"(?<![A-Za-z0-9])(?:pass|auth|sas|pw)"  # secrets only as whole words
-_SAID = r"(?:a|an|cannot|has|is|missing|must|needs|no|not|nothing|null|state|stated|the|unknown)\s"  # our messages on a key begin so
+_SAID = (
+    r"(?:a|an|cannot|has|is|missing|must|needs|no|not|nothing|null|state|stated|the|unknown)\s"  # our messages on a key begin so
+)
 _KNOWN_TOKENS = re.compile(
     r"\bhf_(?!datasets?\b|transfer\b)[A-Za-z0-9]{6,}|\bgh[opsur]_\w{16,}|\bgithub_pat_\w{16,}|\bglpat-[\w-]{16,}|\bsk-[\w-]{16,}"
     r"|\bAKIA[0-9A-Z]{16}\b|\bxox[abpr]-[\w-]{10,}|\bAIza[\w-]{30,}|\beyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*"
@@ -50,7 +52,9 @@ _SECRET_KEY = re.compile(rf"(?i)(?:{_SECRET}|{_TOKEN}|{_SHORT}|authorization)$")
 # With user and password, which may hold what an address may not; or plain.
 _SCHEME = r"(?:[a-zA-Z][a-zA-Z0-9+.-]{0,30}://|(?i:https?|s3|gs|gcs|ftps?|sftp|hf|az|abfss?|wasbs?|hdfs|ssh|git|webdavs?):/)"  # as Path writes it
 _URL = re.compile(_SCHEME + r"(?:[^\s/@:'\"<>]*:(?:[^/@\n'\"<>]*|[^\s@,]{0,200})@)?(?:\[[\da-fA-F:.]*\])?[^\s'\"<>`)\]}]*")
-_ACCOUNT = re.compile(r"(?<![\w.+/@-])(?!(?:hf[-_]hub|local-dir|file):)[\w.+-]+:(?!/)[^\s@:'\"]+@(?=[\w-]+[\w.-]*)")  # user:password@host without a scheme
+_ACCOUNT = re.compile(
+    r"(?<![\w.+/@-])(?!(?:hf[-_]hub|local-dir|file):)[\w.+-]+:(?!/)[^\s@:'\"]+@(?=[\w-]+[\w.-]*)"
+)  # user:password@host without a scheme
 _PART = r"[^/\\\0\n:;,'\"()<>|`\[\]]+"  # of a path; spaces count where another part follows
 _LAST = r"[^/\\\s'\",;:()<>|`\[\]]*"
 _NO_ADDRESS = "".join(rf"(?<!:[\da-fA-F]{{{digits}}}\])" for digits in range(5))  # https://[::1]/a/b is none of a folder
@@ -61,7 +65,9 @@ _PATH = re.compile(
     rf"|(?<![A-Za-z0-9])[A-Za-z]:[\\/](?:{_PART}[\\/]+)*({_LAST})"
     rf"|(?<![\w\\])\\\\[\w.$-]+\\(?=[A-Za-z0-9])(?:{_PART}\\+)*({_LAST})"
 )
-_WHOLE_PATH = re.compile(r"^(?:local-dir:|file:|hf[-_]hub:(?=/))?(?:~[^/\\]*[/\\]|~$|(?:\$\w+|\$\{\w+\})[/\\]|\.\.?[/\\]|/|\\\\\w|[A-Za-z]:[\\/])")
+_WHOLE_PATH = re.compile(
+    r"^(?:local-dir:|file:|hf[-_]hub:(?=/))?(?:~[^/\\]*[/\\]|~$|(?:\$\w+|\$\{\w+\})[/\\]|\.\.?[/\\]|/|\\\\\w|[A-Za-z]:[\\/])"
+)
 _HUB = re.compile(r"hf[-_]hub:(?!/)")
 _CLOSED = re.compile(r"[:;,.!]$")  # of the sentence around an address
 
