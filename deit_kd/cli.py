@@ -14,16 +14,18 @@ from typing import Any
 
 from deit_kd import recipe as recipes
 from deit_kd import streams
+from deit_kd.command_line import Parser, bounded
 from deit_kd.errors import UserError
 from deit_kd.text import error_for_terminal, for_terminal
 
+MOST_VIEWS = 100_000
 WEIGHTS = "a run, an exported folder, hf-hub:ORG/NAME, a timm tag, a released name, or an authors' file"
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs a verb; user errors end in one line and exit code 2."""
     streams.forgive()
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="deit-kd",
         description="What surrounds training: grids of runs, data, a look at the machine, and what is done with students.",
     )
@@ -42,11 +44,17 @@ def main(arguments: list[str] | None = None) -> None:
     )
     _recipe_options(verb)
     verb.add_argument("--output", type=Path, required=True, help="the folder to make, or to go on with")
-    verb.add_argument("--views", type=int, help="of each image; epochs beyond them show them again (default: the recipe's epochs)")
+    verb.add_argument(
+        "--views",
+        type=bounded(int, 1, MOST_VIEWS),
+        help="of each image; epochs beyond them show them again (default: the recipe's epochs)",
+    )
     verb.add_argument("--features", help="float32, bf16, int8, pca:R or none (default: bf16 if the recipe compares features)")
     verb.add_argument("--logits", help="float32, full (float16), top:K or none (default: full if the recipe compares logits)")
-    verb.add_argument("--shard-mb", type=float, default=64, help="where a file ends (default: 64)")
-    verb.add_argument("--device-batch-size", type=int, help="most images on a device at once (default: 256, on a CPU 64)")
+    verb.add_argument("--shard-mb", type=bounded(float, 0.001, 1_000_000), default=64, help="where a file ends (default: 64)")
+    verb.add_argument(
+        "--device-batch-size", type=bounded(int, 1, 1_000_000), help="most images on a device at once (default: 256, on a CPU 64)"
+    )
     verb.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     verb.set_defaults(run=cache_teacher)
 
@@ -57,16 +65,18 @@ def main(arguments: list[str] | None = None) -> None:
     )
     _recipe_options(verb)
     verb.add_argument("--output", type=Path, help="the folder of the runs (default: runs/grid_RECIPE)")
-    verb.add_argument("--jobs", type=int, default=1, help="runs at a time, each in a process of its own")
+    verb.add_argument("--jobs", type=bounded(int, 1, 1024), default=1, help="runs at a time, each in a process of its own")
     verb.set_defaults(run=grid)
 
     verb = verbs.add_parser("pack", help="tar shards of an image folder, which train with data.source=shards")
     verb.add_argument("--data", type=Path, required=True, help="DIR with DIR/train/CLASS/ and DIR/val/CLASS/")
     verb.add_argument("--output", type=Path, required=True, help="the folder to make")
     verb.add_argument(
-        "--short-side", type=int, help="pixels to which larger images are shrunk; without it files are copied as they are"
+        "--short-side",
+        type=bounded(int, 1, 100_000),
+        help="pixels to which larger images are shrunk; without it files are copied as they are",
     )
-    verb.add_argument("--shard-mb", type=int, default=256, help="where a shard ends (default: 256)")
+    verb.add_argument("--shard-mb", type=bounded(int, 1, 1_000_000), default=256, help="where a shard ends (default: 256)")
     verb.set_defaults(run=pack)
 
     verb = verbs.add_parser(
@@ -102,7 +112,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     _weights_options(verb)
     verb.add_argument("images", nargs="+", help="files and folders; - reads an image, or paths a line, from standard input")
-    verb.add_argument("--top", type=int, default=5, help="predictions of each image (default: 5)")
+    verb.add_argument("--top", type=bounded(int, 1, 1_000_000), default=5, help="predictions of each image (default: 5)")
     verb.add_argument(
         "--exif-orientation", choices=("apply", "ignore"), default="apply", help="turn images as viewers do (default), or not"
     )
@@ -120,9 +130,13 @@ def main(arguments: list[str] | None = None) -> None:
     )
     verb.add_argument("--output", type=Path, help="the run folder (default: runs/finetune_NAME)")
     verb.add_argument("--recipe", default="finetune", help="finetune (default), finetune_probe, finetune_taught, or another")
-    verb.add_argument("--img-size", type=int, help="pixels a side, where they shall differ from the network's own")
+    verb.add_argument(
+        "--img-size", type=bounded(int, 1, 4096), help="pixels a side, where they shall differ from the network's own"
+    )
     verb.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    verb.add_argument("--max-steps", type=int, help="stop after so many steps; the schedule stays that of the whole run")
+    verb.add_argument(
+        "--max-steps", type=bounded(int, 1, 10**12), help="stop after so many steps; the schedule stays that of the whole run"
+    )
     verb.set_defaults(run=finetune)
 
     verb = verbs.add_parser(
@@ -174,12 +188,14 @@ def main(arguments: list[str] | None = None) -> None:
         epilog="example: deit-kd plan deit_ti --gpus 8 --gpu h200",
     )
     _recipe_options(verb)
-    verb.add_argument("--gpus", type=int, default=1, help="processes of a machine, each with a GPU (default: 1)")
-    verb.add_argument("--nodes", type=int, default=1, help="machines (default: 1)")
+    verb.add_argument(
+        "--gpus", type=bounded(int, 1, 1_000_000), default=1, help="processes of a machine, each with a GPU (default: 1)"
+    )
+    verb.add_argument("--nodes", type=bounded(int, 1, 1_000_000), default=1, help="machines (default: 1)")
     verb.add_argument("--gpu", help="h200, h100, a100, l40s, 5090, 4090, 3090, or cpu for this machine's (default: a table of all)")
-    verb.add_argument("--images", type=int, help="of an epoch, where there are no --data")
+    verb.add_argument("--images", type=bounded(int, 1, 10**12), help="of an epoch, where there are no --data")
     verb.add_argument("--measure", action="store_true", help="30 steps here, beside what was predicted")
-    verb.add_argument("--steps", type=int, default=30, help="of --measure (default: 30)")
+    verb.add_argument("--steps", type=bounded(int, 1, 1_000_000), default=30, help="of --measure (default: 30)")
     _bench_options(verb)
     verb.set_defaults(run=plan)
 
@@ -189,7 +205,7 @@ def main(arguments: list[str] | None = None) -> None:
         epilog="under a launcher: torchrun --nproc_per_node 2 -m deit_kd bench deit_ti --data DIR",
     )
     _recipe_options(verb)
-    verb.add_argument("--steps", type=int, default=50, help="timed in each pass (default: 50)")
+    verb.add_argument("--steps", type=bounded(int, 1, 1_000_000), default=50, help="timed in each pass (default: 50)")
     _bench_options(verb)
     verb.set_defaults(run=bench)
 
@@ -222,14 +238,16 @@ def _recipe_options(verb: argparse.ArgumentParser) -> None:
 
 def _bench_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="what measures")
-    verb.add_argument("--device-batch-size", type=int, help="most images on a device at once")
+    verb.add_argument("--device-batch-size", type=bounded(int, 1, 1_000_000), help="most images on a device at once")
     verb.add_argument("--json", type=Path, help="a file to write the numbers to")
 
 
 def _weights_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("weights", help=WEIGHTS)
-    verb.add_argument("--img-size", type=int, help="pixels a side, where they shall differ from the network's own")
-    verb.add_argument("--batch-size", type=int, default=64)
+    verb.add_argument(
+        "--img-size", type=bounded(int, 1, 4096), help="pixels a side, where they shall differ from the network's own"
+    )
+    verb.add_argument("--batch-size", type=bounded(int, 1, 100_000), default=64)
     verb.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
 
 
@@ -269,10 +287,10 @@ def cache_teacher(options: argparse.Namespace) -> None:
     if teacher.cache:
         raise UserError(f"teacher.cache={teacher.cache}: caching asks the teacher itself; set it to null")
     views = recipe.epochs if options.views is None else options.views
-    if min(views, 1 if options.device_batch_size is None else options.device_batch_size) < 1 or options.shard_mb <= 0:
-        raise UserError("--views and --device-batch-size are at least 1, --shard-mb is above 0")
-    if views > 100_000:
-        raise UserError(f"--views {views}: is more than 100,000; later epochs show the views again")
+    if views > MOST_VIEWS:
+        raise UserError(
+            f"epochs: {views} are more views than the {MOST_VIEWS:,} of a cache; give --views, and later epochs show them again"
+        )
     from deit_kd import build, processes, speed
     from deit_kd.models import Teacher
     from deit_kd.teacher_cache import write_cache
@@ -312,8 +330,6 @@ def grid(options: argparse.Namespace) -> None:
 
 def pack(options: argparse.Namespace) -> None:
     """Makes shards of an image folder."""
-    if (options.short_side is not None and options.short_side < 1) or options.shard_mb < 1:
-        raise UserError("deit-kd pack: --short-side and --shard-mb are at least 1")
     from deit_kd.data.shards import pack
 
     before = (
@@ -324,8 +340,6 @@ def pack(options: argparse.Namespace) -> None:
 
 def evaluate(options: argparse.Namespace) -> None:
     """Writes a report, prints its table."""
-    if options.batch_size < 1:
-        raise UserError("--batch-size is at least 1")
     from deit_kd.report import evaluate
 
     named = Path(options.weights).resolve().parent if Path(options.weights).name == "student" else Path(options.weights)
@@ -351,8 +365,6 @@ def evaluate(options: argparse.Namespace) -> None:
 
 def predict(options: argparse.Namespace) -> None:
     """Prints a line an image."""
-    if options.batch_size < 1 or options.top < 1:
-        raise UserError("--batch-size and --top are at least 1")
     from deit_kd.models import load_student
     from deit_kd.predict import predict
 
@@ -469,8 +481,6 @@ def doctor(options: argparse.Namespace) -> None:
 
 def plan(options: argparse.Namespace) -> None:
     """Prints what a recipe takes, on one device or on each of the table."""
-    if min(options.gpus, options.nodes, options.steps, options.images or 1) < 1:
-        raise UserError("deit-kd plan: --gpus, --nodes, --steps and --images are at least 1")
     _may_write(options.json, "predicted")
     recipe = recipes.load(options.recipe, options.overrides)
     from deit_kd import forecast
@@ -486,8 +496,6 @@ def plan(options: argparse.Namespace) -> None:
 
 def bench(options: argparse.Namespace) -> None:
     """Prints where the time goes."""
-    if options.steps < 1:
-        raise UserError("deit-kd bench: --steps is at least 1")
     _may_write(options.json, "advice")
     recipe = recipes.load(options.recipe, options.overrides)
     from dataclasses import asdict

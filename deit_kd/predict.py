@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -13,10 +14,11 @@ import torch
 
 from deit_kd.data.decode import MOST_BYTES, decode_image, orientation, read_picture
 from deit_kd.data.folders import find_pictures, readable_name, told
+from deit_kd.data.transforms import MOST_RESIZED, own_transform
 from deit_kd.errors import UserError
 from deit_kd.files import warn
 from deit_kd.models.taps import TimmModel
-from deit_kd.text import for_terminal
+from deit_kd.text import for_terminal, hide_secrets
 
 
 @torch.inference_mode()
@@ -29,14 +31,16 @@ def predict(
         model: in eval mode; its own preprocessing and class names are used.
         names: files and folders; - reads standard input, an image or paths a line.
         device: where to.
-        batch_size: images at once.
+        batch_size: images at once; fewer where they are very large.
         top: how many predictions of each.
         upright: images are turned as their EXIF orientation says, as viewers show them.
 
     Raises:
         UserError: an empty standard input.
     """
-    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
+    config = timm.data.resolve_model_data_config(model)
+    transform = own_transform(**config)
+    batch_size = min(batch_size, max(1, MOST_RESIZED // math.prod(config["input_size"][1:])))
     labels = model.pretrained_cfg.get("label_names")
     if labels is None and model.num_classes == 1000:
         labels = timm.data.ImageNetInfo("imagenet-1k").label_descriptions()
@@ -46,7 +50,7 @@ def predict(
         lines: list[dict[str, Any]] = []
         images = []
         for name, content in some:
-            shown = readable_name(name)
+            shown = hide_secrets(readable_name(name))
             try:
                 if os.path.isdir(name):
                     raise ValueError("a folder without images")

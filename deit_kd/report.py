@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ from deit_kd.data import EvaluationLoader, Placement, open_source
 from deit_kd.data.imagenet import Examination, open_benchmark
 from deit_kd.data.loader import SKIPPED
 from deit_kd.data.sources import Split, open_folder_to_evaluate
+from deit_kd.data.transforms import MOST_RESIZED, own_transform
 from deit_kd.documents import MEGABYTE, Document, read_json
 from deit_kd.errors import UserError
 from deit_kd.files import clear, optional, write_json, write_text
@@ -101,9 +103,10 @@ def examine(
     """
     source = examination.source
     config = timm.data.resolve_model_data_config(model)
-    transform = timm.data.create_transform(**config, is_training=False)
+    transform = own_transform(**config)
     workers = min(16, (os.cpu_count() or 1) - 1)
     placed = Placement(device, 1, 0, workers, on_bad_image, _tell, remedy="remove it, or give --on-bad-image skip")
+    batch_size = min(batch_size, max(1, MOST_RESIZED // math.prod(config["input_size"][1:])))  # fewer where images are very large
     loader = EvaluationLoader(source, transform, placed, batch_size)
     distiller = Distiller(model.to(device)).eval()
     own_names = class_names(model.pretrained_cfg.get("label_names"), model.num_classes)

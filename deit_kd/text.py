@@ -28,6 +28,10 @@ _STACKED = 3  # combining marks on one letter; more cover the lines around
 _WORD = r"(?:api|access|secret|private|auth|account|signing)[_-]?keys?|pass(?:word|wd|phrase)|pwd|secrets?"
 _SECRET = rf"{_WORD}|credentials?|sig(?:nature)?"
 _TOKEN = r"(?<!class_)(?<!dist_)(?<!cls_)token"  # timm calls parts of a network so
+_SHORT = r"(?<![A-Za-z0-9])(?:pass|auth|sas|pw)"  # secrets only as whole words
+_SAID = (
+    r"(?:a|an|cannot|has|is|missing|must|needs|no|not|nothing|null|state|stated|the|unknown)\s"  # our messages on a key begin so
+)
 _KNOWN_TOKENS = re.compile(
     r"\bhf_(?!datasets?\b|transfer\b)[A-Za-z0-9]{6,}|\bgh[opsur]_\w{16,}|\bgithub_pat_\w{16,}|\bglpat-[\w-]{16,}|\bsk-[\w-]{16,}"
     r"|\bAKIA[0-9A-Z]{16}\b|\bxox[abpr]-[\w-]{10,}|\bAIza[\w-]{30,}|\beyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*"
@@ -35,25 +39,37 @@ _KNOWN_TOKENS = re.compile(
 _VALUE = r"(?:\"[^\"]*\"|'[^']*'|[^\s&,;'\"}\])]+)"
 _STATED = re.compile(
     rf"(?i)(authorization[\"']?\s*[:=]\s*[\"']?(?:(?:basic|bearer|token|digest)\s+)?)[^\s'\"]+"
-    rf"|((?:{_SECRET}|{_TOKEN})[\"']?\s*=\s*)(?!\.\.\.){_VALUE}"
-    rf"|((?:{_WORD})[\"']?:\s*)(?!\.\.\.){_VALUE}"
+    rf"|(\bbearer\s+(?:token\s+)?)(?!\.\.\.|of\s|token\b){_VALUE}"
+    rf"|((?:{_SECRET}|{_TOKEN}|{_SHORT})[\"']?\s*=\s*)(?!\.\.\.){_VALUE}"
+    rf"|((?:class|dist|cls)_token[\"']?\s*=\s*)(?!\.\.\.|(?:true|false|null|none|\d{{1,4}})(?!\w)){_VALUE}"
+    rf"|((?:{_WORD})[\"']?:\s*)(?!\.\.\.|{_SAID}){_VALUE}"
+    rf"|((?:{_SHORT}|(?<![\w.])token)[\"']:\s*)(?!\.\.\.){_VALUE}"
+    rf"|((?<![\w.])token:\s*)(?!\.\.\.|{_SAID}){_VALUE}"
     rf"|({_TOKEN}[\"']?:\s*)[\"']?[\w.-]{{16,}}[\"']?"
     rf"|(--[\w-]{{0,40}}?(?:{_SECRET}|{_TOKEN})\s+)(?!-|\.\.\.){_VALUE}"
 )
-_SECRET_KEY = re.compile(rf"(?i)(?:{_SECRET}|{_TOKEN}|authorization)$")
+_SECRET_KEY = re.compile(rf"(?i)(?:{_SECRET}|{_TOKEN}|{_SHORT}|authorization)$")
 # With user and password, which may hold what an address may not; or plain.
 _SCHEME = r"(?:[a-zA-Z][a-zA-Z0-9+.-]{0,30}://|(?i:https?|s3|gs|gcs|ftps?|sftp|hf|az|abfss?|wasbs?|hdfs|ssh|git|webdavs?):/)"  # as Path writes it
-_URL = re.compile(_SCHEME + r"(?:[^\s/@:'\"<>]*:[^/@\n'\"<>]*@)?(?:\[[\da-fA-F:.]*\])?[^\s'\"<>`)\]}]*")
-_ACCOUNT = re.compile(r"(?<![\w.+/-])[\w.+-]+:[^\s@/:'\"]+@(?=[\w-]+[\w.-]*)")  # user:password@host without a scheme
+_URL = re.compile(_SCHEME + r"(?:[^\s/@:'\"<>]*:(?:[^/@\n'\"<>]*|[^\s@,]{0,200})@)?(?:\[[\da-fA-F:.]*\])?[^\s'\"<>`)\]}]*")
+_ACCOUNT = re.compile(
+    r"(?<![\w.+/@-])(?!(?:hf[-_]hub|local-dir|file):)[\w.+-]+:(?!/)[^\s@:'\"]+@(?=[\w-]+[\w.-]*)"
+)  # user:password@host without a scheme
 _PART = r"[^/\\\0\n:;,'\"()<>|`\[\]]+"  # of a path; spaces count where another part follows
 _LAST = r"[^/\\\s'\",;:()<>|`\[\]]*"
+_NO_ADDRESS = "".join(rf"(?<!:[\da-fA-F]{{{digits}}}\])" for digits in range(5))  # https://[::1]/a/b is none of a folder
+_VARIABLE = r"\$[A-Za-z_]\w*|\$\{\w+\}"
 _PATH = re.compile(
-    rf"(?:(?<![\w.:/\\~<\]…-])|(?<=local-dir:)|(?<=file:))(?:~[\w.-]*|\.\.)?/+(?:\.\./)*(?=[^\s/|])(?:{_PART}/+)*({_LAST})"
+    rf"(?:(?<![\w.:/\\~<\]…-])|(?<=local-dir:)|(?<=file:)|(?<=hf[-_]hub:)|{_NO_ADDRESS}(?<=[<\]…:])(?=/[^\s/<>|]+/))"
+    rf"(?:~[\w.-]*|{_VARIABLE}|\.\.)?/+(?:\.\./)*(?=[^\s/|])(?:{_PART}/+)*({_LAST})"
     rf"|(?<![A-Za-z0-9])[A-Za-z]:[\\/](?:{_PART}[\\/]+)*({_LAST})"
     rf"|(?<![\w\\])\\\\[\w.$-]+\\(?=[A-Za-z0-9])(?:{_PART}\\+)*({_LAST})"
 )
-_WHOLE_PATH = re.compile(r"^(?:local-dir:|file:)?(?:~[^/\\]*[/\\]|~$|\.\.?[/\\]|/|\\\\\w|[A-Za-z]:[\\/])")
-_HUB = ("hf-hub:", "hf_hub:")
+_WHOLE_PATH = re.compile(
+    r"^(?:local-dir:|file:|hf[-_]hub:(?=/))?(?:~[^/\\]*[/\\]|~$|(?:\$\w+|\$\{\w+\})[/\\]|\.\.?[/\\]|/|\\\\\w|[A-Za-z]:[\\/])"
+)
+_HUB = re.compile(r"hf[-_]hub:(?!/)")
+_CLOSED = re.compile(r"[:;,.!]$")  # of the sentence around an address
 
 
 def printable(text: object, most: int = 0) -> str:
@@ -164,7 +180,7 @@ def redact_path(text: str) -> str:
     """`redact` of a value that is known to be a path if it has folders: also a relative one becomes its last name."""
     if _URL.match(text) and not text.startswith("file:"):
         return hide_secrets(text)
-    if text.startswith(_HUB) or not re.search(r"[/\\]", text):
+    if _HUB.match(text) or not re.search(r"[/\\]", text):
         return hide_secrets(text)
     parts = [part for part in re.split(r"[/\\]+", text.rstrip("/\\")) if part not in ("", ".", "..", "~")]
     return f".../{hide_secrets(parts[-1])}" if len(parts) > 1 or _WHOLE_PATH.match(text) and parts else "..."
@@ -224,7 +240,12 @@ def _is_path(text: str) -> bool:
     return "\n" not in text and bool(re.fullmatch(r"[^\[\]{}]*[/\\].*", text) or _WHOLE_PATH.match(text))
 
 
-def _bare_url(url: str) -> str:
+def _bare_url(found: str) -> str:
+    url = _CLOSED.sub("", found)
+    return _address(url) + found[len(url) :]
+
+
+def _address(url: str) -> str:
     scheme, _, rest = url.partition(":/")
     rest = rest.removeprefix("/")
     host = rest.partition("/")[0]

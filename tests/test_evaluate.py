@@ -308,7 +308,7 @@ def test_the_command_writes_table_json_and_picture(photo_folder: Path, tmp_path:
         (["--benchmark", "imagenet-a"], "needs --data DIR"),
         (["--data", str(tmp_path / "nowhere")], "no such directory"),
         ([], "is none of the network's 1000 classes"),
-        (["--batch-size", "0"], "at least 1"),
+        (["--batch-size", "0"], "from 1 to"),
     ):
         with pytest.raises(SystemExit) as stopped:
             main(["evaluate", str(tmp_path / "model"), *wrong])

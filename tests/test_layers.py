@@ -87,11 +87,13 @@ MAY_IMPORT = {
     "counts": set(),
     "report": {"analysis", "counts", "data", "models"},
     "predict": {"data", "models"},
+    "command_line": set(),
     "cli": {
         "__init__",
         "bench",
         "build",
         "class_means",
+        "command_line",
         "data",
         "doctor",
         "forecast",

@@ -365,7 +365,6 @@ def test_a_folder_and_the_shards_of_it_share_a_cache(fashion_folder: Path, tmp_p
         (["--logits", "top:10"], "--logits top:10: must be"),
         (["--features", "pca:300"], "needs more than 300 images to be fitted on, there are 180"),
         (["--features", "none", "--logits", "none"], "leaves nothing to cache"),
-        (["--views", 0], "--views and --device-batch-size are at least 1"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_cached_is_refused(

@@ -225,6 +225,18 @@ SECRETS = [
     ("password: PASSWORD", "password: ..."),
     ("ghp_PASSWORD0123456789abcdef", "..."),
     ("AKIAABCDEFGHIJKLMNOP", "..."),
+    ("https://user:<PASSWORD>@host.test", "https://host.test"),
+    ("see https://u:PA'SS@h.test/a, then", "see https://h.test/a, then"),
+    ("--data https://h.test/x?token=PASSWORD: no such directory", "--data https://h.test/x: no such directory"),
+    ("token: PASS", "token: ..."),
+    ("X-Auth-Token: PASS", "X-Auth-Token: ..."),
+    ("Bearer PASS", "Bearer ..."),
+    ("?sas=PASS", "?sas=..."),
+    ("pass=PASS", "pass=..."),
+    ("smtp_auth=PASS", "smtp_auth=..."),
+    ("dist_token=PASS", "dist_token=..."),
+    ("user:PASS/WORD@host", "...@host"),
+    ("{'auth': 'PASS WORD'}", "{'auth': ...}"),
 ]
 
 
@@ -260,6 +272,13 @@ PATHS = [
     ("from local-dir:/home/anna/cats", "from local-dir:.../cats"),
     ("from file:///home/anna/cats", "from file:.../cats"),
     (r"from D:\anna\cats\x.png", "from .../x.png"),
+    ("</home/anna/x>", "<.../x>"),
+    ("a[0]/home/anna/x", "a[0].../x"),
+    ("\u2026/home/anna/x", "\u2026.../x"),
+    ("$HOME/anna/x", ".../x"),
+    ("see ${HOME}/anna/x", "see .../x"),
+    ("hf-hub:/home/anna/x", ".../x"),
+    ("host:/home/anna/x", "host:.../x"),
 ]
 
 
@@ -289,6 +308,8 @@ def test_paths_keep_their_last_name(said: str, left: str) -> None:
             "n/a",
             "hf_datasets",
         ),
+        *("recipe x: wandb.api_key: unknown key in an override", "api_key: must be a text", "student.model_args.num_tokens=5"),
+        *("hf-hub:org/name@revision", "https://[::1]/a/b", "https://[fe80::12ab]:80/a/b", "dist_token=true", "bypass=3"),
         *("distill.student_tap=distillation_token", "distillation_token: needs a head", "student.model_args.class_token=false"),
         *(
             "https://huggingface.co/papers/2303.11098",

@@ -22,7 +22,7 @@ from torchvision.transforms import CenterCrop, ColorJitter, InterpolationMode, N
 
 from deit_kd.data.decode import Jpeg
 from deit_kd.data.sources import pixels, pixels_or_jpeg
-from deit_kd.data.transforms import augment_operations, train_transform
+from deit_kd.data.transforms import MustFit, augment_operations, train_transform
 from deit_kd.recipe import Recipe
 
 
@@ -96,7 +96,7 @@ class Worker:
             if isinstance(step, RandomResizedCropAndInterpolation):
                 self.crop = step
                 self.geometry.append(partial(_resized_crop, step))
-            elif isinstance(step, (Resize, CenterCrop, RandomCrop, RandomHorizontalFlip)):
+            elif isinstance(step, (MustFit, Resize, CenterCrop, RandomCrop, RandomHorizontalFlip)):
                 self.geometry.append(step)
             elif operations := augment_operations(step):
                 for operation in operations:

@@ -50,6 +50,20 @@ def note(folder: Path, asked: Mapping[str, Any]) -> None:
     write_json(folder / FILE, {**asked, "files": files})
 
 
+def must_be_as_noted(folder: Path, name: str) -> None:
+    """Holds a small file of a folder of shards against what FILE says of them; where it is not there, nothing is held.
+
+    Raises:
+        UserError: it was changed, or FILE is damaged.
+    """
+    if not os.path.lexists(folder / FILE):
+        return
+    remedy = f"pack again; or remove {FILE} if the change is meant"
+    made = read_json(folder / FILE, Made, remedy, 64 * MEGABYTE)
+    if name in made.files and sha256(folder / name) != made.files[name][1]:
+        raise UserError(f"{folder / name}: was changed after deit-kd pack; {remedy}")
+
+
 def is_whole(output: Path, asked: Mapping[str, Any]) -> bool:
     """Whether `output` holds all that is asked for. It does not when it is not there or empty, or when files are missing or cut.
 

@@ -31,6 +31,7 @@ NAMES = ("shard", "offset", "size", "labels", "keys")
 LABEL_KEYS = ("label", "labels", "fine_label", "cls")  # of KEY.json, where none is chosen
 _MOST_HEADER = 1_000_000  # bytes of a tar header: extended headers may declare any length
 _MOST_LABEL = 1_000_000  # bytes of a label's file
+BLOCK = 512  # bytes of a tar header; files begin and end at multiples
 _WHOLE = re.compile(r"[0-9]{1,9}")
 _PARTS = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)
 
@@ -75,7 +76,74 @@ def load(file: Path, shards: Sequence[Path], classes: int) -> Index:
     for number, path in enumerate(shards):
         if not 0 < ends[number] <= sizes[number]:
             raise UserError(f"{path}: is cut off, or not the shard that {file.name} describes; copy or pack it again")
+    if (np.diff(number_of) < 0).any():
+        raise _damaged(file, "its rows are not in the order of the shards")
+    edges = np.searchsorted(number_of, np.arange(len(shards) + 1))
+    for number, path in enumerate(shards):
+        rows = slice(edges[number], edges[number + 1])
+        _must_describe(file, path, int(sizes[number]), offset[rows], size[rows])
     return index
+
+
+def _must_describe(file: Path, shard: Path, length: int, offset: np.ndarray, size: np.ndarray) -> None:
+    """Holds the rows of a shard against it: in the layout of `deit-kd pack` by their distances alone, else by reading it through.
+
+    Raises:
+        UserError: they leave out images, overlap, or begin or end elsewhere.
+    """
+    blocks = -(-size // BLOCK) * BLOCK
+    label = 2 * BLOCK  # header and content of KEY.cls behind the image
+    begins = np.concatenate([[0], (offset + blocks + label)[:-1]]) + BLOCK
+    end = int(offset[-1] + blocks[-1]) + label
+    if (offset == begins).all() and end <= length:
+        with shard.open("rb") as stream:
+            stream.seek(end)
+            if not stream.read(BLOCK).strip(b"\0"):
+                return
+    images, _ = _members(shard, Counter())
+    if [(begin, count) for _, begin, count in images.values()] != list(zip(offset.tolist(), size.tolist(), strict=True)):
+        raise _damaged(file, f"it does not name the images of {shard.name} where they lie")
+
+
+def read_noted(file: int, offset: int, size: int, label: int, key: bytes) -> bytes:
+    """An image that an index names, whose tar headers must say the same of it.
+
+    Args:
+        file: descriptor of the shard.
+        offset: of the image's first byte.
+        size: bytes.
+        label: the class; compared where KEY.cls lies behind the image, as `deit-kd pack` puts it.
+        key: of the index.
+
+    Raises:
+        ValueError: another image lies there, or it has another label.
+        OSError: the shard ends before.
+    """
+    blocks = -(-size // BLOCK) * BLOCK
+    content = os.pread(file, BLOCK + blocks + 2 * BLOCK, offset - BLOCK)
+    if len(content) < BLOCK + size:
+        raise OSError(f"the shard ends within the image, after {max(0, len(content) - BLOCK):,} of {size:,} bytes")
+    stem = key.rpartition(b"/")[2]
+    name, stated = _header(content[:BLOCK])
+    if stated != size or not (name.startswith(stem + b".") or len(name) == 100 or not key.isascii()):
+        raise ValueError("another file lies in the shard where the index names it; remove the index, or pack again")
+    behind = content[BLOCK + blocks :]
+    if len(behind) == 2 * BLOCK:
+        name, stated = _header(behind[:BLOCK])
+        written = behind[BLOCK : BLOCK + min(stated, BLOCK)].strip()
+        if name == stem + b".cls" and _WHOLE.fullmatch(written.decode("latin-1")) and int(written) != label:
+            raise ValueError(f"the index says class {label}, the shard {int(written)}; remove the index, or pack again")
+    return content[BLOCK : BLOCK + size]
+
+
+def _header(block: bytes) -> tuple[bytes, int]:
+    """(last part of the name, which is cut at 100 bytes; size) of a member; -1 if it is none."""
+    name = block[:100].partition(b"\0")[0]
+    try:
+        stated = int(block[124:136].strip(b" \0") or b"-1", 8)
+    except ValueError:
+        stated = -1
+    return name if len(name) == 100 else name.rpartition(b"/")[2], stated
 
 
 def _damaged(file: Path, reason: object) -> UserError:

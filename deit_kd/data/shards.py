@@ -44,9 +44,12 @@ class ShardSource(FileSource):
         if not self.files:
             raise UserError(f"{root}: has no {split}-*.tar; make shards of a folder of images with deit-kd pack")
         self.class_names = folders.read_class_names(root / "classes.json")
+        packed.must_be_as_noted(root, "classes.json")
         index = root / INDEX.format(split=split)
-        if index.exists() and label_column is None:
+        self._noted = index.exists() and label_column is None
+        if self._noted:
             found = shard_index.load(index, self.files, len(self.class_names))
+            packed.must_be_as_noted(root, index.name)
         else:
             found, left_out = shard_index.read_through(self.files, self.class_names, label_column)
             self.left_out = folders.told(left_out)
@@ -65,6 +68,9 @@ class ShardSource(FileSource):
         self._open[shard] = file
         if len(self._open) > MOST_OPEN:
             self._open.pop(next(iter(self._open))).close()
+        if self._noted:
+            place, label = int(self.offset[index]), int(self.labels[index])
+            return shard_index.read_noted(file.fileno(), place, size, label, bytes(self.keys[index]))
         content = os.pread(file.fileno(), size, int(self.offset[index]))
         if len(content) < size:
             raise OSError(f"the shard ends within the image, after {len(content):,} of {size:,} bytes")

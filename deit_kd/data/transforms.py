@@ -8,13 +8,50 @@ from typing import Any
 from PIL import Image, ImageOps
 from timm.data import create_transform
 from timm.data.auto_augment import AugmentOp, AutoAugment, RandAugment
+from timm.data.transforms import ResizeKeepRatio
 from torch import Tensor
 from torchvision.transforms import CenterCrop, RandomCrop, Resize
+from torchvision.transforms.functional import get_dimensions
 
 from deit_kd.errors import UserError
 from deit_kd.recipe import Recipe
 
 Transform = Callable[[Image.Image], Tensor]
+MOST_RESIZED = 2**26  # pixels; an image of any usual size and shape has far less than a tenth of them
+
+
+class MustFit:
+    """A step that gives images on as they are, and refuses those of which the next step would make too large ones.
+
+    Args:
+        resize: the next step.
+    """
+
+    def __init__(self, resize: Resize | ResizeKeepRatio):
+        self.resize = resize
+
+    def __call__(self, image: Any) -> Any:
+        """`image` itself.
+
+        Raises:
+            ValueError: too large.
+        """
+        _, height, width = get_dimensions(image)
+        size = self.resize.size
+        if isinstance(self.resize, ResizeKeepRatio):
+            ratios = height / size[0], width / size[1]
+            ratio = max(ratios) * self.resize.longest + min(ratios) * (1 - self.resize.longest)
+            wanted = height / ratio, width / ratio
+        elif isinstance(size, int):
+            wanted = height * size / min(height, width), width * size / min(height, width)
+        else:
+            wanted = size[0], size[1]
+        if wanted[1] * max(wanted[0], height) > MOST_RESIZED:  # columns are resized before lines
+            raise ValueError(
+                f"is {width:,} x {height:,} pixels, which would be resized to {wanted[1]:,.0f} x {wanted[0]:,.0f}; crop it, or use a smaller "
+                "image size"
+            )
+        return image
 
 
 def train_transform(recipe: Recipe) -> Transform:
@@ -40,7 +77,13 @@ def train_transform(recipe: Recipe) -> Transform:
         ) from None
     if aug.crop_padding is not None:  # in place of timm's random resized crop
         crop = [RandomCrop(data.img_size, padding=aug.crop_padding)]
-        transform.transforms[:1] = [Resize(data.img_size), CenterCrop(data.img_size), *crop]  # the first two leave CIFAR as it is
+        resize = Resize(data.img_size)
+        transform.transforms[:1] = [
+            MustFit(resize),
+            resize,
+            CenterCrop(data.img_size),
+            *crop,
+        ]  # all but the last leave CIFAR as it is
     for step in transform.transforms:
         for operation in augment_operations(step):
             if operation.name.startswith("Posterize"):
@@ -57,13 +100,22 @@ def augment_operations(step: Any) -> list[AugmentOp]:
 
 def evaluation_transform(recipe: Recipe) -> Transform:
     """Resize the short side to img_size / crop_pct, centre crop; gives [3,H,W] float32, normalised."""
-    return create_transform(
+    return own_transform(
         input_size=recipe.data.img_size,
         crop_pct=recipe.evaluation.crop_pct,
         interpolation=recipe.evaluation.interpolation,
         mean=recipe.data.mean,
         std=recipe.data.std,
     )
+
+
+def own_transform(**config: Any) -> Transform:
+    """What timm does to images for evaluation, as a network's own configuration has it; it refuses images that it would make too large."""
+    transform = create_transform(**config, is_training=False)
+    first = transform.transforms[0]
+    if isinstance(first, (Resize, ResizeKeepRatio)):
+        transform.transforms.insert(0, MustFit(first))
+    return transform
 
 
 def _keep_one_bit(operation: AugmentOp) -> None:

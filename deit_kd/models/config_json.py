@@ -6,15 +6,18 @@ A license is a text of one line, or null; lists and mappings of some are refused
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import timm
 from pydantic import AfterValidator, Field
+from timm.layers import to_2tuple
 from timm.models._hub import _parse_model_cfg
 
 from deit_kd.documents import MEGABYTE, Document, parse_json, read_bytes
 from deit_kd.errors import UserError
+from deit_kd.recipe.checks import MOST_TOKENS, patch_of
 from deit_kd.text import printable
 
 AGAIN = "fetch the folder again from its authors, or write it with timm.models.save_for_hf"
@@ -142,6 +145,14 @@ class _Config(Document):
     pretrained_cfg: _Pretrained | None = None
 
 
+def too_many_tokens(architecture: str, arguments: Mapping[str, Any], side: int) -> str | None:
+    """Why images of `side` pixels have more patches than a network can compare with one another; None if they do not."""
+    patch = patch_of(architecture, arguments)
+    if patch is None or (tokens := (side // patch) ** 2) <= MOST_TOKENS:
+        return None
+    return f"images of {side} pixels a side in patches of {patch} are {tokens:,} tokens, more than {MOST_TOKENS:,}"
+
+
 def read_config(file: Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
     """A config.json: timm's name of the architecture, its arguments, and the fields of timm's PretrainedCfg, as timm merges them.
 
@@ -174,6 +185,9 @@ def read_config(file: Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
     pretrained, _, arguments = _parse_model_cfg(
         {"pretrained_cfg": stated, "model_args": arguments, "architecture": architecture}, {}
     )
+    sizes = [stated["input_size"][1:], arguments.get("img_size") or 1]
+    if reason := too_many_tokens(architecture, arguments, max(max(to_2tuple(size)) for size in sizes)):
+        raise UserError(f"{file}: {reason}; {AGAIN}")
     classes = pretrained.get("num_classes", 1000)
     if (asked := arguments.get("num_classes", classes)) != classes:
         raise UserError(f"{file}: num_classes: is {classes}, and {json.dumps(asked)} in model_args; {AGAIN}")

@@ -16,7 +16,7 @@ from torch import Tensor
 from deit_kd.documents import short
 from deit_kd.errors import UserError
 from deit_kd.files import warn
-from deit_kd.models.config_json import MOST_CLASSES, MOST_PIXELS
+from deit_kd.models.config_json import MOST_CLASSES, MOST_PIXELS, too_many_tokens
 from deit_kd.models.described import RELEASED, describe, folder_of, why
 from deit_kd.models.students import authors_to_timm
 from deit_kd.models.taps import TimmModel
@@ -60,12 +60,16 @@ def load_student(
                 f"{source}: is of no student known here: {_list(found.unexpected)} have no place in {found.architecture}"
             )
         changed |= {} if img_size is None else {"img_size": img_size}
+        _must_be_few(source, found.architecture, found.arguments, img_size or found.arguments.get("img_size", 224))
         try:
             return _checked(build_found(found, **changed), source, img_size)
         except RuntimeError as error:  # a position embedding of no patch
             raise UserError(f"{source}: cannot be built with {changed} ({why(error)}); give others") from None
     network = describe(name)
     own = network.pretrained if network else _pretrained_cfg(name)
+    if img_size is not None:
+        architecture = network.architecture if network else name.partition(".")[0]
+        _must_be_few(source, architecture, network.arguments if network else {}, img_size)
     changed |= {"img_size": img_size} if img_size is not None and own.get("fixed_input_size") else {}
     if network:
         model = network.load(drawn_before=img_size is not None, **changed)  # fresh heads of a seed are those that they always were
@@ -76,6 +80,11 @@ def load_student(
     if img_size is not None:  # timm leaves the stored size there, and so in the preprocessing
         model.pretrained_cfg["input_size"] = (3, img_size, img_size)
     return _checked(model.eval().float(), source, img_size)
+
+
+def _must_be_few(source: str | Path, architecture: str, arguments: Mapping[str, Any], side: int) -> None:
+    if reason := too_many_tokens(architecture, arguments, side):
+        raise UserError(f"{printable(str(source))}: {reason}; give a smaller --img-size")
 
 
 def _is_file(name: str) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -40,6 +40,7 @@ AT_MOST = {
     "run.workers": 1024,
     "projector.depth": 100,
 }
+MOST_TOKENS = 65_536  # patches of an image: 4096 pixels a side in patches of 16; attention compares each with each
 ELSEWHERE = {"num_classes": "data.num_classes", "drop_path_rate": "student.drop_path", "img_size": "data.img_size"}
 
 # Which keys a choice reads, beside those that every choice reads. The keys of a loss are the parameters of its function.
@@ -275,10 +276,23 @@ def _elsewhere(r: Recipe) -> Iterator[str]:
 
 
 def _patches(r: Recipe) -> Iterator[str]:
-    named = re.search(r"_patch(\d{1,4})(?!\d)", r.student.name, flags=re.ASCII) if isinstance(r.student.name, str) else None
-    patch = r.student.model_args.get("patch_size", int(named[1]) if named else None)
-    if not isinstance(r.data.img_size, str) and isinstance(patch, int) and patch > 0 and r.data.img_size % patch:
-        yield f"data.img_size: {r.data.img_size} is not divisible by the patch size {patch}"
+    patch, size = patch_of(r.student.name, r.student.model_args), r.data.img_size
+    if isinstance(size, str) or patch is None:
+        return
+    if size % patch:
+        yield f"data.img_size: {size} is not divisible by the patch size {patch}"
+    if (tokens := (size // patch) ** 2) > MOST_TOKENS:
+        yield f"data.img_size: {size} in patches of {patch} are {tokens:,} tokens, at most {MOST_TOKENS:,} can be used; choose a smaller one"
+
+
+def patch_of(architecture: Any, arguments: Mapping[str, Any]) -> int | None:
+    """Pixels a side of a network's (smaller) patch, as its arguments state it, else timm's name; None where neither does."""
+    stated = arguments.get("patch_size")
+    sides = stated if isinstance(stated, (list, tuple)) else [stated]
+    if sides and all(type(side) is int and side > 0 for side in sides):
+        return min(sides)
+    named = re.search(r"_patch(\d{1,4})(?!\d)", architecture, flags=re.ASCII) if isinstance(architecture, str) else None
+    return int(named[1]) or None if named else None
 
 
 def _follows(r: Recipe) -> Iterator[str]:

@@ -208,38 +208,38 @@ def _found_in(file: Path, here: set[str], names: list[str]) -> list[str]:
     if file.suffix == ".safetensors":
         with file.open("rb") as stream:  # after its header there are numbers alone
             header = stream.read(int.from_bytes(stream.read(8), "little") & (2**27 - 1))
-        return _of_values(json.loads(header).get("__metadata__", {}))
+        return _of_values(json.loads(header).get("__metadata__", {}), names)
     if file.suffix in (".json", ".jsonl"):
         text = file.read_text(encoding="utf-8")
         documents = (
             [json.loads(text)] if file.suffix == ".json" else [json.loads(line) for line in text.splitlines() if line.strip()]
         )
-        return [found for each in documents for found in _of_values(each)]
+        return [found for each in documents for found in _of_values(each, names)]
     content = file.read_bytes()
     if b"\0" not in content[:8192]:
         text = content.decode("utf-8", "backslashreplace")
-        for name in names if file.name == "README.md" else ():
+        for name in names:
             text = text.replace(name, "")
         return leaks(text)
     return [f"the path {path}" for path in sorted(here) if path.encode() in content]
 
 
 def _class_names(folder: Path) -> list[str]:
-    """Those that look like a path, such as /m/01g317, and may: as the card shows them."""
+    """Those that look like a path or a secret, such as /m/01g317 or user:pass@host, and may: as they are and as the card shows them."""
     try:
         named = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("label_names") or []
     except (OSError, ValueError, AttributeError):
         return []
-    shown = [for_markdown(name, 100) for name in named if isinstance(name, str) and hide_secrets(name) == name]
-    return [name for name in shown if leaks(name)]
+    shown = {form for name in named if isinstance(name, str) for form in (name, for_markdown(name, 100))}
+    return sorted((name for name in shown if leaks(name)), key=len, reverse=True)
 
 
-def _of_values(value: Any, key: str = "") -> list[str]:
-    """What is in the texts of a JSON document; names of classes may look like a path."""
+def _of_values(value: Any, names: list[str]) -> list[str]:
+    """What is in the texts of a JSON document, other than the names of classes."""
     if isinstance(value, str):
-        return [] if hide_secrets(value) == value and key in ("label_names", "label_descriptions") else leaks(value)
+        return [] if value in names else leaks(value)
     if isinstance(value, dict):
-        found = [found for name, each in value.items() for found in (*_of_values(name, key), *_of_values(each, name))]
+        found = [found for name, each in value.items() for found in (*_of_values(name, names), *_of_values(each, names))]
         pictures = any(isinstance(each, str) for each in value.get("samples") or [])
         return [*found, "names of pictures"] if pictures else found
-    return [found for each in value for found in _of_values(each, key)] if isinstance(value, list) else []
+    return [found for each in value for found in _of_values(each, names)] if isinstance(value, list) else []
