@@ -30,13 +30,25 @@ REMEDY = "give another checkpoint to --resume, or auto for the newest whole one"
 MOST_BYTES = 2000 * MEGABYTE  # of a state.json, which holds the lines of metrics.jsonl
 
 
+class _DependsOn(Document):
+    """What a run depends on, as far as somebody reads it; keys of a recipe may have any value."""
+
+    classes: list[str] = []
+    validation_classes: list[str] = []
+    training_images: dict[str, int | str | None] = {}
+    validation_images: dict[str, int | str | None] = {}
+    teacher_tensors: list[str | None] = []
+    starting_weights: str | None = None
+
+
 class _Head(Document):
     """What every state.json has."""
 
     step: int = Field(ge=0, le=10**12)
+    steps_per_epoch: int | None = Field(default=None, ge=1, le=10**12)
     sha256: dict[Annotated[str, Field(pattern=r"^\w{1,100}\.safetensors$")], Annotated[str, Field(pattern="^[0-9a-f]{64}$")]]
     own_sha256: str
-    depends_on: dict[str, Any] = {}
+    depends_on: _DependsOn = _DependsOn()
     folder: dict[str, str] = {}
 
 
@@ -132,6 +144,9 @@ def read_state(path: Path) -> dict[str, Any]:
     check(state, str(file), _Head, REMEDY)
     if state.pop("own_sha256") != _own_hash(state):
         raise UserError(f"{file}: is damaged; {REMEDY}")
+    named = re.fullmatch(r"(?:aside_)?step_(\d{8,})(?:\.\d+)?", path.name)
+    if named and int(named[1][:20]) != state["step"]:
+        raise UserError(f"{file}: says step {state['step']} in a folder of another step; {REMEDY}")
     return state
 
 
@@ -171,6 +186,8 @@ def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor],
 def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: Tensors, rest: Mapping[str, Any]) -> None:
     """Puts back what `pack_optimizer` gave; of parameters that are cut over processes each its own part.
 
+    Settings of the groups stay those with which the optimizer was built, but for the rate, and for what only training puts there.
+
     Raises:
         ValueError: it is of another optimizer.
         KeyError: likewise.
@@ -189,10 +206,16 @@ def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: Tensors, rest: M
             continue
         whole = isinstance(value, Tensor)
         state.setdefault(int(index), {})[name] = sharding.cut_like(value, parameters[int(index)]) if whole else value
-    for group, own in zip(groups, optimizer.param_groups, strict=True):
+    built = optimizer.state_dict()["param_groups"]
+    for group, own in zip(groups, built, strict=True):
+        if group["params"] != own["params"]:
+            raise ValueError("optimizer: a group is of other parameters")
         for name, value in group.items():
             if name != "params" and None not in (value, own.get(name)) and _kind(value) != _kind(own[name]):
                 raise ValueError(f"optimizer: {name} is {value!r:.60}")
+            if name not in own and not (isinstance(value, Tensor) and value.numel() == 1):
+                raise ValueError(f"optimizer: {name[:60]!r} is no setting of this optimizer")
+    groups = [{**group, **own, "lr": group.get("lr", own["lr"])} for group, own in zip(groups, built, strict=True)]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 

@@ -77,3 +77,42 @@ def test_optimizer_state_survives_as_tensors(build: Callable[..., torch.optim.Op
     other = build(model.parameters(), lr=0.5)
     checkpoint.unpack_optimizer(other, tensors, rest)
     assert str(other.state_dict()) == str(optimizer.state_dict())
+
+
+SETTINGS = {
+    "amsgrad": True,
+    "differentiable": True,
+    "maximize": True,
+    "capturable": True,
+    "weight_decay": -5,
+    "betas": [1.5, 2],
+    "eps": -1,
+    "lr": None,  # these two are taken out
+    "fused": None,
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_settings_of_the_optimizer_are_those_with_which_it_was_built(name: str) -> None:
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    model(torch.randn(4, 3)).sum().backward()
+    optimizer.step()
+    tensors, rest = checkpoint.pack_optimizer(optimizer)
+    right = str(optimizer.state_dict())
+    if SETTINGS[name] is None:
+        del rest["param_groups"][0][name]
+    else:
+        rest["param_groups"][0][name] = SETTINGS[name]
+    checkpoint.unpack_optimizer(optimizer, tensors, rest)
+    assert str(optimizer.state_dict()) == right
+    optimizer.step()
+
+
+def test_moments_of_other_parameters_are_refused() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2, bias=False), torch.nn.Linear(2, 2, bias=False))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    tensors, rest = checkpoint.pack_optimizer(optimizer)
+    rest["param_groups"][0]["params"] = [1, 0]
+    with pytest.raises(ValueError, match="a group is of other parameters"):
+        checkpoint.unpack_optimizer(optimizer, tensors, rest)
