@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -27,6 +28,7 @@ from deit_kd.errors import UserError
 from deit_kd.files import Tensors, optional, sha256, whole_folder, write_tensors
 
 REMEDY = "give another checkpoint to --resume, or auto for the newest whole one"
+CHANGING = ("lr", "step", "lookahead_step")  # what training changes in the groups of an optimizer
 MOST_BYTES = 2000 * MEGABYTE  # of a state.json, which holds the lines of metrics.jsonl
 
 
@@ -186,7 +188,7 @@ def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor],
 def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: Tensors, rest: Mapping[str, Any]) -> None:
     """Puts back what `pack_optimizer` gave; of parameters that are cut over processes each its own part.
 
-    Settings of the groups stay those with which the optimizer was built, but for the rate, and for what only training puts there.
+    Settings of the groups stay those with which the optimizer was built, but for those that training changes.
 
     Raises:
         ValueError: it is of another optimizer.
@@ -210,18 +212,19 @@ def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: Tensors, rest: M
     for group, own in zip(groups, built, strict=True):
         if group["params"] != own["params"]:
             raise ValueError("optimizer: a group is of other parameters")
-        for name, value in group.items():
-            if name != "params" and None not in (value, own.get(name)) and _kind(value) != _kind(own[name]):
+        changed = {name: group[name] for name in CHANGING if name in group}
+        for name, value in changed.items():
+            if not _is_count_or_rate(value):
                 raise ValueError(f"optimizer: {name} is {value!r:.60}")
-            if name not in own and not (isinstance(value, Tensor) and value.numel() == 1):
-                raise ValueError(f"optimizer: {name[:60]!r} is no setting of this optimizer")
-    groups = [{**group, **own, "lr": group.get("lr", own["lr"])} for group, own in zip(groups, built, strict=True)]
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
+        own.update(changed)
+    optimizer.load_state_dict({"state": state, "param_groups": built})
 
 
-def _kind(value: Any) -> type:
-    """The type of a setting, as far as JSON keeps it."""
-    return float if type(value) is int else list if isinstance(value, tuple) else type(value)
+def _is_count_or_rate(value: Any) -> bool:
+    """Whether this is one finite number that is not negative."""
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and 0 <= value.item() < math.inf
+    return isinstance(value, (int, float)) and 0 <= value < math.inf
 
 
 def _all(folder: Path) -> list[Path]:

@@ -811,7 +811,6 @@ FORGERIES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "teachers that are a mapping": lambda state: state["depends_on"].update(teacher_tensors={}),
     "weights that are a list": lambda state: state["depends_on"].update(starting_weights=[]),
     "a group of other parameters": lambda state: state["optimizer"]["param_groups"][0]["params"].reverse(),
-    "a setting of another optimizer": lambda state: state["optimizer"]["param_groups"][0].update(nesterov=True),
 }
 
 
