@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -27,16 +28,29 @@ from deit_kd.errors import UserError
 from deit_kd.files import Tensors, optional, sha256, whole_folder, write_tensors
 
 REMEDY = "give another checkpoint to --resume, or auto for the newest whole one"
+CHANGING = ("lr", "step", "lookahead_step")  # what training changes in the groups of an optimizer
 MOST_BYTES = 2000 * MEGABYTE  # of a state.json, which holds the lines of metrics.jsonl
+
+
+class _DependsOn(Document):
+    """What a run depends on, as far as somebody reads it; keys of a recipe may have any value."""
+
+    classes: list[str] = []
+    validation_classes: list[str] = []
+    training_images: dict[str, int | str | None] = {}
+    validation_images: dict[str, int | str | None] = {}
+    teacher_tensors: list[str | None] = []
+    starting_weights: str | None = None
 
 
 class _Head(Document):
     """What every state.json has."""
 
     step: int = Field(ge=0, le=10**12)
+    steps_per_epoch: int | None = Field(default=None, ge=1, le=10**12)
     sha256: dict[Annotated[str, Field(pattern=r"^\w{1,100}\.safetensors$")], Annotated[str, Field(pattern="^[0-9a-f]{64}$")]]
     own_sha256: str
-    depends_on: dict[str, Any] = {}
+    depends_on: _DependsOn = _DependsOn()
     folder: dict[str, str] = {}
 
 
@@ -132,6 +146,9 @@ def read_state(path: Path) -> dict[str, Any]:
     check(state, str(file), _Head, REMEDY)
     if state.pop("own_sha256") != _own_hash(state):
         raise UserError(f"{file}: is damaged; {REMEDY}")
+    named = re.fullmatch(r"(?:aside_)?step_(\d{8,})(?:\.\d+)?", path.name)
+    if named and int(named[1][:20]) != state["step"]:
+        raise UserError(f"{file}: says step {state['step']} in a folder of another step; {REMEDY}")
     return state
 
 
@@ -171,6 +188,8 @@ def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor],
 def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: Tensors, rest: Mapping[str, Any]) -> None:
     """Puts back what `pack_optimizer` gave; of parameters that are cut over processes each its own part.
 
+    Settings of the groups stay those with which the optimizer was built, but for those that training changes.
+
     Raises:
         ValueError: it is of another optimizer.
         KeyError: likewise.
@@ -189,16 +208,23 @@ def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: Tensors, rest: M
             continue
         whole = isinstance(value, Tensor)
         state.setdefault(int(index), {})[name] = sharding.cut_like(value, parameters[int(index)]) if whole else value
-    for group, own in zip(groups, optimizer.param_groups, strict=True):
-        for name, value in group.items():
-            if name != "params" and None not in (value, own.get(name)) and _kind(value) != _kind(own[name]):
+    built = optimizer.state_dict()["param_groups"]
+    for group, own in zip(groups, built, strict=True):
+        if group["params"] != own["params"]:
+            raise ValueError("optimizer: a group is of other parameters")
+        changed = {name: group[name] for name in CHANGING if name in group}
+        for name, value in changed.items():
+            if not _is_count_or_rate(value):
                 raise ValueError(f"optimizer: {name} is {value!r:.60}")
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
+        own.update(changed)
+    optimizer.load_state_dict({"state": state, "param_groups": built})
 
 
-def _kind(value: Any) -> type:
-    """The type of a setting, as far as JSON keeps it."""
-    return float if type(value) is int else list if isinstance(value, tuple) else type(value)
+def _is_count_or_rate(value: Any) -> bool:
+    """Whether this is one finite number that is not negative."""
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and 0 <= value.item() < math.inf
+    return isinstance(value, (int, float)) and 0 <= value < math.inf
 
 
 def _all(folder: Path) -> list[Path]:

@@ -154,6 +154,18 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         raise
 
 
+def must_be_utf8(path: Path, shown: str) -> None:
+    """Refuses a path that safetensors cannot open.
+
+    Raises:
+        UserError: its name, or one above it, is not UTF-8.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{shown}: is a path whose name is not UTF-8, where no tensors can be written; give another") from None
+
+
 def make_folder(folder: Path) -> None:
     """Makes a folder and those above it, on the disk.
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from deit_kd.errors import UserError
-from deit_kd.files import clear, flush, locked
+from deit_kd.files import clear, flush, locked, must_be_utf8
 from deit_kd.text import for_terminal
 
 BLOCK = 1 << 20
@@ -31,6 +31,7 @@ def workspace(output: Path, doing: str) -> Iterator[Path]:
     output = Path(os.path.abspath(output))
     if not output.name:
         raise UserError(f"{output}: is no name of a file or folder; give another")
+    must_be_utf8(output, str(output))
     room = output.with_name(f".{output.name}.tmp")
     room.mkdir(parents=True, exist_ok=True)
     with locked(room, doing, shown=output):
@@ -92,6 +93,7 @@ def claimed(folder: Path, doing: str, is_ours: Callable[[Path], bool]) -> Iterat
     Raises:
         UserError: the folder holds what the command did not make, or another process is at work in it.
     """
+    must_be_utf8(Path(os.path.abspath(folder)), str(folder))
     if os.path.lexists(folder) and not folder.is_dir():
         raise UserError(f"{folder}: is no folder; give another --output")
     names = sorted(set(os.listdir(folder)) - {".lock"}) if folder.is_dir() else []

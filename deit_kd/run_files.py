@@ -192,6 +192,14 @@ def read_lines(file: Path) -> str:
     return read_bytes(file, "move it away; a checkpoint of the run holds its lines", 1000 * MEGABYTE).decode("utf-8", "replace")
 
 
+def are_ours(text: str) -> bool:
+    """Whether train.py wrote all lines of a metrics.jsonl; of the last one a part is enough, and a crash may leave zeros."""
+    *lines, last = text.replace("\0", "").split("\n")
+    begin = '{"kind": "'
+    whole = all(parse_line(line) is not None for line in lines if line.strip())
+    return whole and (not last.strip() or parse_line(last) is not None or last[: len(begin)] == begin[: len(last)])
+
+
 def copies(folder: Path) -> dict[str, str]:
     """run.json and metrics.jsonl of a run for a checkpoint; what cannot be read is left out."""
     found = {}

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -15,14 +14,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from deit_kd import checkpoint, documents, run_files
+from deit_kd import checkpoint, run_files, run_place
 from deit_kd import recipe as recipes
 from deit_kd import resume as resuming
 from deit_kd.data import Source
 from deit_kd.errors import UserError
 from deit_kd.files import clear, flush, locked, make_folder, optional
 from deit_kd.recipe import Recipe
-from deit_kd.text import for_terminal, redact
+from deit_kd.text import redact
 from deit_kd.tracking import read_metrics
 
 if TYPE_CHECKING:
@@ -71,87 +70,20 @@ def entered(
         def enter() -> Start:
             accepted = resuming.parse_accepted(accept)
             real = Path(os.path.realpath(output))  # of a link, what it leads to is the run
-            must_be_ours(real, output, data)
-            if resume == "none" and real.is_dir() and not _is_empty(real):
+            run_place.must_be_ours(real, output, data)
+            if resume == "none" and real.is_dir() and not run_place.is_empty(real):
                 _move_aside(real, output, accelerator.print)
             make_folder(real)
             held.enter_context(locked(real, "train.py", shown=output))
             for folder in (real, *(real / name for name in ("checkpoints", "student", "plots"))):
                 clear(folder)
+            run_place.must_be_of_files(real, output)
             return _find(output, recipe, resume, accepted, accelerator.print)
 
         start = on_main(accelerator, enter)
         chosen: list[Path | None] = [start.checkpoint if start else None]
         broadcast_object_list(chosen)  # one process looks, all go on from the same
         yield start or Start(chosen[0])
-
-
-def must_be_ours(real: Path, output: Path, data: Path | None) -> None:
-    """Refuses a place where a run would touch what this project did not make, or be taken for data.
-
-    Raises:
-        UserError: it is such a place.
-    """
-    if output.parts[:1] and output.parts[0].startswith("~"):
-        raise UserError(f"--output {output}: the shell did not replace the ~; write --output with a space behind it, or $HOME")
-    if real.exists() and not real.is_dir():
-        raise UserError(f"--output {output}: is a file; check the path, or give another --output")
-    if data is not None:
-        parts = real.relative_to(data.resolve()).parts if real.is_relative_to(data.resolve()) else None
-        if parts is not None and (not parts or parts[0] in ("train", "val", "validation", "test")):
-            raise UserError(f"--output {output}: is where the data are; give another --output")
-    if not real.is_dir() or _is_empty(real):
-        return
-    if not _is_run(real):
-        told = ", ".join(sorted(path.name for path in real.iterdir())[:3])
-        raise UserError(
-            f"--output {output}: holds {for_terminal(told)[:200]} ..., which train.py did not make; give another --output"
-        )
-    student = real / "student"
-    if os.path.lexists(student) and not _is_student(student):
-        raise UserError(f"--output {output}: holds a student/ that train.py did not make; move it away, or give another --output")
-
-
-def _is_empty(folder: Path) -> bool:
-    """Whether a folder holds nothing but empty folders, and what a start leaves that was killed before it wrote anything of worth."""
-    left = re.compile(r"\.lock|\..+\.[0-9a-f]{8}\.tmp|class_means_[0-9a-f]{8}\.safetensors")
-    return all(left.fullmatch(path.name) or _is_bare(path) for path in folder.iterdir())
-
-
-def _is_bare(path: Path) -> bool:
-    """Whether this is a folder with nothing in it, such as a disk's lost+found."""
-    try:
-        return path.is_dir() and not path.is_symlink() and not any(path.iterdir())
-    except OSError:
-        return False
-
-
-def _is_run(folder: Path) -> bool:
-    """Whether train.py made a folder: run.json says so, or a checkpoint, or the recipe beside one of the files that may be cut."""
-    try:
-        if "deit_kd" in documents.read_json(folder / "run.json", dict[str, Any], ""):
-            return True
-    except UserError:
-        pass
-    for path in (folder / "checkpoints").glob("step_*"):
-        with suppress(UserError):
-            checkpoint.read_state(path)
-            return True
-    if _stored_recipe(folder, None) is None:
-        return False
-    return any((folder / name).is_file() for name in ("run.json", "metrics.jsonl"))
-
-
-def _is_student(folder: Path) -> bool:
-    """Whether train.py wrote a student there, whole or in part."""
-    if not folder.is_dir():
-        return False
-    names = {path.name for path in folder.iterdir()}
-    if "config.json" not in names:
-        return not names
-    with suppress(UserError):
-        return "deit_kd" in documents.read_json(folder / "config.json", dict[str, Any], "")
-    return False
 
 
 def _move_aside(real: Path, output: Path, say: Callable[[str], None]) -> None:
@@ -196,14 +128,13 @@ def _find(output: Path, recipe: Recipe, resume: str, accepted: tuple[str, ...], 
         if state.get("recipe") not in fits:
             compare(state.get("depends_on") or {"recipe": "unknown"}, f"--resume {path}: is of another recipe")
     if path is None:
-        lines = read_metrics(output)
-        if lines and (run is None or run.get("saved", True)):
+        worth = _of_worth(output, run)
+        if worth:
             raise UserError(
-                f"--output {output}: holds what a run measured, but no whole checkpoint to go on from; put its checkpoints back, or "
+                f"--output {output}: holds {worth}, but no whole checkpoint to go on from; put its checkpoints back, or "
                 "begin anew with --resume none, which moves that run aside"
             )
-        if os.path.lexists(output / "metrics.jsonl"):
-            (output / "metrics.jsonl").unlink()  # of a start that saved nothing
+        _drop_lines(output / "metrics.jsonl", say)
     else:
         run = run or _copied_run(path, state, say)
         say(f"going on from {path}")
@@ -213,14 +144,37 @@ def _find(output: Path, recipe: Recipe, resume: str, accepted: tuple[str, ...], 
     return Start(path, state, run, accepted)
 
 
-def _stored_recipe(output: Path, say: Callable[[str], None] | None) -> Recipe | None:
+def _of_worth(output: Path, run: Mapping[str, Any] | None) -> str | None:
+    """What would be lost if a run began anew in this folder, in words; None if it is nothing."""
+    lines = read_metrics(output)
+    saved = None if run is None else run.get("saved")  # runs of before do not say
+    if lines and saved is not False:
+        return "what a run measured"
+    if run_place.holds_a_student(output / "student"):
+        return "the student of a run"
+    return "a run that was saved" if saved else None
+
+
+def _drop_lines(file: Path, say: Callable[[str], None]) -> None:
+    """Removes the metrics.jsonl of a start that saved nothing; one that holds lines of others is renamed."""
+    if not os.path.lexists(file):
+        return
+    if run_files.are_ours(run_files.read_lines(file)):
+        file.unlink()
+        return
+    names = (file.with_name(f"aside_{file.name}{number and f'.{number}' or ''}") for number in count())
+    aside = next(path for path in names if not os.path.lexists(path))
+    file.rename(aside)
+    say(f"{file} holds lines that train.py did not write; it is set aside as {aside.name}")
+
+
+def _stored_recipe(output: Path, say: Callable[[str], None]) -> Recipe | None:
     """What recipe.yaml of a run says; None if it is not there, or damaged."""
     file = output / "recipe.yaml"
     try:
         return recipes.load(file) if os.path.lexists(file) else None
     except UserError as error:
-        if say is not None:
-            say(f"{file}: cannot be read ({str(error).splitlines()[0]}); a checkpoint says what the run's recipe is")
+        say(f"{file}: cannot be read ({str(error).splitlines()[0]}); a checkpoint says what the run's recipe is")
         return None
 
 
@@ -277,10 +231,24 @@ def compare_data(
         recorded,
         faults,
     )
+    _must_be_reachable(start.checkpoint, start.state, recipe.epochs, task.steps_per_epoch, bool(found or recorded))
     new = [{**change, "told": redact(resuming.tell(change)), "step": start.state["step"]} for change in found]
     for change in new:
         say(f"goes on with a change that was accepted, and is recorded in run.json: {resuming.tell(change)}")
     return [*recorded, *(change for change in new if change not in recorded)]
+
+
+def _must_be_reachable(path: Path, state: Mapping[str, Any], epochs: int, steps_per_epoch: int, changed: bool) -> None:
+    """Refuses a step that the run does not have, and an epoch of other length than the same data have.
+
+    Raises:
+        UserError: the checkpoint says so.
+    """
+    then = state.get("steps_per_epoch") or steps_per_epoch
+    if then != steps_per_epoch and not changed:
+        raise UserError(f"{path}: says {then} steps an epoch, these data have {steps_per_epoch}; {checkpoint.REMEDY}")
+    if state["step"] > epochs * then:
+        raise UserError(f"{path}: says step {state['step']}, the run has {epochs * then}; {checkpoint.REMEDY}")
 
 
 def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T | None:

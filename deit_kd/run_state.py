@@ -149,13 +149,7 @@ class RunState:
             )
         try:
             _load(self.module, parts["module"])
-            stated: list[dict[str, Any]] = [
-                {key: group[key] for key in ("betas", "eps", "momentum", "weight_decay") if key in group}
-                for group in self.optimizer.param_groups
-            ]
             checkpoint.unpack_optimizer(self.optimizer, parts["optimizer"], state["optimizer"])
-            for group, values in zip(self.optimizer.param_groups, stated, strict=True):
-                group.update(values)  # the recipe's, not the checkpoint's
             if self.ema is not None:
                 _load(self.ema.module, parts["ema"])
             if self.best is not None and "best" in parts:
@@ -163,7 +157,10 @@ class RunState:
             if self.accelerator.scaler and state["scaler"]:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
         except (RuntimeError, KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
-            raise UserError(f"{path}: does not fit this recipe ({' '.join(str(error).split())[:200]})") from None
+            raise UserError(
+                f"{path}: does not fit this recipe ({' '.join(str(error).split())[:200]}); give another checkpoint to --resume, or "
+                "--resume none, which moves a run aside and begins anew"
+            ) from None
         if state["layout"] != self.layout:
             before, now = (
                 ", ".join(f"{key} {value}" for key, value in layout.items()) for layout in (state["layout"], self.layout)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm.optim
@@ -65,7 +67,9 @@ def test_a_failed_save_leaves_the_old_one(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
 
 
-@pytest.mark.parametrize("build", [torch.optim.AdamW, timm.optim.Lamb])  # LAMB keeps a tensor in its groups
+@pytest.mark.parametrize(
+    "build", [torch.optim.AdamW, timm.optim.Lamb, timm.optim.Adan]
+)  # LAMB keeps a tensor in its groups, Adan a number
 def test_optimizer_state_survives_as_tensors(build: Callable[..., torch.optim.Optimizer]) -> None:
     model = torch.nn.Linear(3, 2)
     optimizer = build(model.parameters(), lr=0.1)
@@ -74,6 +78,64 @@ def test_optimizer_state_survives_as_tensors(build: Callable[..., torch.optim.Op
     tensors, rest = checkpoint.pack_optimizer(optimizer)
     json.dumps(rest)
     assert all(isinstance(value, torch.Tensor) for value in tensors.values())
-    other = build(model.parameters(), lr=0.5)
+    other = build(model.parameters(), lr=0.1)
+    other.param_groups[0]["lr"] = 0.5
     checkpoint.unpack_optimizer(other, tensors, rest)
-    assert str(other.state_dict()) == str(optimizer.state_dict())
+    same_state(other.state_dict(), optimizer.state_dict())
+
+
+def same_state(a: dict[str, Any], b: dict[str, Any]) -> None:
+    """Equal in all but the order of settings."""
+    for each in (a, b):
+        each["param_groups"] = [dict(sorted(group.items())) for group in each["param_groups"]]
+    assert str(a) == str(b)
+
+
+SETTINGS = {
+    "amsgrad": True,
+    "differentiable": True,
+    "maximize": True,
+    "capturable": True,
+    "weight_decay": -5,
+    "betas": [1.5, 2],
+    "eps": -1,
+    "lr": None,  # these two are taken out
+    "fused": None,
+    "nesterov": True,
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_settings_of_the_optimizer_are_those_with_which_it_was_built(name: str) -> None:
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    model(torch.randn(4, 3)).sum().backward()
+    optimizer.step()
+    tensors, rest = checkpoint.pack_optimizer(optimizer)
+    right = copy.deepcopy(optimizer.state_dict())
+    if SETTINGS[name] is None:
+        del rest["param_groups"][0][name]
+    else:
+        rest["param_groups"][0][name] = SETTINGS[name]
+    checkpoint.unpack_optimizer(optimizer, tensors, rest)
+    same_state(optimizer.state_dict(), right)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("value", ["fast", -1.0, float("nan"), None, [1.0]])
+@pytest.mark.parametrize("name", ["lr", "step"])
+def test_what_training_changes_in_an_optimizer_is_one_number(name: str, value: Any) -> None:
+    optimizer = timm.optim.Lamb(torch.nn.Linear(3, 2).parameters(), lr=0.1)
+    tensors, rest = checkpoint.pack_optimizer(optimizer)
+    rest["param_groups"][0][name] = value
+    with pytest.raises(ValueError, match=f"optimizer: {name} is "):
+        checkpoint.unpack_optimizer(optimizer, tensors, rest)
+
+
+def test_moments_of_other_parameters_are_refused() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2, bias=False), torch.nn.Linear(2, 2, bias=False))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    tensors, rest = checkpoint.pack_optimizer(optimizer)
+    rest["param_groups"][0]["params"] = [1, 0]
+    with pytest.raises(ValueError, match="a group is of other parameters"):
+        checkpoint.unpack_optimizer(optimizer, tensors, rest)

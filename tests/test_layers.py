@@ -113,7 +113,8 @@ MAY_IMPORT = {
     "release": {"__init__", "best", "release", "checkpoint", "models", "recipe", "run_files", "tracking"},
     "analysis": {"tracking"},
     "resume": {"data", "models", "recipe", "run_files", "stream"},
-    "run_start": {"__init__", "checkpoint", "classification", "data", "documents", "recipe", "resume", "run_files", "tracking"},
+    "run_place": {"__init__", "checkpoint", "recipe", "run_files"},
+    "run_start": {"__init__", "checkpoint", "classification", "data", "recipe", "resume", "run_files", "run_place", "tracking"},
     "run_folder": {
         "models",
         "plan",

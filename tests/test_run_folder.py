@@ -23,7 +23,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import train
-from deit_kd import checkpoint, files, release, run_files
+from deit_kd import checkpoint, files, outputs, release, run_files
 from deit_kd.errors import UserError
 from deit_kd.tracking import TIMES, read_metrics
 
@@ -421,6 +421,132 @@ def test_a_run_without_a_whole_checkpoint_is_not_begun_anew_unasked(loss: str, h
     assert contents(aside)["metrics.jsonl"] == before["metrics.jsonl"]
 
 
+LOSSES: dict[str, Callable[[Path], Any]] = {
+    "its lines": lambda run: (run / "metrics.jsonl").unlink(),
+    "its lines, emptied": lambda run: (run / "metrics.jsonl").write_text(""),
+    "its lines and student": lambda run: [(run / "metrics.jsonl").unlink(), shutil.rmtree(run / "student")],
+    "its lines, of an earlier version": lambda run: [(run / "metrics.jsonl").unlink(), unsay(run, "saved")],
+    "its lines, never saved": lambda run: [(run / "metrics.jsonl").unlink(), unsay(run, "saved", False)],
+    "its lines and run.json": lambda run: [(run / "metrics.jsonl").write_text(""), (run / "run.json").write_text("")],
+}
+
+
+def unsay(run: Path, key: str, *value: Any) -> None:
+    """Takes a key out of run.json, or gives it a value."""
+    facts = json.loads((run / "run.json").read_text())
+    del facts[key]
+    (run / "run.json").write_text(json.dumps({**facts, **dict.fromkeys([key] * len(value), *value)}))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_run_that_lost_its_checkpoints_and_more_is_not_begun_anew_unasked(
+    loss: str, runs: tuple[Path, Path], data: Path, train_cli: Cli, tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(runs[0], tmp_path / "run"))
+    shutil.rmtree(run / "checkpoints")
+    LOSSES[loss](run)
+    before = contents(run)
+    assert "but no whole checkpoint to go on from; put its checkpoints back" in refuse(train_cli, *command(data, run))
+    after = contents(run)
+    assert {name: after[name] for name in before} == before
+
+
+def test_lines_of_others_are_never_removed(runs: tuple[Path, Path], data: Path, train_cli: Cli, tmp_path: Path) -> None:
+    theirs = '{"epoch": 1, "loss": 2.0}\n'
+    for name, facts in (("none", None), ("empty", ""), ("theirs", '{"name": "x"}')):
+        folder = tmp_path / name
+        folder.mkdir()
+        shutil.copy(runs[0] / "recipe.yaml", folder)
+        (folder / "metrics.jsonl").write_text(theirs)
+        if facts is not None:
+            (folder / "run.json").write_text(facts)
+        before = contents(folder)
+        for resume in ("auto", "none"):
+            assert "did not make" in refuse(train_cli, *command(data, folder, "--resume", resume)), name
+        assert contents(folder) == before
+    ours = tmp_path / "ours"
+    ours.mkdir()
+    for name in ("recipe.yaml", "run.json"):
+        shutil.copy(runs[0] / name, ours)
+    unsay(ours, "saved", False)
+    (ours / "metrics.jsonl").write_text(theirs)
+    code, printed = train_cli(*command(data, ours, "--max-steps", 1))
+    assert code == 0, printed
+    assert (ours / "aside_metrics.jsonl").read_text() == theirs
+    assert lines_of(ours)
+
+
+def test_lines_of_a_killed_start_are_ours() -> None:
+    line = json.dumps({"kind": "train", "step": 1, "loss": 1.0})
+    for text in ("", "\n", line, f"{line}\n{line[:20]}", line[:3], f"{line}\n" + "\0" * 9):
+        assert run_files.are_ours(text), text
+    for text in ("notes", "notes\n", f"{line}\nnotes\n", '{"epoch": 1}\n', f"{line}\n[1]"):
+        assert not run_files.are_ours(text), text
+
+
+@pytest.mark.parametrize("resume", ["auto", "none"])
+def test_an_exported_student_is_no_run(resume: str, runs: tuple[Path, Path], data: Path, train_cli: Cli, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(runs[0], tmp_path / "run"))
+    shutil.copytree(run / "student", tmp_path / "copied")
+    before = contents(tmp_path)
+    for folder in (run / "student", tmp_path / "copied"):
+        told = refuse(train_cli, *command(data, folder, "--resume", resume))
+        assert told == f"--output {folder}: is an exported student; give the folder of a run, or another --output"
+    (run / "student/config.json").write_text("")
+    assert "is an exported student" in refuse(train_cli, *command(data, run / "student", "--resume", resume))
+    shutil.copy(tmp_path / "copied/config.json", run / "student")
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_student_whose_config_is_lost_is_made_again(
+    damage: str, runs: tuple[Path, Path], data: Path, train_cli: Cli, tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(runs[0], tmp_path / "run"))
+    file = run / "student/config.json"
+    content = DAMAGES[damage](file.read_bytes())
+    file.unlink() if content is None else file.write_bytes(content)
+    code, printed = train_cli(*command(data, run))
+    assert code == 0, printed
+    same_result(run, runs[0])
+
+
+def test_a_name_that_is_not_utf_8_is_refused_before_training(data: Path, train_cli: Cli, tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9")
+    for place in (tmp_path / name, tmp_path / name / "run"):
+        assert "is a path whose name is not UTF-8" in refuse(train_cli, *command(data, place))
+    with pytest.raises(UserError, match="is not UTF-8"), outputs.workspace(tmp_path / name, "deit-kd convert"):
+        pass
+    with pytest.raises(UserError, match="is not UTF-8"), outputs.claimed(tmp_path / name, "deit-kd grid", lambda _: False):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_has_the_name_of_a_file_or_folder_of_a_run_is_named(
+    half: Path, runs: tuple[Path, Path], data: Path, train_cli: Cli
+) -> None:
+    for name in ("recipe.yaml", "run.json", "metrics.jsonl"):
+        for make in (Path.mkdir, os.mkfifo):
+            (half / name).rename(half / "right")
+            make(half / name)
+            told = refuse(train_cli, *command(data, half))
+            assert f"its {name} is no regular file; move it away, and give the same command again" in told
+            (half / name).rmdir() if (half / name).is_dir() else (half / name).unlink()
+            (half / "right").rename(half / name)
+    for name in ("plots", "checkpoints"):
+        if (half / name).exists():
+            (half / name).rename(half / "right")
+        (half / name).write_text("theirs")
+        told = refuse(train_cli, *command(data, half))
+        assert f"its {name} is no folder; move it away, and give the same command again" in told
+        (half / name).unlink()
+        if (half / "right").exists():
+            (half / "right").rename(half / name)
+    code, printed = train_cli(*command(data, half))
+    assert code == 0, printed
+    same_result(half, runs[0])
+
+
 # Two at once.
 
 
@@ -675,6 +801,16 @@ FORGERIES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "no layout": lambda state: state.pop("layout"),
     "no window": lambda state: state.pop("window"),
     "steps an epoch": lambda state: state.update(steps_per_epoch=0),
+    "other steps an epoch": lambda state: state.update(steps_per_epoch=5),
+    "a step of another folder": lambda state: state.update(step=1),
+    "a step beyond the last": lambda state: state.update(steps_per_epoch=1),
+    "classes that are a number": lambda state: state["depends_on"].update(classes=5),
+    "classes that are numbers": lambda state: state["depends_on"].update(classes=["cat", 5]),
+    "validation classes that are a text": lambda state: state["depends_on"].update(validation_classes="cat"),
+    "images that are a list": lambda state: state["depends_on"].update(training_images=[1]),
+    "teachers that are a mapping": lambda state: state["depends_on"].update(teacher_tensors={}),
+    "weights that are a list": lambda state: state["depends_on"].update(starting_weights=[]),
+    "a group of other parameters": lambda state: state["optimizer"]["param_groups"][0]["params"].reverse(),
 }
 
 
@@ -686,3 +822,10 @@ def test_a_forged_state_is_one_line(half: Path, data: Path, train_cli: Cli, tmp_
         forge(path, forgery)
         told = refuse(train_cli, *command(data, half, "--resume", path))
         assert str(path) in told, (name, told)
+        assert "--resume" in told.split(str(path))[-1], (name, told)
+
+
+def test_a_step_beyond_the_last_is_refused(half: Path, data: Path, train_cli: Cli) -> None:
+    path = (half / "checkpoints/step_00000002").rename(half / "checkpoints/step_00000099")
+    forge(path, lambda state: state.update(step=99))
+    assert f"{path}: says step 99, the run has 4; give another checkpoint" in refuse(train_cli, *command(data, half))
