@@ -33,7 +33,7 @@ from deit_kd import recipe as recipes
 from deit_kd.best import exported
 from deit_kd.documents import Document, read_json
 from deit_kd.errors import UserError
-from deit_kd.files import clear, optional, warn, write_text
+from deit_kd.files import clear, open_lock, optional, warn, write_text
 from deit_kd.text import for_code, for_csv, for_markdown, for_terminal, lines_for_terminal, redact, redact_words
 from deit_kd.tracking import read_metrics
 
@@ -172,7 +172,7 @@ def _held(file: Path, interrupted: Event | None) -> Iterator[int | None]:
         file: made if it is not there.
         interrupted: waits for the lock until this is set; without it, None is given where another process holds it.
     """
-    with file.open("a") as stream:
+    with open_lock(file) as stream:
         while True:
             try:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
