@@ -13,6 +13,7 @@ from deit_kd.files import clear, flush, lock_text, locked, optional
 from deit_kd.text import for_terminal
 
 BLOCK = 1 << 20
+SPLITS = ("train", "val", "validation", "test")
 
 
 @contextmanager
@@ -61,6 +62,27 @@ def _empty(room: Path) -> None:
     for left in room.iterdir():
         if left.name != ".lock":
             _remove(left)
+
+
+def must_not_be_data(output: Path, data: Path | None, *, all_of_it: bool = False) -> None:
+    """Refuses an output among the images that a command reads: its pictures and folders would be taken for data.
+
+    Args:
+        output: the file or folder that is to be made; it need not be there.
+        data: the folder of the data, if there is one.
+        all_of_it: where it has no folders of splits, its own folders are the classes.
+
+    Raises:
+        UserError: it is such a place.
+    """
+    if data is None:
+        return
+    real, root = Path(os.path.realpath(output)), Path(os.path.realpath(data))
+    places = [Path(os.path.realpath(data / name)) for name in SPLITS]  # which may be links
+    if all_of_it and not any(place.is_dir() for place in places):
+        places = [root]
+    if real == root or any(real.is_relative_to(place) for place in places):
+        raise UserError(f"--output {output}: is where the data are; give another --output")
 
 
 def settle(made: Path, output: Path) -> bool:

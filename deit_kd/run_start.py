@@ -21,6 +21,7 @@ from deit_kd import resume as resuming
 from deit_kd.data import Source
 from deit_kd.errors import UserError
 from deit_kd.files import clear, flush, locked, make_folder, optional
+from deit_kd.outputs import must_not_be_data
 from deit_kd.recipe import Recipe
 from deit_kd.text import for_terminal, redact
 from deit_kd.tracking import read_metrics
@@ -96,10 +97,7 @@ def must_be_ours(real: Path, output: Path, data: Path | None) -> None:
         raise UserError(f"--output {output}: the shell did not replace the ~; write --output with a space behind it, or $HOME")
     if real.exists() and not real.is_dir():
         raise UserError(f"--output {output}: is a file; check the path, or give another --output")
-    if data is not None:
-        parts = real.relative_to(data.resolve()).parts if real.is_relative_to(data.resolve()) else None
-        if parts is not None and (not parts or parts[0] in ("train", "val", "validation", "test")):
-            raise UserError(f"--output {output}: is where the data are; give another --output")
+    must_not_be_data(output, data)
     if not real.is_dir() or _is_empty(real):
         return
     if not _is_run(real):

@@ -26,7 +26,7 @@ from deit_kd import class_means, cli, report, teacher_cache  # noqa: F401  # her
 from deit_kd.cli import main
 from deit_kd.errors import UserError
 from deit_kd.files import locked
-from deit_kd.outputs import claimed, settle, workspace
+from deit_kd.outputs import claimed, must_not_be_data, settle, workspace
 
 RANDOM = ["teacher.name=resnet10t", "teacher.weights=random"]
 SIZE = [*SMALL, *RANDOM, "global_batch_size=8", "epochs=1", "optim.warmup_epochs=0", "data.num_classes=auto"]
@@ -416,3 +416,37 @@ def test_a_refusal_leaves_no_lock_file(tmp_path: Path) -> None:
         (tmp_path / "half/part").touch() or (tmp_path / "half/no/part").touch()
     with claimed(tmp_path / "half", "a test", lambda _: False):
         pass  # the same command goes on
+
+
+@pytest.mark.parametrize("name", ["pack", "class-means", "cache-teacher", "evaluate"])
+def test_nothing_is_made_among_the_data(
+    name: str, verb: Callable[[str], list[str]], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A class would come of it."""
+    before, words = content(data), verb(name)
+    where = words.index("--output") + 1
+    (tmp_path / "link").symlink_to(data)
+    for place in ("train/more", "val/cat/more", "validation", ".", "../link/train/more", "train/../val/more"):
+        words[where] = str((tmp_path if place.startswith("../link") else data) / place.removeprefix("../"))
+        with pytest.raises(SystemExit) as stopped:
+            main(words)
+        assert stopped.value.code == 2
+        (told,) = capsys.readouterr().err.splitlines()
+        assert told.startswith("error: --output "), told
+        assert told.endswith(": is where the data are; give another --output"), told
+    assert content(data) == before
+
+
+def test_which_places_are_data(tmp_path: Path) -> None:
+    data, elsewhere = tmp_path / "data", tmp_path / "elsewhere"
+    (data / "cat").mkdir(parents=True)
+    elsewhere.mkdir()
+    must_not_be_data(data / "report", data)
+    must_not_be_data(tmp_path / "report", data, all_of_it=True)
+    with pytest.raises(UserError):
+        must_not_be_data(data / "report", data, all_of_it=True)
+    (data / "train").symlink_to(elsewhere)
+    must_not_be_data(data / "report", data, all_of_it=True)
+    for place in (data / "train/report", elsewhere / "report"):
+        with pytest.raises(UserError):
+            must_not_be_data(place, data)

@@ -16,7 +16,7 @@ from timm.models import model_entrypoint
 
 from deit_kd import recipe as recipes
 from deit_kd.best import exported
-from deit_kd.documents import Document, read_json
+from deit_kd.documents import MEGABYTE, read_bytes, short
 from deit_kd.errors import UserError
 from deit_kd.files import clear, write_text
 from deit_kd.recipe import Recipe
@@ -31,10 +31,6 @@ TEMPLATE = Path(__file__).with_name("card.md.jinja")
 PRECISION = {"no": "float32", "bf16": "bfloat16 (autocast)", "fp16": "float16 (autocast, with a loss scaler)"}
 REMEDY = "give the command of the run again, which writes it anew"
 SIZES = r"_(?:tiny|small|medium|base|large|huge|giant|little|nano|micro)(?=_|$)"
-
-
-class _Named(Document):
-    label_names: list[str]
 
 
 @contextmanager
@@ -94,7 +90,7 @@ def _write_card(run_folder: Path) -> Path:
             for k in (1, 5)
         ],
     )
-    labels = read_json(student / "config.json", _Named, REMEDY).label_names
+    labels = _label_names(student / "config.json")
     body = render(
         TEMPLATE,
         name=name,
@@ -116,6 +112,19 @@ def _write_card(run_folder: Path) -> Path:
     write_text(student / "metrics.jsonl", "".join(json.dumps(_public_line(line)) + "\n" for line in metrics))
     write_text(student / "README.md", str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n")))
     return student / "README.md"
+
+
+def _label_names(file: Path) -> list[str]:
+    """Of a config.json; names of folders may be no Unicode, which strict schemas refuse."""
+    content = read_bytes(file, REMEDY, 64 * MEGABYTE)
+    try:
+        config = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file}: is no JSON ({error}); {REMEDY}") from None
+    labels = config.get("label_names") if isinstance(config, dict) else None
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+        raise UserError(f"{file}: label_names: must be a list of names, got {short(labels)}; {REMEDY}")
+    return labels
 
 
 def what(recipe: Recipe) -> str:

@@ -40,8 +40,8 @@ PICTURES = {
     "time": "Where a step's seconds go",
 }
 # of a student's folder: what the run wrote, and `deit-kd export` beside it
-SENT = ("README.md", "config.json", "model.safetensors", "recipe.yaml", "metrics.jsonl", "LICENSE", "model.onnx", "model.onnx.data")
-SENT += ("model.pt2",)
+SENT = {"README.md", "config.json", "model.safetensors", "recipe.yaml", "metrics.jsonl", "LICENSE"}
+SENT |= {"model.onnx", "model.onnx.data", "model.pt2"}
 LICENCE = Path(__file__).resolve().parent.parent.parent / "LICENSE"
 STRANGER = """
 import sys
