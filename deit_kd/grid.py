@@ -152,7 +152,9 @@ def _names(cells: tuple[tuple[tuple[str, str], ...], ...]) -> dict[tuple[tuple[s
         named = ",".join(f"{key.rpartition('.')[2]}={public[key, stated[key]]}" for key in varied)
         name = re.sub(r"[^\w=.,+-]", "_", named) or "run"
         if name in taken or any(public[key, stated[key]] != stated[key] for key in varied) or len(os.fsencode(name)) > MOST_BYTES:
-            digest = hashlib.sha256(json.dumps(cell).encode()).hexdigest()[:8]  # tells runs apart whose values look alike
+            digest = hashlib.sha256(json.dumps([stated[key] for key in varied]).encode()).hexdigest()[
+                :8
+            ]  # tells runs apart whose values look alike
             name = f"{os.fsencode(name)[: MOST_BYTES - 9].decode(errors='ignore')}-{digest}"
         taken.add(name)
         found[cell] = name
@@ -168,7 +170,7 @@ def _public(key: str, value: str) -> str:
 def _shown(key: str, cell: Cell, cells: Sequence[Cell]) -> str:
     """`_public` for tables, with a number where another value looks alike."""
     told = _public(key, cell[key])
-    alike = list(dict.fromkeys(other[key] for other in cells if _public(key, other[key]) == told))
+    alike = [value for value in dict.fromkeys(other[key] for other in cells) if _public(key, value) == told]
     return told if len(alike) == 1 else f"{told} ({alike.index(cell[key]) + 1})"
 
 
