@@ -85,7 +85,7 @@ def exported(metrics: list[dict[str, Any]], run: Mapping[str, Any]) -> tuple[dic
         run: run.json.
     """
     evaluations = [line for line in metrics if line["kind"] == "eval"]
-    if "exported" not in run or not evaluations:
+    if not run.get("exported") or not evaluations:
         return evaluations[-1] if evaluations else {}, None
     step = run["exported"]["step"]
     found = next((line for line in reversed(evaluations) if line["step"] == step), evaluations[-1])

@@ -261,8 +261,9 @@ def class_means(options: argparse.Namespace) -> None:
 
     from deit_kd import build, processes, speed
     from deit_kd.class_means import load_or_compute
-    from deit_kd.outputs import settle, workspace
+    from deit_kd.outputs import must_not_be_data, settle, workspace
 
+    must_not_be_data(options.output, options.data)
     accelerator = processes.plain_accelerator(processes.on_cpu(options.device))
     source, val = build.open_data(recipe, options.data)
     teachers = build.build_teachers(recipe, source.class_names)
@@ -293,8 +294,10 @@ def cache_teacher(options: argparse.Namespace) -> None:
         )
     from deit_kd import build, processes, speed
     from deit_kd.models import Teacher
+    from deit_kd.outputs import must_not_be_data
     from deit_kd.teacher_cache import write_cache
 
+    must_not_be_data(options.output, options.data)
     compared = [lesson.distill for lesson in recipe.lessons()]
     features = options.features or ("bf16" if any(distill.feature_weight for distill in compared) else "none")
     logits = options.logits or ("full" if any(distill.kd_weight for distill in compared) else "none")

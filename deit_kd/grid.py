@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import csv
 import fcntl
+import hashlib
 import io
 import itertools
+import json
 import math
 import os
 import re
@@ -21,7 +23,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from statistics import mean, stdev
 from threading import Event
@@ -33,12 +35,14 @@ from deit_kd import recipe as recipes
 from deit_kd.best import exported
 from deit_kd.documents import Document, read_json
 from deit_kd.errors import UserError
-from deit_kd.files import clear, optional, warn, write_text
-from deit_kd.text import for_code, for_csv, for_markdown, for_terminal, lines_for_terminal, redact, redact_words
+from deit_kd.files import clear, open_lock, optional, warn, write_text
+from deit_kd.outputs import must_not_be_data
+from deit_kd.text import for_code, for_csv, for_markdown, for_terminal, hide_secrets, lines_for_terminal, redact, redact_words
 from deit_kd.tracking import read_metrics
 
 TITLE = "`deit-kd grid "  # how grid.md begins
 HELD = "another process runs it"
+MOST_BYTES = 240  # of a folder's name; its log and its lock have endings
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 Cell = dict[str, str]  # key -> value, as they are written on the command line
 
@@ -56,6 +60,7 @@ def run_grid(recipe: str, overrides: Sequence[str], output: Path, data: Path | N
     Raises:
         UserError: a combination that the recipe refuses, or a run that failed.
     """
+    must_not_be_data(output, data)
     cells = _cells(overrides)
     faults: dict[str, str] = {}  # the first combination that has it
     for cell in cells:
@@ -128,9 +133,45 @@ def _cells(overrides: Sequence[str]) -> list[Cell]:
 
 
 def _name(cell: Cell, cells: Sequence[Cell]) -> str:
-    """The folder of a run: the axes, or everything that is stated when there is none."""
-    varied = [key for key in cell if len({other[key] for other in cells}) > 1] or list(cell)
-    return re.sub(r"[^\w=.,+-]", "_", ",".join(f"{key.rpartition('.')[2]}={cell[key]}" for key in varied)) or "run"
+    """The folder of a run: the axes, or everything that is stated when there is none. No two runs share one, and no name holds a secret."""
+    return _names(tuple(tuple(each.items()) for each in cells))[tuple(cell.items())]
+
+
+@lru_cache(maxsize=4)
+def _names(cells: tuple[tuple[tuple[str, str], ...], ...]) -> dict[tuple[tuple[str, str], ...], str]:
+    values: dict[str, set[str]] = {}
+    for cell in cells:
+        for key, value in cell:
+            values.setdefault(key, set()).add(value)
+    varied = [key for key in values if len(values[key]) > 1] or list(values)
+    public = {(key, value): _public(key, value) for key in varied for value in values[key]}
+    found: dict[tuple[tuple[str, str], ...], str] = {}
+    taken: set[str] = set()
+    for cell in cells:
+        stated = dict(cell)
+        named = ",".join(f"{key.rpartition('.')[2]}={public[key, stated[key]]}" for key in varied)
+        name = re.sub(r"[^\w=.,+-]", "_", named) or "run"
+        if name in taken or any(public[key, stated[key]] != stated[key] for key in varied) or len(os.fsencode(name)) > MOST_BYTES:
+            digest = hashlib.sha256(json.dumps([stated[key] for key in varied]).encode()).hexdigest()[
+                :8
+            ]  # tells runs apart whose values look alike
+            name = f"{os.fsencode(name)[: MOST_BYTES - 9].decode(errors='ignore')}-{digest}"
+        taken.add(name)
+        found[cell] = name
+    return found
+
+
+def _public(key: str, value: str) -> str:
+    """A value without passwords and tokens."""
+    told = hide_secrets(f"{key}={value}").partition("=")[2]
+    return told if told != value else hide_secrets(value)
+
+
+def _shown(key: str, cell: Cell, cells: Sequence[Cell]) -> str:
+    """`_public` for tables, with a number where another value looks alike."""
+    told = _public(key, cell[key])
+    alike = [value for value in dict.fromkeys(other[key] for other in cells) if _public(key, value) == told]
+    return told if len(alike) == 1 else f"{told} ({alike.index(cell[key]) + 1})"
 
 
 def _refuse_another(folder: Path, recipe: recipes.Recipe) -> None:
@@ -140,7 +181,7 @@ def _refuse_another(folder: Path, recipe: recipes.Recipe) -> None:
 
 
 def _refuse_foreign(output: Path, names: Sequence[str]) -> None:
-    """Refuses a folder that is not empty and holds no grid, and tables that are none of a grid's.
+    """Refuses a folder that is not empty and holds no grid, that of a run, and tables that are none of a grid's.
 
     Raises:
         UserError: it is so.
@@ -152,6 +193,7 @@ def _refuse_foreign(output: Path, names: Sequence[str]) -> None:
     has_table = table.is_file() and table.read_bytes()[: len(TITLE)] == TITLE.encode()
     own = {".tables.lock", *(f"{name}{end}" for name in names for end in ("", ".lock", ".log"))}
     foreign = {"grid.csv", "grid.md", "grid.png"} & there if not has_table else set()
+    foreign |= {"run.json", "recipe.yaml", "metrics.jsonl", "checkpoints"} & there  # of a run
     if there - own and not has_table and not any((output / name / "recipe.yaml").is_file() for name in there):
         foreign = there - own
     if foreign:
@@ -172,7 +214,7 @@ def _held(file: Path, interrupted: Event | None) -> Iterator[int | None]:
         file: made if it is not there.
         interrupted: waits for the lock until this is set; without it, None is given where another process holds it.
     """
-    with file.open("a") as stream:
+    with open_lock(file) as stream:
         while True:
             try:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -213,7 +255,7 @@ def _write(recipe: str, overrides: Sequence[str], cells: Sequence[Cell], output:
     chosen: set[str] = set()
     ranks: dict[tuple[str, ...], list[float]] = {}
     for cell in cells:
-        folder, key = output / _name(cell, cells), tuple(cell[axis] for axis in axes)
+        folder, key = output / _name(cell, cells), tuple(_shown(axis, cell, cells) for axis in axes)
         row, rank = scores.setdefault(key, []), ranks.setdefault(key, [])
         if _complete(folder):
             metrics = read_metrics(folder)

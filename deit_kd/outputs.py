@@ -9,10 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from deit_kd.errors import UserError
-from deit_kd.files import clear, flush, locked, must_be_utf8
+from deit_kd.files import clear, flush, lock_text, locked, must_be_utf8, optional
 from deit_kd.text import for_terminal
 
 BLOCK = 1 << 20
+SPLITS = ("train", "val", "validation", "test")
 
 
 @contextmanager
@@ -26,22 +27,63 @@ def workspace(output: Path, doing: str) -> Iterator[Path]:
         doing: the command, for another process's message.
 
     Raises:
-        UserError: another process makes it.
+        UserError: another process makes it, or the path beside it is of others.
     """
     output = Path(os.path.abspath(output))
     if not output.name:
         raise UserError(f"{output}: is no name of a file or folder; give another")
     must_be_utf8(output, str(output))
     room = output.with_name(f".{output.name}.tmp")
+    if os.path.lexists(room) and not _is_room(room, output):
+        raise UserError(
+            f"{room}: is of another program, and {output.name} would be made there; move it away, or give another --output"
+        )
     room.mkdir(parents=True, exist_ok=True)
     with locked(room, doing, shown=output):
-        for left in room.iterdir():
-            if left.name != ".lock":
-                _remove(left)
+        _empty(room)
         try:
             yield room / output.name
         finally:
-            shutil.rmtree(room, ignore_errors=True)
+            with optional(f"removing {room}"):
+                _empty(room)
+                (room / ".lock").unlink()  # last: by it the room is known
+                room.rmdir()
+
+
+def _is_room(room: Path, output: Path) -> bool:
+    """Whether a `workspace` made this folder, or nobody keeps anything in it: by its lock file, and the names in it."""
+    if room.is_symlink() or not room.is_dir():
+        return False
+    names = set(os.listdir(room)) - {".lock"}
+    ours = all(name == ".before" or name.startswith((output.name, f".{output.name[:60]}.")) for name in names)
+    return not names and not os.path.lexists(room / ".lock") or ours and lock_text(room / ".lock") is not None
+
+
+def _empty(room: Path) -> None:
+    for left in room.iterdir():
+        if left.name != ".lock":
+            _remove(left)
+
+
+def must_not_be_data(output: Path, data: Path | None, *, all_of_it: bool = False) -> None:
+    """Refuses an output among the images that a command reads: its pictures and folders would be taken for data.
+
+    Args:
+        output: the file or folder that is to be made; it need not be there.
+        data: the folder of the data, if there is one.
+        all_of_it: where it has no folders of splits, its own folders are the classes.
+
+    Raises:
+        UserError: it is such a place.
+    """
+    if data is None:
+        return
+    real, root = Path(os.path.realpath(output)), Path(os.path.realpath(data))
+    places = [Path(os.path.realpath(data / name)) for name in SPLITS]  # which may be links
+    if all_of_it and not any(place.is_dir() for place in places):
+        places = [root]
+    if real == root or any(real.is_relative_to(place) for place in places):
+        raise UserError(f"--output {output}: is where the data are; give another --output")
 
 
 def settle(made: Path, output: Path) -> bool:
@@ -101,18 +143,15 @@ def claimed(folder: Path, doing: str, is_ours: Callable[[Path], bool]) -> Iterat
         told = for_terminal(", ".join(names[:3]))[:200]
         raise UserError(f"{folder}: holds {told}{' ...' if names[3:] else ''}, which {doing} did not make; give another --output")
     folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder, doing):
+    # a folder that would not be known as ours keeps the lock file, by which `_began` knows it
+    with locked(folder, doing, stays=lambda: bool(set(os.listdir(folder)) - {".lock"}) and not is_ours(folder)):
         clear(folder)
         yield
 
 
 def _began(folder: Path, doing: str) -> bool:
     """Whether this command was interrupted in `folder`: its lock file says so."""
-    try:
-        with (folder / ".lock").open("rb") as stream:
-            return stream.read(300).startswith(f"{doing} (process".encode())
-    except OSError:
-        return False
+    return (lock_text(folder / ".lock") or "").startswith(f"{doing} (process")
 
 
 def _remove(path: Path) -> None:

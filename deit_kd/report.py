@@ -29,7 +29,7 @@ from deit_kd.errors import UserError
 from deit_kd.files import clear, optional, write_json, write_text
 from deit_kd.models import Distiller, StudentOutput, Teacher, load_student, load_teacher
 from deit_kd.models.taps import TimmModel
-from deit_kd.outputs import claimed
+from deit_kd.outputs import claimed, must_not_be_data
 from deit_kd.text import for_markdown, for_terminal, redact_path
 
 BINS = 15  # of confidence, for the calibration error
@@ -315,6 +315,7 @@ def evaluate(
     Raises:
         UserError: see `load_student`, `load_teacher`, `open_source`, `examine`.
     """
+    must_not_be_data(folder, data, all_of_it=True)
     model = load_student(weights, img_size=img_size)
     if benchmark:
         parts = open_benchmark(benchmark, data)

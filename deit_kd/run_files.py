@@ -93,6 +93,11 @@ class Change(Document):
     step: Count
 
 
+class _Exported(_Kept):
+    step: Count
+    chosen_by: Text
+
+
 class Run(_Kept):
     """What a run.json says."""
 
@@ -118,6 +123,7 @@ class Run(_Kept):
     data: _Data
     student: _Student
     finetuned_from: _Origin | None = None
+    exported: _Exported | None = None
     held_out_images: Count = 0
     projector_parameters: Count
     teachers: list[_Teacher]

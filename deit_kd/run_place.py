@@ -12,6 +12,7 @@ from deit_kd import checkpoint, documents, run_files
 from deit_kd import recipe as recipes
 from deit_kd.errors import UserError
 from deit_kd.files import must_be_utf8
+from deit_kd.outputs import must_not_be_data
 from deit_kd.text import for_terminal
 
 FILES, FOLDERS = ("run.json", "recipe.yaml", "metrics.jsonl"), ("checkpoints", "plots")
@@ -33,10 +34,7 @@ def must_be_ours(real: Path, output: Path, data: Path | None) -> None:
     must_be_utf8(real, f"--output {output}")
     if real.exists() and not real.is_dir():
         raise UserError(f"--output {output}: is a file; check the path, or give another --output")
-    if data is not None:
-        parts = real.relative_to(data.resolve()).parts if real.is_relative_to(data.resolve()) else None
-        if parts is not None and (not parts or parts[0] in ("train", "val", "validation", "test")):
-            raise UserError(f"--output {output}: is where the data are; give another --output")
+    must_not_be_data(output, data)
     if not real.is_dir() or is_empty(real):
         return
     if not _is_known_run(real):

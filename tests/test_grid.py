@@ -17,7 +17,7 @@ import killing
 import pytest
 from conftest import ROOT, SMALL
 
-from deit_kd import analysis  # noqa: F401  # here, not in each forked child
+from deit_kd import analysis, grid  # noqa: F401  # here, not in each forked child
 from deit_kd import recipe as recipes
 from deit_kd.cli import main
 from deit_kd.errors import UserError
@@ -152,6 +152,58 @@ def test_a_grid_leaves_alone_what_others_made(tmp_path: Path, capsys: pytest.Cap
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="is no folder"):
         run_grid("quickstart", ["seed=0"], tmp_path / "file", None, 1)
+
+
+def test_names_hold_no_secret_and_are_those_of_before_without_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    secret = [f"https://anna:{word}@host/data" for word in ("hunter22", "hunter33")]
+    tokens = [f"hf_{letter * 30}" for letter in "ab"]
+    for values in (secret, tokens, [f"x?token={token}" for token in tokens]):
+        cells = _cells([f"data.name={','.join(values)}", "seed=0,1"])
+        names = [_name(cell, cells) for cell in cells]
+        assert len(set(names)) == 4
+        assert not [name for name in names if "hunter" in name or "aaa" in name or "bbb" in name]
+        assert [_name(cell, more) for cell in cells for more in [_cells([f"data.name={','.join(values)}", "seed=0,1,2"])]] == names
+    for overrides, wanted in (
+        (["distill.power=2,4", "seed=0,1"], ["power=2,seed=0", "power=2,seed=1", "power=4,seed=0", "power=4,seed=1"]),
+        (["teacher.weights=/home/anna/a b.pth,random"], ["weights=_home_anna_a_b.pth", "weights=random"]),
+        (["optim.betas=[0.9, 0.95],[0.8, 0.9]"], ["betas=_0.9,_0.95_", "betas=_0.8,_0.9_"]),
+        (["seed=3"], ["seed=3"]),
+    ):
+        cells = _cells(overrides)
+        assert [_name(cell, cells) for cell in cells] == wanted
+    cells = _cells(["name=a/b,a_b,a:b"])
+    assert _name(cells[0], cells) == "name=a_b", "as before"
+    assert len({_name(cell, cells) for cell in cells}) == 3
+    cells = _cells([f"name={'é' * 200},{'é' * 201}"])
+    assert len({_name(cell, cells) for cell in cells}) == 2
+    assert max(len(os.fsencode(_name(cell, cells))) for cell in cells) <= 240
+    monkeypatch.setattr(grid, "_train", lambda *_: "failed")
+    with pytest.raises(UserError, match="2 of 2 runs failed"):
+        run_grid("quickstart", [f"teacher.name={','.join(secret)}"], tmp_path / "grid", None, 1)
+    printed = capsys.readouterr()
+    told = [printed.out, printed.err, *(path.name for path in tmp_path.rglob("*"))]
+    told += [path.read_text() for path in (tmp_path / "grid").iterdir() if path.suffix in (".md", ".csv")]
+    assert "host/data (2)" in printed.out
+    assert "hunter" not in "".join(told)
+
+
+def test_a_grid_is_refused_in_a_run_and_among_the_data(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (run / "student").mkdir(parents=True)
+    for name in ("run.json", "recipe.yaml", "metrics.jsonl", "student/recipe.yaml"):
+        (run / name).write_text("{}")
+        with pytest.raises(UserError, match=r"run: holds .*which deit-kd grid did not make; give another --output"):
+            run_grid("quickstart", ["seed=0"], run, None, 1)
+    for name in ("run.json", "metrics.jsonl"):
+        (run / name).unlink()
+    with pytest.raises(UserError, match=r"run: holds recipe.yaml, which"):
+        run_grid("quickstart", ["seed=0"], run, None, 1)
+    with pytest.raises(UserError, match="is where the data are"):
+        run_grid("quickstart", ["seed=0"], tmp_path / "data/train/grid", tmp_path / "data", 1)
+    assert sorted(path.name for path in run.iterdir()) == ["recipe.yaml", "student"]
+    assert not (tmp_path / "data").exists()
 
 
 def test_a_disk_without_locks_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

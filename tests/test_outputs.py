@@ -25,7 +25,8 @@ from timm.models._hub import save_for_hf
 from deit_kd import class_means, cli, report, teacher_cache  # noqa: F401  # here, not in each forked child
 from deit_kd.cli import main
 from deit_kd.errors import UserError
-from deit_kd.outputs import claimed, settle, workspace
+from deit_kd.files import locked
+from deit_kd.outputs import claimed, must_not_be_data, settle, workspace
 
 RANDOM = ["teacher.name=resnet10t", "teacher.weights=random"]
 SIZE = [*SMALL, *RANDOM, "global_batch_size=8", "epochs=1", "optim.warmup_epochs=0", "data.num_classes=auto"]
@@ -324,3 +325,128 @@ def test_a_file_of_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
             assert stopped.value.code == 2
             assert "it is left alone; give another --json" in capsys.readouterr().err
         assert foreign.read_text() == held
+
+
+def test_a_folder_of_others_beside_the_output_is_left_alone(tmp_path: Path) -> None:
+    """`.NAME.tmp` is taken only where a command that was killed left it."""
+    room, output = tmp_path / ".out.tmp", tmp_path / "out"
+    lock = f"deit-kd pack (process 1 on {'h' * 64})\n"
+
+    def make() -> None:
+        with workspace(output, "a test") as made:
+            made.write_text("text")
+
+    (tmp_path / "else").mkdir()
+    (tmp_path / "else/precious").write_text("of others")
+    room.symlink_to(tmp_path / "else")
+    with pytest.raises(UserError, match=r"\.out\.tmp: is of another program.*; move it away, or give another --output"):
+        make()
+    room.unlink()
+    room.write_text("of others")
+    with pytest.raises(UserError, match="is of another program"):
+        make()
+    room.unlink()
+    for files in (
+        {"precious": "of others"},
+        {"precious": "of others", ".lock": ""},
+        {"recipe.yaml": "of a run", ".lock": lock},
+        {"out": "of others", ".lock": "3141"},
+        {".lock": "3141"},
+    ):
+        room.mkdir()
+        for name, text in files.items():
+            (room / name).write_text(text)
+        with pytest.raises(UserError, match="is of another program") as told:
+            make()
+        assert "\n" not in str(told.value)
+        assert {path.name: path.read_text() for path in room.iterdir()} == files
+        shutil.rmtree(room)
+    for files in ({}, {".lock": ""}, {".lock": lock, "out": "half", ".before": "whole", ".out.0123abcd.tmp": "half"}):
+        room.mkdir()
+        for name, text in files.items():
+            (room / name).write_text(text)
+        make()
+        assert not room.exists()
+
+
+def test_a_lock_file_of_others_is_left_alone(tmp_path: Path) -> None:
+    folder, lock, target = tmp_path / "run", tmp_path / "run/.lock", tmp_path / "target"
+    folder.mkdir()
+
+    def refuse(message: str) -> None:
+        with pytest.raises(UserError, match=message) as told, locked(folder, "a test"):
+            pass
+        assert "move it away" in str(told.value)
+        assert "\n" not in str(told.value)
+
+    for content in ("of others\n", "{}", "a run (process 7 on here)\nmore\n", "\0" * 2000):
+        lock.write_text(content)
+        refuse(r"\.lock: is of another program")
+        assert lock.read_text() == content
+        target.write_text(content)
+        lock.unlink()
+        lock.symlink_to(target)
+        refuse(r"\.lock: is no regular file")
+        assert target.read_text() == content
+        lock.unlink()
+    lock.symlink_to(tmp_path / "nowhere")
+    refuse("is no regular file")
+    assert not (tmp_path / "nowhere").exists()
+    lock.unlink()
+    os.mkfifo(lock)
+    refuse("is no regular file")
+    lock.unlink()
+    lock.mkdir()
+    refuse("is no regular file")
+    lock.rmdir()
+    for left in ("", "train.py (process 7 on here)\n"):
+        lock.write_text(left)
+        with locked(folder, "a test"):
+            assert lock.read_text().startswith(f"a test (process {os.getpid()} on ")
+        assert not lock.exists()
+
+
+def test_a_refusal_leaves_no_lock_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError), locked(tmp_path, "a test"):
+        raise UserError("no")
+    with pytest.raises(UserError), claimed(tmp_path / "empty", "a test", lambda _: False):
+        raise UserError("no")
+    assert list((tmp_path / "empty").iterdir()) == []
+    with pytest.raises(FileNotFoundError), claimed(tmp_path / "half", "a test", lambda _: False):
+        (tmp_path / "half/part").touch() or (tmp_path / "half/no/part").touch()
+    with claimed(tmp_path / "half", "a test", lambda _: False):
+        pass  # the same command goes on
+
+
+@pytest.mark.parametrize("name", ["pack", "class-means", "cache-teacher", "evaluate"])
+def test_nothing_is_made_among_the_data(
+    name: str, verb: Callable[[str], list[str]], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A class would come of it."""
+    before, words = content(data), verb(name)
+    where = words.index("--output") + 1
+    (tmp_path / "link").symlink_to(data)
+    for place in ("train/more", "val/cat/more", "validation", ".", "../link/train/more", "train/../val/more"):
+        words[where] = str((tmp_path if place.startswith("../link") else data) / place.removeprefix("../"))
+        with pytest.raises(SystemExit) as stopped:
+            main(words)
+        assert stopped.value.code == 2
+        (told,) = capsys.readouterr().err.splitlines()
+        assert told.startswith("error: --output "), told
+        assert told.endswith(": is where the data are; give another --output"), told
+    assert content(data) == before
+
+
+def test_which_places_are_data(tmp_path: Path) -> None:
+    data, elsewhere = tmp_path / "data", tmp_path / "elsewhere"
+    (data / "cat").mkdir(parents=True)
+    elsewhere.mkdir()
+    must_not_be_data(data / "report", data)
+    must_not_be_data(tmp_path / "report", data, all_of_it=True)
+    with pytest.raises(UserError):
+        must_not_be_data(data / "report", data, all_of_it=True)
+    (data / "train").symlink_to(elsewhere)
+    must_not_be_data(data / "report", data, all_of_it=True)
+    for place in (data / "train/report", elsewhere / "report"):
+        with pytest.raises(UserError):
+            must_not_be_data(place, data)

@@ -25,6 +25,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 import deit_kd
+from deit_kd import load_student
 from deit_kd.cli import main
 
 
@@ -256,13 +257,89 @@ def test_what_is_refused(run: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     refuse("write it again with deit-kd card", "--despite-teacher")
     main(["card", str(run)])
     assert publish_here()[0] == 0, "the card now says the teacher's licence"
-    (run / "student/notes.txt").write_text("password=abcdefgh")
-    refuse("notes.txt holds")
-    (run / "student/notes.txt").unlink()
+    (run / "student/model.onnx").write_text("password=abcdefgh")
+    refuse("model.onnx holds")
+    (run / "student/model.onnx").unlink()
     weights = load_file(run / "student/model.safetensors")
     weights.pop("norm.weight")
     save_file(weights, run / "student/model.safetensors")
     refuse("model.safetensors: not the weights of")
+
+
+def test_only_what_the_run_wrote_is_sent(run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deit_kd.release.publish._same_logits", lambda student: "")
+    main(["publish", str(run), "--to", "org/student", "--dry-run"])
+    printed = capsys.readouterr().out
+    assert "left out" not in printed
+    (run / "student/.lock").write_text("train.py (process 7 on a-host)\n")
+    (run / "student/notes.txt").write_text("password=abcdefgh")
+    (run / "student/more").mkdir()
+    (run / "student/more/README.md").touch()
+    (run / "plots/.lock").touch()
+    (run / "plots/data.csv").touch()
+    main(["publish", str(run), "--to", "org/student", "--dry-run"])
+    again = capsys.readouterr().out
+    left = "left out  student/.lock, student/more, student/notes.txt, plots/.lock, plots/data.csv"
+    assert [line for line in again.splitlines() if line != left] == printed.splitlines()
+    assert left in again.splitlines()
+
+
+def test_files_that_others_changed_are_one_line(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is wrong, in which file, and what to do; of both commands that read a finished run."""
+    monkeypatch.setattr("deit_kd.release.publish._same_logits", lambda student: load_student(student) and "")
+    card, config = (run / "student/README.md").read_bytes(), json.loads((run / "student/config.json").read_text())
+    facts, metrics = json.loads((run / "run.json").read_text()), (run / "metrics.jsonl").read_text()
+    deep, body = "[" * 100_000, card.partition(b"\n---\n")[2]
+
+    def fronted(text: str) -> bytes:
+        return f"---\n{text}\n---\n".encode() + body
+
+    evaluation = json.loads(next(line for line in reversed(metrics.splitlines()) if '"eval"' in line))
+    both, one = ("card", "publish"), ("publish",)
+    again, anew = "write it again with deit-kd card", "give the command of the run again"
+    cases: list[tuple[tuple[str, ...], str, bytes | str | Any, str]] = [
+        (one, "student/README.md", fronted("a: [b"), again),
+        (one, "student/README.md", fronted("- a\n- b"), again),
+        (one, "student/README.md", fronted("model-index: 3"), again),
+        (one, "student/README.md", fronted("model-index: [3]\nmodel_name: a"), again),
+        (one, "student/README.md", fronted("a: " + "[" * 5000), again),
+        (one, "student/README.md", card.replace(b"license: ", b"license: [mit]\nother: "), again),
+        (one, "student/README.md", b"\xff\xfe" + card, again),
+        (one, "student/README.md", b"", again),
+        (both, "student/config.json", {**config, "label_names": "ab"}, anew),
+        (both, "student/config.json", {**config, "label_names": [1, 2]}, anew),
+        (both, "student/config.json", [], anew),
+        (both, "student/config.json", b"\xff{}", anew),
+        (both, "student/config.json", deep, anew),
+        (one, "student/config.json", {**config, "pretrained_cfg": 3}, anew),
+        (one, "student/config.json", {**config, "architecture": 3}, anew),
+        (both, "run.json", deep, anew),
+        (both, "run.json", {**facts, "exported": 3}, anew),
+        (both, "run.json", {**facts, "exported": {"step": [], "chosen_by": "top1"}}, anew),
+        (both, "run.json", {**facts, "teachers": 3}, anew),
+        (both, "metrics.jsonl", deep, anew),
+        (both, "metrics.jsonl", "\xff\xff", anew),
+        (both, "metrics.jsonl", json.dumps({**evaluation, "ema_top1": None}) + "\n", anew),
+        (one, "student/metrics.jsonl", deep, "remove it"),
+    ]
+    for verbs, name, content, remedy in cases:
+        whole = {path: path.read_bytes() for path in (run / name, run / "student/README.md")}
+        text = content if isinstance(content, (str, bytes)) else json.dumps(content)
+        for verb in verbs:
+            (run / name).write_bytes(text.encode("latin-1") if isinstance(text, str) else text)
+            with pytest.raises(SystemExit) as stopped:
+                main([verb, str(run), *(["--to", "org/student", "--dry-run"] if verb == "publish" else [])])
+            assert stopped.value.code == 2
+            told = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("warning: ")]
+            where = "its files do not agree" if "ema_top1" in str(text) and name == "metrics.jsonl" else Path(name).name
+            assert len(told) == 1, (verb, name, text[:50], told)
+            assert told[0].startswith("error: "), told
+            assert where in told[0], (verb, told)
+            assert remedy in told[0], (verb, text[:50], told)
+            for path, before in whole.items():
+                path.write_bytes(before)
 
 
 def test_a_run_is_taken_wherever_weights_are(

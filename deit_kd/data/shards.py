@@ -20,7 +20,7 @@ from deit_kd.data.folder_source import FileSource, FolderSource
 from deit_kd.data.sources import Source, Split, open_source
 from deit_kd.errors import UserError
 from deit_kd.files import warn, write_json
-from deit_kd.outputs import replace, workspace
+from deit_kd.outputs import must_not_be_data, replace, workspace
 from deit_kd.text import for_terminal
 
 INDEX = "index_{split}.npz"  # where each image lies; made by `pack`, and by reading the shards through where it is not there
@@ -104,6 +104,7 @@ def pack(data: Path, output: Path, short_side: int | None, shard_bytes: int) -> 
     Raises:
         UserError: `output` holds something else, or an image that is to be shrunk cannot be read.
     """
+    must_not_be_data(output, data)
     splits: tuple[Split, Split] = ("train", "val")
     sources = {split: open_source("image_folder", data, split) for split in splits}
     asked = packed.asked_for(data, sources, short_side, shard_bytes)

@@ -153,21 +153,25 @@ def too_many_tokens(architecture: str, arguments: Mapping[str, Any], side: int) 
     return f"images of {side} pixels a side in patches of {patch} are {tokens:,} tokens, more than {MOST_TOKENS:,}"
 
 
-def read_config(file: Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
+def read_config(file: Path, remedy: str = AGAIN) -> tuple[str, dict[str, Any], dict[str, Any]]:
     """A config.json: timm's name of the architecture, its arguments, and the fields of timm's PretrainedCfg, as timm merges them.
+
+    Args:
+        file: its path.
+        remedy: what the user does about a bad one.
 
     Raises:
         UserError: it is none, or of a network that timm does not know.
     """
-    content = read_bytes(file, AGAIN, 16 * MEGABYTE)
-    config = parse_json(content, str(file), _Config, AGAIN)
+    content = read_bytes(file, remedy, 16 * MEGABYTE)
+    config = parse_json(content, str(file), _Config, remedy)
     if config.architecture is None:
         found = " (it is one of transformers)" if config.architectures is not None else ""
         raise UserError(f"{file}: architecture: is missing{found}; give a folder with a config.json that timm wrote")
     architecture = config.architecture.partition(".")[0]
     if not timm.is_model(architecture):
-        raise UserError(f"{file}: architecture: timm knows no {architecture!r}; {AGAIN}")
-    own = config.pretrained_cfg or parse_json(content, str(file), _Pretrained, AGAIN)  # old ones have no mapping of their own
+        raise UserError(f"{file}: architecture: timm knows no {architecture!r}; {remedy}")
+    own = config.pretrained_cfg or parse_json(content, str(file), _Pretrained, remedy)  # old ones have no mapping of their own
     stated = own.model_dump(exclude_none=True, exclude={"labels", "custom_load"})
     stated |= {"num_classes": config.num_classes} if config.num_classes is not None else {}
     names = config.label_names or config.labels or own.label_names or own.labels
@@ -190,7 +194,7 @@ def read_config(file: Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
         raise UserError(f"{file}: {reason}; {AGAIN}")
     classes = pretrained.get("num_classes", 1000)
     if (asked := arguments.get("num_classes", classes)) != classes:
-        raise UserError(f"{file}: num_classes: is {classes}, and {json.dumps(asked)} in model_args; {AGAIN}")
+        raise UserError(f"{file}: num_classes: is {classes}, and {json.dumps(asked)} in model_args; {remedy}")
     if names and len(names) != classes:
-        raise UserError(f"{file}: label_names: names {len(names)} classes, the network has {classes}; {AGAIN}")
+        raise UserError(f"{file}: label_names: names {len(names)} classes, the network has {classes}; {remedy}")
     return architecture, arguments, pretrained

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
-from functools import wraps
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from timm.models import model_entrypoint
 
 from deit_kd import recipe as recipes
 from deit_kd.best import exported
+from deit_kd.documents import MEGABYTE, read_bytes, short
 from deit_kd.errors import UserError
 from deit_kd.files import clear, write_text
 from deit_kd.recipe import Recipe
@@ -28,30 +29,31 @@ from deit_kd.tracking import read_metrics
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 PRECISION = {"no": "float32", "bf16": "bfloat16 (autocast)", "fp16": "float16 (autocast, with a loss scaler)"}
+REMEDY = "give the command of the run again, which writes it anew"
 SIZES = r"_(?:tiny|small|medium|base|large|huge|giant|little|nano|micro)(?=_|$)"
 
 
-def _of_files_that_agree(make: Callable[[Path], Path]) -> Callable[[Path], Path]:
+@contextmanager
+def files_that_agree(run_folder: Path) -> Iterator[None]:
     """Each file of a run is checked when it is read; what one lacks that another promises is one line, too."""
-
-    @wraps(make)
-    def made(run_folder: Path) -> Path:
-        try:
-            return make(run_folder)
-        except UserError:
-            raise
-        except (UndefinedError, ArithmeticError, LookupError, TypeError, ValueError) as error:
-            reason = for_terminal(" ".join(str(error).split())[:200])
-            raise UserError(
-                f"{run_folder}: its files do not agree with each other ({reason}); give the command of the run again, which writes them anew"
-            ) from None
-
-    return made
+    try:
+        yield
+    except UserError:
+        raise
+    except (UndefinedError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        reason = for_terminal(" ".join(str(error).split())[:200])
+        raise UserError(
+            f"{run_folder}: its files do not agree with each other ({reason}); give the command of the run again, which writes them anew"
+        ) from None
 
 
-@_of_files_that_agree
 def write_card(run_folder: Path) -> Path:
     """Writes `student/README.md` of a run that has been evaluated, recipe and metrics beside it, and returns its path."""
+    with files_that_agree(run_folder):
+        return _write_card(run_folder)
+
+
+def _write_card(run_folder: Path) -> Path:
     student = run_folder / "student"
     clear(student)
     write_text(student / "recipe.yaml", recipes.dump(recipes.load(run_folder / "recipe.yaml"), redact_recipe))
@@ -88,7 +90,7 @@ def write_card(run_folder: Path) -> Path:
             for k in (1, 5)
         ],
     )
-    labels = json.loads((student / "config.json").read_text(encoding="utf-8"))["label_names"]
+    labels = _label_names(student / "config.json")
     body = render(
         TEMPLATE,
         name=name,
@@ -110,6 +112,19 @@ def write_card(run_folder: Path) -> Path:
     write_text(student / "metrics.jsonl", "".join(json.dumps(_public_line(line)) + "\n" for line in metrics))
     write_text(student / "README.md", str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n")))
     return student / "README.md"
+
+
+def _label_names(file: Path) -> list[str]:
+    """Of a config.json; names of folders may be no Unicode, which strict schemas refuse."""
+    content = read_bytes(file, REMEDY, 64 * MEGABYTE)
+    try:
+        config = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file}: is no JSON ({error}); {REMEDY}") from None
+    labels = config.get("label_names") if isinstance(config, dict) else None
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+        raise UserError(f"{file}: label_names: must be a list of names, got {short(labels)}; {REMEDY}")
+    return labels
 
 
 def what(recipe: Recipe) -> str:

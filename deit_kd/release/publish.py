@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -18,10 +19,12 @@ from huggingface_hub.errors import HfHubHTTPError
 from timm.models import model_entrypoint
 
 from deit_kd.best import exported
-from deit_kd.documents import short
+from deit_kd.documents import MEGABYTE, read_bytes, read_json, short
 from deit_kd.errors import UserError
 from deit_kd.files import write_json, write_text
 from deit_kd.models import load_student
+from deit_kd.models.config_json import read_config
+from deit_kd.release.card import REMEDY, files_that_agree
 from deit_kd.release.export import PERMISSIVE
 from deit_kd.run_files import read_run
 from deit_kd.text import for_markdown, for_terminal, hide_secrets, leaks, licence_name, printable
@@ -36,6 +39,9 @@ PICTURES = {
     "contact_sheet": "Images, what they are and what they are taken for",
     "time": "Where a step's seconds go",
 }
+# of a student's folder: what the run wrote, and `deit-kd export` beside it
+SENT = {"README.md", "config.json", "model.safetensors", "recipe.yaml", "metrics.jsonl", "LICENSE"}
+SENT |= {"model.onnx", "model.onnx.data", "model.pt2"}
 LICENCE = Path(__file__).resolve().parent.parent.parent / "LICENSE"
 STRANGER = """
 import sys
@@ -82,15 +88,17 @@ def publish(run: Path, repository: str, *, private: bool, dry_run: bool, licence
             raise UserError(f"{run}: has no {file}; give a run of train.py that came to its end")
     if not dry_run and get_token() is None:
         raise UserError("no account of the hub: log in with `hf auth login`, or set HF_TOKEN to a token that may write")
-    said = [_same_logits(student), _same_numbers(run)]
+    with files_that_agree(run):
+        architecture, _, _ = read_config(student / "config.json", REMEDY)
+        said = [_same_logits(student), _same_numbers(run)]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "student"
-        shutil.copytree(student, folder)
-        if (run / "plots").is_dir():
-            shutil.copytree(run / "plots", folder / "plots")
-        said.append(_licence(run, folder, licence, despite_teacher))
-        card = (folder / "README.md").read_text(encoding="utf-8").replace("local-dir:PATH/TO/THIS/FOLDER", f"hf-hub:{repository}")
-        write_text(folder / "README.md", _with_pictures(card, folder))
+        said += _copy(run, folder)
+        with files_that_agree(run):
+            said.append(_licence(run, folder, licence, despite_teacher))
+            card = (folder / "README.md").read_text(encoding="utf-8")
+            card = card.replace("local-dir:PATH/TO/THIS/FOLDER", f"hf-hub:{repository}")
+            write_text(folder / "README.md", _with_pictures(card, folder))
         must_be_clean(folder, run)
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         said += [f"file      {path.relative_to(folder)}, {path.stat().st_size:,} bytes" for path in files]
@@ -99,7 +107,7 @@ def publish(run: Path, repository: str, *, private: bool, dry_run: bool, licence
         api = HfApi()
         try:
             api.create_repo(repository, private=private, exist_ok=True)
-            message = printable(f"{json.loads((folder / 'config.json').read_text())['architecture']}, {run.resolve().name}", 200)
+            message = printable(f"{architecture}, {run.resolve().name}", 200)
             commit = api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message)
         except (HfHubHTTPError, OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:300]
@@ -112,17 +120,18 @@ def publish(run: Path, repository: str, *, private: bool, dry_run: bool, licence
 @torch.inference_mode()
 def _same_logits(student: Path) -> str:
     """In a process of its own, with timm alone where timm knows the architecture."""
-    config = json.loads((student / "config.json").read_text())
+    architecture, _, pretrained = read_config(student / "config.json", REMEDY)
     load_student(student)  # which registers ours
-    ours = model_entrypoint(config["architecture"]).__module__.startswith("deit_kd.")
+    ours = model_entrypoint(architecture).__module__.startswith("deit_kd.")
     with tempfile.TemporaryDirectory() as temporary:
-        images = torch.randn(4, *config["pretrained_cfg"]["input_size"], generator=torch.Generator().manual_seed(0))
+        images = torch.randn(4, *pretrained["input_size"], generator=torch.Generator().manual_seed(0))
         torch.save(images, Path(temporary) / "images.pt")
         script = STRANGER.format(first="import deit_kd" if ours else "")
         names = [str(student.resolve()), f"{temporary}/images.pt", f"{temporary}/logits.pt"]
         done = subprocess.run([sys.executable, "-c", script, *names], cwd=temporary, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise UserError(f"{student}: a clean process cannot load it ({done.stderr.strip().splitlines()[-1][:300]})")
+            last = [f"exit code {done.returncode}", *done.stderr.strip().splitlines()][-1]
+            raise UserError(f"{student}: a clean process cannot load it ({last[:300]})")
         found = torch.load(Path(temporary) / "logits.pt", weights_only=True)
     expected = load_student(student)(images)
     difference = ((found - expected).abs().max() / expected.abs().max()).item()
@@ -133,25 +142,60 @@ def _same_logits(student: Path) -> str:
 
 def _same_numbers(run: Path) -> str:
     """What the card claims is what the run measured."""
-    last, _ = exported(read_metrics(run), json.loads((run / "run.json").read_text()))
+    last, _ = exported(read_metrics(run), read_run(run))
+    if not last:
+        raise UserError(f"{run / 'metrics.jsonl'}: holds no evaluation; give the command of the run again, which evaluates")
     prefix = "ema_" if "ema_top1" in last else ""
-    claimed = {
-        each.metric_name: each.metric_value for each in ModelCard.load(run / "student" / "README.md").data.eval_results or ()
-    }
+    file = run / "student" / "README.md"
+    claimed = {each.metric_name: each.metric_value for each in _card(file, run).data.eval_results or ()}
     measured = {f"Top-{k}": round(last[f"{prefix}top{k}"], 2) for k in (1, 5)}
     if claimed != measured:
-        raise UserError(
-            f"{run / 'student' / 'README.md'}: claims {claimed}, the run measured {measured}; write it again with deit-kd card"
-        )
+        raise UserError(f"{file}: claims {short(claimed, 200)}, the run measured {measured}; {_again(run)}")
     return f"card      top-1 {measured['Top-1']:.2f} %, top-5 {measured['Top-5']:.2f} %, as in metrics.jsonl"
+
+
+def _again(run: Path) -> str:
+    return f"write it again with deit-kd card {shlex.quote(str(run))}"
+
+
+def _card(file: Path, run: Path) -> ModelCard:
+    """A card, whoever changed it.
+
+    Raises:
+        UserError: its front matter is not as the hub reads it.
+    """
+    content = read_bytes(file, _again(run), 16 * MEGABYTE)
+    try:
+        return ModelCard(content.decode())
+    except Exception as error:  # YAML and the hub's client raise many types
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{run / 'student' / file.name}: cannot be read as a model card ({reason}); {_again(run)}") from None
+
+
+def _copy(run: Path, folder: Path) -> list[str]:
+    """Copies what is published of a run into a new folder, and says what is not."""
+    (folder / "plots").mkdir(parents=True)
+    student, plots = run / "student", run / "plots"
+    there = sorted(student.iterdir())
+    sent = [file for file in there if file.name in SENT and file.is_file()]
+    for file in sent:
+        shutil.copyfile(file, folder / file.name)
+    for file in sorted(plots.glob("*.png")):
+        if file.is_file():
+            shutil.copyfile(file, folder / "plots" / file.name)
+    names = [f"student/{file.name}" for file in there if file not in sent]
+    names += [f"plots/{file.name}" for file in sorted(plots.glob("*")) if not (folder / "plots" / file.name).exists()]
+    return [f"left out  {', '.join(names)[:500]}"] if names else []
 
 
 def _licence(run: Path, folder: Path, licence: str | None, despite_teacher: bool) -> str:
     """Sets the licence in card and config, and puts its text beside them where it is Apache's."""
     facts = read_run(run)
     learnt = {licence_name(each["license"]) for each in (*facts["teachers"], facts.get("finetuned_from")) if each}
-    card = ModelCard.load(folder / "README.md")
+    card = _card(folder / "README.md", run)
     chosen = licence or card.data.license
+    if not isinstance(chosen, str):
+        raise UserError(f"{run / 'student/README.md'}: license: is {short(chosen)}, no name of one; {_again(run)}")
     if chosen in PERMISSIVE and (foreign := sorted(learnt - set(PERMISSIVE))) and not despite_teacher:
         raise UserError(
             f"--licence {chosen}: this student learnt from weights under {', '.join(foreign)}, which may not allow it; leave the option "
@@ -159,8 +203,8 @@ def _licence(run: Path, folder: Path, licence: str | None, despite_teacher: bool
         )
     card.data.license = chosen
     write_text(folder / "README.md", str(card))
-    config = json.loads((folder / "config.json").read_text())
-    config["pretrained_cfg"]["license"] = chosen
+    config = read_json(folder / "config.json", dict[str, Any], REMEDY)
+    (config.get("pretrained_cfg") or config)["license"] = chosen
     write_json(folder / "config.json", config)
     if chosen == "apache-2.0":
         shutil.copyfile(LICENCE, folder / "LICENSE")
@@ -192,9 +236,9 @@ def must_be_clean(folder: Path, run: Path) -> None:
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         try:
             found = _found_in(file, here, names)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, AttributeError, RecursionError) as error:
             raise UserError(
-                f"{file.relative_to(folder)}: cannot be looked into ({' '.join(str(error).split())[:200]}); remove it"
+                f"{run / 'student' / file.relative_to(folder)}: cannot be looked into ({' '.join(str(error).split())[:200]}); remove it"
             ) from None
         if found:
             told = "; ".join(for_terminal(short(each)) for each in found[:3])
@@ -228,9 +272,10 @@ def _class_names(folder: Path) -> list[str]:
     """Those that look like a path or a secret, such as /m/01g317 or user:pass@host, and may: as they are and as the card shows them."""
     try:
         named = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("label_names") or []
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return []
-    shown = {form for name in named if isinstance(name, str) for form in (name, for_markdown(name, 100))}
+    texts = [name for name in (named if isinstance(named, list) else ()) if isinstance(name, str)]
+    shown = {form for name in texts for form in (name, for_markdown(name, 100))}
     return sorted((name for name in shown if leaks(name)), key=len, reverse=True)
 
 
@@ -240,6 +285,7 @@ def _of_values(value: Any, names: list[str]) -> list[str]:
         return [] if value in names else leaks(value)
     if isinstance(value, dict):
         found = [found for name, each in value.items() for found in (*_of_values(name, names), *_of_values(each, names))]
-        pictures = any(isinstance(each, str) for each in value.get("samples") or [])
+        samples = value.get("samples")
+        pictures = isinstance(samples, list) and any(isinstance(each, str) for each in samples)
         return [*found, "names of pictures"] if pictures else found
     return [found for each in value for found in _of_values(each, names)] if isinstance(value, list) else []
