@@ -93,9 +93,9 @@ def build_teachers(recipe: Recipe, class_names: Sequence[str] | int | None, pret
         elif (
             compares_logits
             and isinstance(class_names, Sequence)
-            and (doubt := order_in_doubt(f"teacher {config.name}", class_names))
+            and (order := order_in_doubt(f"teacher {config.name}", class_names))
         ):
-            warn(doubt)
+            warn(order)
         teachers.append(teacher)
     return teachers
 

@@ -207,7 +207,7 @@ def test_where_weights_are(ignorant: Path, monkeypatch: pytest.MonkeyPatch, tmp_
     [
         (["teacher.name=vit_tiny_patch16_224", "teacher.weights=random"], "images of 28 pixels a side", ["teacher.img_size=224"]),
         (["teacher.name=mixer_s32_224", "teacher.weights=random", "teacher.img_size=64"], "set teacher.img_size=224", ["teacher.img_size=224"]),
-        (["student.name=inception_v3", "student.model_args={}"], "student inception_v3: cannot take images of 28", []),
+        (["teacher.name=resnet18", "teacher.weights=random", "student.name=inception_v3", "student.model_args={}"], "student inception_v3: cannot take images of 28", []),
     ],
 )  # fmt: skip
 def test_a_network_that_refuses_the_size_of_the_images_is_a_fault(
@@ -241,17 +241,11 @@ def test_what_a_check_did_not_expect_is_a_line(monkeypatch: pytest.MonkeyPatch) 
     ("overrides", "fault"),
     [
         (["optim.name=adamww"], "timm knows no such optimiser"),
-        (["optim.name=sgd", "optim.betas=[0.9,0.99]"], "optim.name=sgd: cannot take the recipe's betas"),
-        (["optim.name=adamw", "optim.momentum=0.9"], "optim.name=adamw: cannot take the recipe's betas, eps or momentum"),
-        (["optim.name=lion", "optim.betas=[0.9,1.5]"], "optim"),
+        (["optim.name=bnbadam"], "optim.name=bnbadam: cannot take the recipe's betas, eps or momentum"),
     ],
 )
 def test_an_optimizer_that_a_run_refuses_is_a_fault(overrides: list[str], fault: str, fashion_folder: Path) -> None:
-    try:
-        recipe = recipes.load("quickstart", [*SMALL, LITE, *FEATURES_ONLY, *overrides])
-    except UserError as error:
-        assert fault.split(":")[0] in str(error)  # the recipe itself refuses it
-        return
+    recipe = recipes.load("quickstart", [*SMALL, LITE, *FEATURES_ONLY, *overrides])
     (said,) = refusals(recipe, fashion_folder)
     assert fault in said
 
