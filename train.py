@@ -42,7 +42,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--recipe", help="a name in recipes/, or the path of a YAML file")
     add("--data", type=Path, help="the folder of the data; Fashion-MNIST needs none, a subset of it is embedded")
-    add("--output", type=Path, help="the run folder (default: runs/RECIPE)")
+    add("--output", type=Path, help="the run folder (default: runs/RECIPE, or the folder of the run that --recipe names)")
     add(
         "--resume",
         default="auto",
@@ -72,18 +72,18 @@ def main(arguments: list[str] | None = None) -> None:
     """Trains, exports, writes card and plots; user errors end in one line and exit code 2."""
     streams.forgive()
     options = parse(arguments)
+    output = options.output or recipes.run_folder(options.recipe)
     try:
         recipe = recipes.load(options.recipe, options.overrides)
         if recipe.finetune is not None or recipe.follows_teacher():
             from deit_kd.build import resolve
 
             recipe = resolve(recipe)
-        output = options.output or Path("runs") / Path(options.recipe).stem
         dry_run(recipe, options, output) if options.dry_run else train(recipe, options, output)
     except UserError as error:
         fail(str(error))
     except KeyboardInterrupt:
-        print("interrupted; a checkpoint that was saved before is kept, and the same command goes on from it", file=sys.stderr)
+        print(f"interrupted; {kept(output)}", file=sys.stderr)
         sys.exit(130)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -97,6 +97,12 @@ def main(arguments: list[str] | None = None) -> None:
         fail(f"out of memory on the device: halve what it holds at once with --device-batch-size ({str(error).splitlines()[0]})")
 
 
+def kept(output: Path) -> str:
+    if any((output / "checkpoints").glob("step_*")):
+        return "its last checkpoint is kept, and the same command goes on from it"
+    return "nothing was saved yet, and the same command begins anew"
+
+
 def fail(message: str) -> NoReturn:
     print(f"error: {error_for_terminal(message)}", file=sys.stderr)
     sys.exit(2)
@@ -107,7 +113,17 @@ def dry_run(recipe: recipes.Recipe, options: argparse.Namespace, output: Path) -
 
     accelerator = processes.make_accelerator(recipe, options.device, output)
     ready.rehearse(
-        ready.Checks(recipe, options.data, accelerator, options.device_batch_size, reads_weights=True), accelerator.print
+        ready.Checks(
+            recipe,
+            options.data,
+            accelerator,
+            options.device_batch_size,
+            reads_weights=True,
+            output=output,
+            resume=options.resume,
+            accept=options.accept_changes,
+        ),
+        accelerator.print,
     )
 
 

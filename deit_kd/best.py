@@ -5,7 +5,7 @@ They lie in each checkpoint beside the last ones, so that a run that goes on fro
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,12 +69,21 @@ class Best:
         said = {"chosen_by": self.chosen_by, self.chosen_by: self.value}
         if self.step not in {line["step"] for line in tracker.lines("best")[-1:]}:
             tracker.log("best", self.step, said)
-        write_json(output / "run.json", {**read_run(output), "exported": {"step": self.step, **said, "note": how(self.chosen_by)}})
+        note = how(self.chosen_by, tracker.lines("eval"), self.value)
+        write_json(output / "run.json", {**read_run(output), "exported": {"step": self.step, **said, "note": note}})
 
 
-def how(chosen_by: str) -> str:
-    """How weights were chosen, and what that does to their numbers."""
-    return UNBIASED if chosen_by == "holdout_top1" else BIASED
+def how(chosen_by: str, evaluations: Sequence[Mapping[str, Any]] = (), value: float = 0.0) -> str:
+    """How weights were chosen, and what that does to their numbers.
+
+    Args:
+        chosen_by: which number of an evaluation.
+        evaluations: all of the run. Better ones took no part: they were made before run.keep_best was set.
+        value: that number of the chosen ones.
+    """
+    text = UNBIASED if chosen_by == "holdout_top1" else BIASED
+    better = [line["step"] for line in evaluations if line.get(chosen_by, float("-inf")) > value]
+    return text.replace("all evaluations", f"the evaluations after step {max(better)}") if better else text
 
 
 def exported(metrics: list[dict[str, Any]], run: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:
@@ -89,4 +98,4 @@ def exported(metrics: list[dict[str, Any]], run: Mapping[str, Any]) -> tuple[dic
         return evaluations[-1] if evaluations else {}, None
     step = run["exported"]["step"]
     found = next((line for line in reversed(evaluations) if line["step"] == step), evaluations[-1])
-    return found, how(run["exported"]["chosen_by"])
+    return found, run["exported"].get("note") or how(run["exported"]["chosen_by"])

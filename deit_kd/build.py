@@ -13,13 +13,13 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from deit_kd.data import Placement, Source, open_source
-from deit_kd.data.folders import CLASS_ORDER, other_order
+from deit_kd.data.folders import order_in_doubt
 from deit_kd.data.sources import turned
 from deit_kd.data.transforms import evaluation_transform
 from deit_kd.errors import UserError
 from deit_kd.files import warn
 from deit_kd.models import AnyTeacher, CachedTeacher, Distiller, build_student, load_student, load_teacher
-from deit_kd.models.distiller import build_lesson_projector
+from deit_kd.models.distiller import build_lesson_projector, probe_student
 from deit_kd.models.facts import facts_of, locate
 from deit_kd.models.loading import architecture_of
 from deit_kd.models.taps import TimmModel
@@ -27,6 +27,10 @@ from deit_kd.models.teacher import doubts, other_classes
 from deit_kd.recipe import Finetune, Lesson, Recipe, nearest
 from deit_kd.recipe.checks import impossible
 from deit_kd.seed import derive_seed
+
+BAD_IMAGE = (
+    "remove it, or set data.on_bad_image=skip; a run that goes on also needs --accept-changes data.on_bad_image,training_images"
+)
 
 
 def build_teachers(recipe: Recipe, class_names: Sequence[str] | int | None, pretrained: bool = True) -> list[AnyTeacher]:
@@ -41,7 +45,7 @@ def build_teachers(recipe: Recipe, class_names: Sequence[str] | int | None, pret
         pretrained: False counts only: random weights, whatever the recipe says, but no other classes.
 
     Raises:
-        UserError: see `load_teacher` and `CachedTeacher`; or labels of other names.
+        UserError: see `load_teacher` and `CachedTeacher`; labels of other names, or images of a size that a teacher refuses.
     """
     teachers: list[AnyTeacher] = []
     lessons = recipe.lessons()
@@ -81,16 +85,17 @@ def build_teachers(recipe: Recipe, class_names: Sequence[str] | int | None, pret
             if compares_logits and number not in (None, teacher.num_classes):  # where it is counted; else `load_teacher` says so
                 raise UserError(other_classes(config.name, teacher.num_classes, number))
             teacher.gives_feature_map = False  # nothing but its taps is read in training
+            teacher.probe(torch.zeros(1, 3, recipe.data.img_size, recipe.data.img_size))  # one of a fixed size may refuse it
             if config.precision in ("bfloat16", "float16") and pretrained:
                 teacher.stated_dtype = getattr(torch, config.precision)
         if compares_logits and teacher.info.label_names and isinstance(class_names, Sequence):
             _same_labels(teacher.info.label_names, class_names)
-        elif compares_logits and isinstance(class_names, Sequence) and (theirs := other_order(class_names)):
-            place = next(n for n, (ours, other) in enumerate(zip(class_names, theirs, strict=True)) if ours != other)
-            warn(
-                f"teacher {config.name} does not name its classes: its logit {place} is taken for {class_names[place]}; a teacher that was "
-                f"trained with other code may mean {theirs[place]}: write its order to {CLASS_ORDER} beside train/, or label_names to its config"
-            )
+        elif (
+            compares_logits
+            and isinstance(class_names, Sequence)
+            and (order := order_in_doubt(f"teacher {config.name}", class_names))
+        ):
+            warn(order)
         teachers.append(teacher)
     return teachers
 
@@ -150,6 +155,7 @@ def build_distiller(
     lessons = recipe.lessons()
     device = next(student.parameters()).device
     image = torch.zeros(1, 3, recipe.data.img_size, recipe.data.img_size, device=device)
+    probe_student(student, image)
     projectors = [
         build_lesson_projector(lesson, student, teacher, image, labels, derive_seed(recipe.seed, "memory"))
         for lesson, teacher in zip(lessons, teachers, strict=True)
@@ -284,8 +290,7 @@ def placement(recipe: Recipe, accelerator: Accelerator, warn: Callable[[str], No
         workers=min(16, (os.cpu_count() or 1) // accelerator.num_processes) if stated == "auto" else stated,
         on_bad_image=recipe.data.on_bad_image,
         warn=warn,
-        remedy="remove it, or set data.on_bad_image=skip; a run that goes on also needs --accept-changes "
-        "data.on_bad_image,training_images",
+        remedy=BAD_IMAGE,
     )
 
 

@@ -178,7 +178,7 @@ def main(arguments: list[str] | None = None) -> None:
         epilog="under a launcher: torchrun --nproc_per_node 2 -m deit_kd doctor deit_ti --data DIR",
     )
     _recipe_options(verb)
-    verb.add_argument("--output", type=Path, default=Path("runs"), help="where runs are kept (default: runs)")
+    verb.add_argument("--output", type=Path, help="the run folder (default: runs/RECIPE)")
     verb.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     verb.set_defaults(run=doctor)
 
@@ -464,9 +464,10 @@ def doctor(options: argparse.Namespace) -> None:
     from deit_kd.doctor import SEVERITY, examine, verdict
 
     recipe, fault = build.resolve(recipe), None
+    output = options.output or recipes.run_folder(options.recipe)
     try:
         try:
-            accelerator = processes.make_accelerator(recipe, options.device, options.output)
+            accelerator = processes.make_accelerator(recipe, options.device, output)
         except UserError as error:
             fault = str(error)
             accelerator = processes.plain_accelerator(cpu=options.device != "cuda")  # the rest can be looked at all the same
@@ -474,7 +475,7 @@ def doctor(options: argparse.Namespace) -> None:
         reason = fault or " ".join(str(error).split())[:200]
         raise UserError(f"processes do not find each other ({reason}); start them with a command of launch/README.md") from None
     lines = []
-    for line in examine(recipe, options.data, options.output, accelerator, fault):
+    for line in examine(recipe, options.data, output, accelerator, fault):
         accelerator.print(f"{line.severity:<5} {line.name:<11} {for_terminal(line.text)}", flush=True)
         lines.append(line)
     accelerator.print(verdict(lines))

@@ -24,6 +24,7 @@ from deit_kd import recipe as recipes
 from deit_kd.class_means import fingerprint
 from deit_kd.data.transforms import evaluation_transform
 from deit_kd.errors import UserError
+from deit_kd.files import collected
 from deit_kd.ready import Line
 from deit_kd.recipe import Recipe
 
@@ -38,11 +39,11 @@ def examine(recipe: Recipe, data: Path | None, output: Path, accelerator: Accele
     Args:
         recipe: whose data, teacher and student are looked at; `build.resolve`d.
         data: the folder of the data; None looks at no data, but for those that are embedded.
-        output: where runs would be kept.
+        output: the run folder; nothing is made or moved there.
         accelerator: of this process.
         fault: why the processes of a run could not be started as the recipe says.
     """
-    start = ready.Checks(recipe, data, accelerator, None, reads_weights=True)
+    start = ready.Checks(recipe, data, accelerator, None, reads_weights=True, output=output)
     checks: dict[str, Callable[[], Line]] = {
         "versions": lambda: _versions(accelerator),
         "devices": lambda: _devices(accelerator),
@@ -58,7 +59,7 @@ def examine(recipe: Recipe, data: Path | None, output: Path, accelerator: Accele
     found = ready.look(start)
     checks |= {name: partial(next, found) for name in start.checks()}
     checks["data"] = lambda: _same_data(next(found), start, accelerator)
-    folder = next(path for path in (output.resolve(), *output.resolve().parents) if path.exists())
+    folder = next(path for path in (output.resolve(), *output.resolve().parents) if path.is_dir())
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     count = build.placement(recipe, accelerator, lambda _: None).workers
     checks |= {
@@ -69,10 +70,17 @@ def examine(recipe: Recipe, data: Path | None, output: Path, accelerator: Accele
     checks |= {name: partial(machine.disk_operation, name, folder) for name in machine.DISK_OPERATIONS}
     checks |= {"disk": lambda: _disk(recipe, start, folder, accelerator), "port": lambda: _port(accelerator)}
     for name, check in checks.items():
+        warnings: list[str] = []
         try:
-            line = check()
+            with collected(warnings.append):
+                line = check()
         except (UserError, OSError, RuntimeError) as error:
             line = Line("fail", name, " ".join(str(error).split())[:300])
+        except Exception as error:  # what nobody thought of is a line as well
+            line = Line("fail", name, " ".join(f"{type(error).__name__}: {error}".split())[:300])
+        if doubtful := start.new(warnings):
+            severity = "warn" if line.severity == "ok" else line.severity
+            line = Line(severity, name, "; ".join([line.text, *doubtful]))
         yield max(_everywhere(line, accelerator), key=lambda each: SEVERITY[each.severity])
 
 

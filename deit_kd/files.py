@@ -42,6 +42,7 @@ _NO_FLUSH = (
 )  # no such operation here
 _LEFT = re.compile(r"\.(.+)\.[0-9a-f]{8}\.(tmp|old)")  # what a killed write leaves
 _warned: set[str] = set()
+_takers: list[Callable[[str], None]] = []  # of `collected`, the innermost last
 _locks: set[IO[str]] = set()
 
 
@@ -52,11 +53,24 @@ def warn(text: str, once: str | None = None) -> None:
         text: the line.
         once: lines with the same key count as the same.
     """
+    if _takers:
+        _takers[-1](text)
+        return
     if (once or text) in _warned:
         return
     _warned.add(once or text)
     with suppress(OSError, ValueError):  # a closed stream
         print(f"warning: {for_terminal(text)}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def collected(take: Callable[[str], None]) -> Iterator[None]:
+    """While the block runs, what `warn` would print goes to `take`, each time."""
+    _takers.append(take)
+    try:
+        yield
+    finally:
+        _takers.pop()
 
 
 @contextmanager

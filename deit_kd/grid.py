@@ -253,6 +253,7 @@ def _write(recipe: str, overrides: Sequence[str], cells: Sequence[Cell], output:
     axes = [key for key in cells[0] if key != "seed" and len({cell[key] for cell in cells}) > 1]
     scores: dict[tuple[str, ...], list[float]] = {}
     chosen: set[str] = set()
+    kinds: dict[tuple[str, ...], set[str]] = {}
     ranks: dict[tuple[str, ...], list[float]] = {}
     for cell in cells:
         folder, key = output / _name(cell, cells), tuple(_shown(axis, cell, cells) for axis in axes)
@@ -262,11 +263,12 @@ def _write(recipe: str, overrides: Sequence[str], cells: Sequence[Cell], output:
             of_these, how = exported(metrics, read_json(folder / "run.json", dict[str, Any], "run it again in another folder"))
             row += [of_these["top1"]] if of_these else []
             chosen |= {how} if how else set()
+            kinds.setdefault(key, set()).add("best" if how else "last")
             rank += [line["effective_rank"] for line in metrics if "effective_rank" in line][-1:]
-    header: list[Any] = [*axes, "top1", "standard_error", "n", "projector_effective_rank"]
+    header: list[Any] = [*axes, "top1", "standard_error", "n", "projector_effective_rank", "weights"]
     rows: list[list[Any]] = [
         [*key, f"{mean(row):.2f}" if row else "", f"{_error(row):.2f}" if len(row) > 1 else "", len(row)]
-        + [f"{mean(ranks[key]):.1f}" if ranks[key] else ""]
+        + [f"{mean(ranks[key]):.1f}" if ranks[key] else "", " and ".join(sorted(kinds.get(key, ())))]
         for key, row in scores.items()
     ]
     shown = [

@@ -6,17 +6,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 
-from deit_kd import build, plan, stream
+from deit_kd import build, optim, plan, run_start, stream
 from deit_kd.class_means import must_fit
 from deit_kd.data import EvaluationLoader, Source, TrainLoader
 from deit_kd.data.device import choose_augmentation
 from deit_kd.data.sources import hold_out
 from deit_kd.data.transforms import evaluation_transform
 from deit_kd.errors import UserError
-from deit_kd.files import warn
+from deit_kd.files import collected, warn
 from deit_kd.models import AnyTeacher, CachedTeacher
 from deit_kd.models.facts import facts_of, locate, unread
 from deit_kd.models.teacher import doubts, other_classes
@@ -100,11 +101,23 @@ class Checks:
         accelerator: of this process.
         device_batch_size: the largest micro-batch of one device.
         reads_weights: whether weights that are on this machine are read, as the run would do next; else their configurations are.
+        output: the run folder, if the run did not enter it yet.
+        resume: see `run_start.entered`.
+        accept: see `run_start.entered`.
     """
 
     def __init__(
-        self, recipe: Recipe, data: Path | None, accelerator: Accelerator, device_batch_size: int | None, reads_weights: bool
+        self,
+        recipe: Recipe,
+        data: Path | None,
+        accelerator: Accelerator,
+        device_batch_size: int | None,
+        reads_weights: bool,
+        output: Path | None = None,
+        resume: str = "auto",
+        accept: str | None = None,
     ):
+        self.output, self.resume, self.accept, self.said = output, resume, accept, set[str]()
         self.recipe, self.data, self.accelerator, self.device_batch_size = recipe, data, accelerator, device_batch_size
         self.reads_weights, self.warnings = reads_weights, list[str]()
         self.sources: tuple[Source, Source] | None = None
@@ -113,7 +126,19 @@ class Checks:
 
     def checks(self) -> dict[str, Callable[[], str]]:
         """By name, in the order in which they must be made. Each raises a UserError for what would end the run."""
-        return {"data": self.open_data, "teacher": self.teacher, "batch": self.batch, "networks": self.networks}
+        return {
+            "data": self.open_data,
+            "teacher": self.teacher,
+            "batch": self.batch,
+            "networks": self.networks,
+            **({"output": self.folder} if self.output is not None else {}),
+        }
+
+    def new(self, warnings: list[str]) -> list[str]:
+        """Those that no check gave yet, each once."""
+        found = [text for text in dict.fromkeys(warnings) if text not in self.said]
+        self.said |= set(found)
+        return found
 
     @property
     def lacks_data(self) -> bool:
@@ -121,8 +146,14 @@ class Checks:
         return self.data is None and self.recipe.data.source != "fashion_mnist"
 
     def open_data(self) -> str:
-        """Images of both splits, and the classes."""
-        self.sources = train, val = build.open_data(self.recipe, self.data)
+        """Images of both splits, some of them read, and the classes."""
+        train, val = build.open_data(self.recipe, self.data)
+        for source in (train, val):
+            for fault in unreadable(source):
+                if self.recipe.data.on_bad_image == "refuse":
+                    raise UserError(f"{fault}; {build.BAD_IMAGE}")
+                self.warnings.append(f"{fault}; it is left out")
+        self.sources = train, val
         return f"{len(train):,} training and {len(val):,} validation images of {train.origin}"
 
     def batch(self) -> str:
@@ -176,7 +207,7 @@ class Checks:
         return "; ".join(told) or "none"
 
     def networks(self) -> str:
-        """Student, projectors and class means; weights to go on from."""
+        """Student, projectors, class means and optimiser; weights to go on from."""
         classes = None if self.sources is None else len(self.sources[0].class_names)
         tune = self.recipe.finetune
         place = None if tune is None else locate(tune.weights)
@@ -185,10 +216,29 @@ class Checks:
             must_fit(self.recipe, lesson.distill, teacher, self.loaders and self.loaders.train.source)
         if self.reads_weights and self.loaders and place and place.here and len(self.teachers) == len(self.recipe.lessons()):
             labels = torch.from_numpy(self.loaders.train.source.labels)
-            build.build_distiller(self.recipe, len(self.loaders.train.source.class_names), self.teachers, labels)
+            built = build.build_distiller(self.recipe, len(self.loaders.train.source.class_names), self.teachers, labels)
         else:
-            build.build_models(self.recipe, classes)
+            *_, built = build.build_models(self.recipe, classes)
+        optim.build_optimizer(self.recipe, built)
         return f"{self.recipe.student.name}" + (f", weights {place.words}" if place else ", fresh weights")
+
+    def folder(self) -> str:
+        """Whether the run may write there, and the run that is there is of this recipe."""
+        assert self.output is not None
+        run_start.must_fit(self.output, self.recipe, self.resume, self.accept, self.data)
+        return str(self.output)
+
+
+def unreadable(source: Source, most: int = 8) -> list[str]:
+    """Which of some images, spread over the classes, cannot be read, and why."""
+    by_class, found = np.argsort(source.labels, kind="stable"), []
+    for index in by_class[np.linspace(0, len(source) - 1, min(most, len(source))).astype(int)].tolist():
+        try:
+            source[index]
+        except Exception as error:  # PIL raises many types for broken files
+            reason = " ".join(str(error).split()) or type(error).__name__
+            found.append(f"{source.where(index)}: cannot be read ({reason})")
+    return found
 
 
 def look(found: Checks) -> Iterator[Line]:
@@ -201,11 +251,18 @@ def look(found: Checks) -> Iterator[Line]:
         elif failed and name == "networks":
             yield Line("warn", name, "not looked at: mend first what fails above")
         else:
+            fault = None
             try:
-                text = check()
+                with collected(found.warnings.append):
+                    text = check()
             except UserError as error:
+                fault = str(error)
+            except Exception as error:  # a network, an image or a disk may raise any; each would end the run
+                fault = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            found.warnings = found.new(found.warnings)
+            if fault is not None:
                 failed = True
-                yield Line("fail", name, str(error))
+                yield Line("fail", name, fault)
                 continue
             doubtful = "; ".join(found.warnings)
             yield Line("warn", name, f"{text}; {doubtful}") if doubtful else Line("ok", name, text)

@@ -20,13 +20,14 @@ from tqdm import tqdm
 from deit_kd import counts
 from deit_kd.analysis import plot_report
 from deit_kd.data import EvaluationLoader, Placement, open_source
+from deit_kd.data.folders import order_in_doubt
 from deit_kd.data.imagenet import Examination, open_benchmark
 from deit_kd.data.loader import SKIPPED
 from deit_kd.data.sources import Split, open_folder_to_evaluate
 from deit_kd.data.transforms import MOST_RESIZED, own_transform
 from deit_kd.documents import MEGABYTE, Document, read_json
 from deit_kd.errors import UserError
-from deit_kd.files import clear, optional, write_json, write_text
+from deit_kd.files import clear, optional, warn, write_json, write_text
 from deit_kd.models import Distiller, StudentOutput, Teacher, load_student, load_teacher
 from deit_kd.models.taps import TimmModel
 from deit_kd.outputs import claimed, must_not_be_data
@@ -48,7 +49,7 @@ def class_names(named: Any, number: int) -> tuple[str, ...] | None:
 
 
 def match_labels(known: tuple[str, ...] | None, number: int, names: Sequence[str], who: str = "the network") -> np.ndarray:
-    """[data's classes] -> a network's class of that name; by their order where the network has no names.
+    """[data's classes] -> a network's class of that name; by their order, with a warning, where the network has no names.
 
     Args:
         known: names of the network's classes.
@@ -60,6 +61,8 @@ def match_labels(known: tuple[str, ...] | None, number: int, names: Sequence[str
         UserError: a class that the network does not know.
     """
     if known is None and len(names) == number:
+        if doubt := order_in_doubt(who, names):
+            warn(doubt)
         return np.arange(len(names))
     places = {name: place for place, name in enumerate(known or ())}
     if missing := [name for name in names if name not in places]:

@@ -99,6 +99,7 @@ def refuse(
     accepted: Collection[str],
     recorded: Sequence[Mapping[str, Any]],
     unreadable: Sequence[str] = (),
+    begun: str = "",
 ) -> None:
     """Ends the run unless each change is accepted, or was and is recorded.
 
@@ -108,6 +109,7 @@ def refuse(
         accepted: keys that the user accepts now.
         recorded: changes that were accepted before.
         unreadable: images, and what is wrong with them.
+        begun: options that give the recipe which the run began with.
 
     Raises:
         UserError: every change that is not accepted, with both values and the way out.
@@ -116,7 +118,7 @@ def refuse(
     if not left:
         return
     keys = [change["key"] for change in left]
-    way = "give what it had, another --output, or --resume none to move that run aside"
+    way = f"give what it had{begun and f' ({begun})'}, another --output, or --resume none to move that run aside"
     if any(change["key"] == "classes" and sorted(change["was"]) == sorted(change["now"]) for change in left):
         way = f"write the order that it had, as a JSON list, into class_order.json beside train/; or {way}"
     if all(may_change(key) for key in keys):

@@ -86,6 +86,24 @@ def entered(
         yield start or Start(chosen[0])
 
 
+def must_fit(output: Path, recipe: Recipe, resume: str, accept: str | None, data: Path | None) -> None:
+    """Looks whether `entered` would refuse the folder for what it is, or for its recipe; changes nothing there.
+
+    Raises:
+        UserError: it would.
+    """
+    accepted, real = resuming.parse_accepted(accept), Path(os.path.realpath(output))
+    run_place.must_be_ours(real, output, data)
+    stored = None if resume == "none" else _stored_recipe(output, lambda _: None)
+    if stored is not None:
+        was = {key: value for key, value in resuming.of_recipe(stored).items() if key not in resuming.OF_DATA}
+        recorded = _accepted_before(_stored_run(output, lambda _: None))
+        fault = f"--output {output}: holds a run of another recipe"
+        resuming.refuse(fault, resuming.changes(was, resuming.of_recipe(recipe)), accepted, recorded, begun=f"--recipe {output}")
+    if resume not in ("auto", "none"):
+        checkpoint.verify(Path(resume))
+
+
 def _move_aside(real: Path, output: Path, say: Callable[[str], None]) -> None:
     """Renames a run's folder; nobody writes there meanwhile."""
     stamp = real.with_name(f"{real.name}.{time.strftime('%Y%m%d-%H%M%S')}")
@@ -106,7 +124,7 @@ def _find(output: Path, recipe: Recipe, resume: str, accepted: tuple[str, ...], 
 
     def compare(was: Mapping[str, Any], fault: str) -> None:
         found = resuming.changes({key: value for key, value in was.items() if key not in resuming.OF_DATA}, now)
-        resuming.refuse(fault, found, accepted, recorded)
+        resuming.refuse(fault, found, accepted, recorded, begun=f"--recipe {output}" if stored is not None else "")
 
     if stored is not None:
         compare(resuming.of_recipe(stored), f"--output {output}: holds a run of another recipe")

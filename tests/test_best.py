@@ -128,3 +128,21 @@ def test_averaged_weights_and_held_out_images_choose(fashion_folder: Path, tmp_p
     card = (tmp_path / "tuned/student/README.md").read_text()
     assert "held out of training" in card
     assert "biased upward" not in card
+
+
+def test_evaluations_before_the_key_was_set_are_not_among_those_that_chose(
+    fashion_folder: Path, tmp_path: Path, train_cli: Cli
+) -> None:
+    run = tmp_path / "run"
+    command = ["--recipe", "quickstart_alone", "--data", fashion_folder, "--output", run, *OPTIONS]
+    code, printed = train_cli(*command, "run.keep_best=false", "--max-steps", 30)
+    assert code == 0, printed
+    code, printed = train_cli(*command)
+    assert code == 0, printed
+    evaluations = {line["step"]: line["top1"] for line in read_metrics(run) if line["kind"] == "eval"}
+    chosen = best_line(run)
+    assert max(evaluations[10], evaluations[20]) > chosen["top1"], "the test needs a better one before"
+    last_better = max(step for step, top1 in evaluations.items() if top1 > chosen["top1"])
+    card = (run / "student" / "README.md").read_text()
+    assert "best of all evaluations" not in card
+    assert f"best of the evaluations after step {last_better}" in card

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import multiprocessing
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -16,11 +17,12 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import ROOT, run_script
+from conftest import ROOT, SMALL, run_script
 
 from deit_kd import machine, ready
 from deit_kd import recipe as recipes
 from deit_kd.build import open_data
+from deit_kd.doctor import examine, verdict
 
 
 def doctor(command: str, **environment: str) -> tuple[int, dict[str, str]]:
@@ -44,7 +46,7 @@ def test_alone(tmp_path: Path) -> None:
     lines = {line.split()[1]: line for line in found}
     process = ["versions", "devices", "processes", "all-reduce", "speed", "clock", "settings", "recipe"]
     machine = ["memory", "workers", "files", "locks", "flush", "umask", "disk", "port"]
-    assert list(lines) == [*process, "data", "teacher", "batch", "networks", *machine]
+    assert list(lines) == [*process, "data", "teacher", "batch", "networks", "output", *machine]
     assert "would end a run" in verdict or verdict == "all is well: a run would start"
     assert "quickstart_teacher: weights in the folder" in lines["teacher"]
     assert "licence apache-2.0, 10 classes" in lines["teacher"]
@@ -157,3 +159,23 @@ def test_a_process_whose_launcher_is_missing() -> None:
     assert done.returncode == 2
     assert "error: processes do not find each other" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_warnings_are_lines_once(tmp_path: Path, capsys: pytest.CaptureFixture[str], fashion_folder: Path) -> None:
+    """What the builders of data and networks print elsewhere is a warning here, and nothing goes past the lines."""
+    shutil.copytree(fashion_folder, tmp_path / "data")
+    for split in ("train", "val"):
+        for number, folder in enumerate(sorted((tmp_path / "data" / split).iterdir())):
+            folder.rename(folder.with_name(str(number + 5)))  # 10 before 5, as text
+        (tmp_path / "data" / split / "5" / "notes.txt").touch()
+    overrides = [*SMALL, "teacher.name=vit_tiny_patch16_224", "teacher.weights=random", "teacher.img_size=224"]
+    recipe = recipes.load("quickstart", overrides)
+    lines = list(examine(recipe, tmp_path / "data", tmp_path / "run", Accelerator(cpu=True)))
+    assert [line for line in lines if line.severity == "fail"] == []
+    doubts = [line for line in lines if "does not name its classes" in line.text]
+    assert [(line.severity, line.name, line.text.count("does not name")) for line in doubts] == [("warn", "teacher", 1)]
+    assert [line.severity for line in lines if line.name == "data"] == ["warn"]
+    assert "teacher" in verdict(lines)
+    printed = capsys.readouterr()
+    assert "warning:" not in printed.out + printed.err
+    assert not (tmp_path / "run").exists()

@@ -13,6 +13,7 @@ import pytest
 from conftest import ROOT, SMALL
 from PIL import Image
 
+from deit_kd import files, report
 from deit_kd import recipe as recipes
 from deit_kd.data import open_source
 from deit_kd.errors import UserError
@@ -91,3 +92,15 @@ def test_the_environment_is_made_without_a_warning(tmp_path: Path) -> None:
         )
         assert (done.returncode, done.stderr) == (0, "")
     assert (tmp_path / ".venv" / "requirements.lock").read_text() == "nothing\n"
+
+
+def test_a_network_without_names_is_matched_by_order_with_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
+    files._warned.clear()
+    names = ["0", "1", "10", "2"]
+    assert report.match_labels(None, 4, names).tolist() == [0, 1, 2, 3]
+    said = capsys.readouterr().err
+    assert "warning: the network does not name its classes: its logit 2 is taken for 10;" in said
+    assert "may mean 2: write its order to class_order.json" in said
+    assert report.match_labels(tuple(names), 4, names).tolist() == [0, 1, 2, 3]
+    assert report.match_labels(None, 2, ["cat", "dog"]).tolist() == [0, 1]
+    assert capsys.readouterr().err == ""

@@ -43,7 +43,7 @@ MAY_IMPORT = {
     "class_means": {"checkpoint", "data", "models", "recipe"},
     "stream": {"checkpoint", "class_means", "data", "models", "recipe"},
     "teacher_cache": {"build", "checkpoint", "data", "evaluation", "models", "recipe", "stream"},
-    "ready": {"build", "class_means", "data", "models", "plan", "recipe", "release", "stream"},
+    "ready": {"build", "class_means", "data", "models", "optim", "plan", "recipe", "release", "run_start", "stream"},
     "classification": {
         "build",
         "class_means",

@@ -200,3 +200,133 @@ def test_where_weights_are(ignorant: Path, monkeypatch: pytest.MonkeyPatch, tmp_
     (cache / "snapshots" / "abc" / "model.safetensors").touch()
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     assert locate("resnet18.a1_in1k").words == "in the hub's cache"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "fault", "mended"),
+    [
+        (["teacher.name=vit_tiny_patch16_224", "teacher.weights=random"], "images of 28 pixels a side", ["teacher.img_size=224"]),
+        (["teacher.name=mixer_s32_224", "teacher.weights=random", "teacher.img_size=64"], "set teacher.img_size=224", ["teacher.img_size=224"]),
+        (["teacher.name=resnet18", "teacher.weights=random", "student.name=inception_v3", "student.model_args={}"], "student inception_v3: cannot take images of 28", []),
+    ],
+)  # fmt: skip
+def test_a_network_that_refuses_the_size_of_the_images_is_a_fault(
+    overrides: list[str], fault: str, mended: list[str], fashion_folder: Path
+) -> None:
+    common = [*SMALL, *overrides, "distill.kd_head=class", "student.drop_path=0"]
+    recipe = recipes.load("quickstart", common)
+    (said,) = {text for text in refusals(recipe, fashion_folder) if "mend first" not in text}
+    assert fault in said
+    with pytest.raises(UserError, match="cannot take images"):
+        make_plan(recipe, 10)
+    with pytest.raises(UserError, match="cannot take images"):
+        ready.must_start(recipe, fashion_folder, Accelerator(cpu=True), None, lambda _: None)
+    if mended:
+        assert refusals(recipes.load("quickstart", [*common, *mended]), fashion_folder) == []
+        with pytest.raises(UserError, match="cannot take images"):
+            build.build_teachers(recipe, 10)
+
+
+def test_what_a_check_did_not_expect_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def breaks(*_: object, **__: object) -> None:
+        raise KeyError("layer 7")
+
+    monkeypatch.setattr(build, "build_models", breaks)
+    lines = list(ready.look(ready.Checks(recipes.load("quickstart"), None, Accelerator(cpu=True), None, True)))
+    (line,) = [line for line in lines if line.severity == "fail"]
+    assert (line.name, line.text) == ("networks", "KeyError: 'layer 7'")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "fault"),
+    [
+        (["optim.name=adamww"], "timm knows no such optimiser"),
+        (["optim.name=bnbadam"], "optim.name=bnbadam: cannot take the recipe's betas, eps or momentum"),
+    ],
+)
+def test_an_optimizer_that_a_run_refuses_is_a_fault(overrides: list[str], fault: str, fashion_folder: Path) -> None:
+    recipe = recipes.load("quickstart", [*SMALL, LITE, *FEATURES_ONLY, *overrides])
+    (said,) = refusals(recipe, fashion_folder)
+    assert fault in said
+
+
+def test_pictures_that_cannot_be_read_are_said(fashion_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(fashion_folder, tmp_path / "data")
+    for picture in (tmp_path / "data" / "val").glob("*/*"):
+        picture.write_bytes(b"no picture")
+    options = [*SMALL, LITE, *FEATURES_ONLY]
+    (said,) = refusals(recipes.load("quickstart", options), tmp_path / "data")
+    assert f"{tmp_path}/data/val/" in said
+    assert "cannot be read" in said
+    assert "set data.on_bad_image=skip" in said
+    recipe = recipes.load("quickstart", [*options, "data.on_bad_image=skip"])
+    line = next(ready.look(ready.Checks(recipe, tmp_path / "data", Accelerator(cpu=True), None, True)))
+    assert (line.severity, line.name) == ("warn", "data")
+    assert line.text.count("it is left out") == 8
+
+
+def test_an_output_that_a_run_refuses_is_a_fault_and_stays_as_it_is(fashion_folder: Path, tmp_path: Path, train_cli: Cli) -> None:
+    run, foreign = tmp_path / "run", tmp_path / "foreign"
+    options = ["--data", str(fashion_folder), *SMALL]
+    code, printed = train_cli("--recipe", "quickstart_alone", "--output", run, *options, "--max-steps", 1)
+    assert code == 0, printed
+    foreign.mkdir()
+    (foreign / "thesis.txt").touch()
+    before = sorted(tmp_path.rglob("*"))
+    for output, changed, fault in (
+        (foreign, [], "holds thesis.txt"),
+        (fashion_folder / "train", [], "is where the data are"),
+        (run, ["optim.lr=0.5"], f"give what it had (--recipe {run})"),
+    ):
+        command = ["--recipe", "quickstart_alone", "--output", output, *options, *changed]
+        for end in (["--dry-run"], []):
+            code, printed = train_cli(*command, *end)
+            assert code == 2
+            assert fault in printed
+        recipe = recipes.load("quickstart_alone", [*SMALL, *changed])
+        found = ready.look(ready.Checks(recipe, fashion_folder, Accelerator(cpu=True), None, True, output))
+        (line,) = [line for line in found if line.severity == "fail"]
+        assert line.name == "output"
+        assert fault in line.text
+    for output, end in ((run, []), (run, ["optim.lr=0.5", "--resume", "none"]), (tmp_path / "new" / "run", [])):
+        code, printed = train_cli("--recipe", "quickstart_alone", "--output", output, *options, *end, "--dry-run")
+        assert code == 0, printed
+    assert [path for path in sorted(tmp_path.rglob("*")) if path.name != ".lock"] == [
+        path for path in before if path.name != ".lock"
+    ]
+
+
+def test_a_runs_folder_as_recipe_continues_that_run(
+    fashion_folder: Path, tmp_path: Path, train_cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = ["--data", fashion_folder]
+    code, printed = train_cli(
+        "--recipe", "quickstart_alone", "--output", "o1", *options, *SMALL, "optim.lr=0.0007", "--max-steps", 1
+    )
+    assert code == 0, printed
+    code, printed = train_cli("--recipe", "o1", *options, "--max-steps", 2)
+    assert code == 0, printed
+    assert "going on from o1/checkpoints/step_00000001" in printed
+    assert not (tmp_path / "runs").exists()
+    assert recipes.load("o1").optim.lr == 0.0007
+    assert recipes.run_folder("quickstart") == Path("runs/quickstart")
+    assert recipes.run_folder("o1/recipe.yaml") == Path("runs/recipe")
+
+
+def test_interrupted_before_anything_is_saved(
+    fashion_folder: Path, tmp_path: Path, train_cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    options = ["--recipe", "quickstart_alone", "--output", tmp_path / "run", "--data", fashion_folder, *SMALL]
+    with monkeypatch.context() as patch:
+        patch.setattr(recipes, "load", interrupt)
+        code, printed = train_cli(*options)
+        assert (code, printed) == (130, "interrupted; nothing was saved yet, and the same command begins anew\n")
+    assert train_cli(*options, "--max-steps", 1)[0] == 0
+    monkeypatch.setattr(ready, "must_start", interrupt)
+    code, printed = train_cli(*options)
+    assert code == 130
+    assert "interrupted; its last checkpoint is kept, and the same command goes on from it" in printed

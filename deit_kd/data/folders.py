@@ -200,6 +200,26 @@ def other_order(names: Sequence[str]) -> list[str] | None:
     return next((order for order in orders if order != list(names)), None) if list(names) in orders else None
 
 
+def order_in_doubt(who: str, names: Sequence[str]) -> str | None:
+    """What to say where the logits of a network that does not name its classes are taken in the data's order.
+
+    Args:
+        who: the network, as `teacher NAME`.
+        names: of the data's classes.
+
+    Returns:
+        A line with the remedy; None where other code sorts them alike.
+    """
+    theirs = other_order(names)
+    if theirs is None:
+        return None
+    place = next(n for n, (ours, other) in enumerate(zip(names, theirs, strict=True)) if ours != other)
+    return (
+        f"{who} does not name its classes: its logit {place} is taken for {names[place]}; a network that was trained with other code "
+        f"may mean {theirs[place]}: write its order to {CLASS_ORDER} beside train/, or label_names to its config"
+    )
+
+
 def _kind(entry: os.DirEntry[str]) -> str:
     """File (also a link that leads nowhere: reading it says so), folder, or other."""
     try:

@@ -17,7 +17,7 @@ from deit_kd.models.cached_teacher import AnyTeacher
 from deit_kd.models.contrast import ContrastiveMemory
 from deit_kd.models.projectors import Orthonormal, build_projector, project
 from deit_kd.models.review import ReviewFusion
-from deit_kd.models.taps import Tap, Tapped, TimmModel, run, stages_of, take
+from deit_kd.models.taps import Hidden, Tap, Tapped, TimmModel, run, stages_of, take, wrong_size
 from deit_kd.recipe import Lesson, Projector
 
 ANY_WIDTH = ("attention_transfer", "correlation_congruence")  # losses for which the two widths may differ
@@ -122,15 +122,12 @@ def build_lesson_projector(
         seed: of that memory.
 
     Raises:
-        UserError: the taps cannot be compared, or a memory has nothing to remember.
+        UserError: a model refuses images of this size, the taps cannot be compared, or a memory has nothing to remember.
     """
     distill, config = lesson.distill, lesson.projector
     if distill.student_tap is None or distill.teacher_tap is None or not distill.feature_weight:
         return nn.Identity()
-    was_training = student.training
-    stages = stages_of(student, [distill.student_tap])
-    ours = take(student, run(student.eval(), image, stages), distill.student_tap)
-    student.train(was_training)
+    ours = take(student, probe_student(student, image, [distill.student_tap]), distill.student_tap)
     theirs = teacher.probe(image).tapped[distill.teacher_tap]
     names = f"{distill.student_tap} of the student is {shape_of(ours)}, {distill.teacher_tap} of {lesson.teacher.name} is {shape_of(theirs)}"
     several = [len(each) if isinstance(each, list) else 1 for each in (ours, theirs)]
@@ -148,6 +145,25 @@ def build_lesson_projector(
     if config.kind == "none" and widths[0] != widths[1] and distill.feature_loss not in ANY_WIDTH:
         raise UserError(f"{names}: with projector.kind=none the widths must be equal; use projector.kind=linear")
     return build_projector(config, *widths)
+
+
+@torch.no_grad()
+def probe_student(student: TimmModel, image: Tensor, taps: Sequence[Tap] = ()) -> Hidden:
+    """What the student makes of one image [1,3,H,W], to know the shapes; the student stays as it is.
+
+    Raises:
+        UserError: it takes images of another size alone.
+    """
+    was_training, stages = student.training, stages_of(student, taps)
+    try:
+        return run(student.eval(), image, stages)
+    except torch.OutOfMemoryError:
+        raise
+    except (AssertionError, RuntimeError, ValueError) as error:
+        name = f"student {student.pretrained_cfg.get('architecture') or type(student).__name__}"
+        raise UserError(wrong_size(name, student, "data.img_size", image.shape[-1], error)) from None
+    finally:
+        student.train(was_training)
 
 
 def _memory(config: Projector, widths: tuple[int, int], labels: Tensor | None, seed: int) -> nn.Module:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, NamedTuple, TypeAlias
 
+import timm
 import torch.nn.functional as F
 from einops import rearrange, reduce
 from torch import Tensor, nn
@@ -49,6 +50,14 @@ def _four(model: TimmModel) -> list[int]:
     if count >= 8 and len({stage["reduction"] for stage in model.feature_info}) == 1:
         return [count * quarter // 4 - 1 for quarter in (1, 2, 3, 4)]
     return list(range(max(0, count - 4), count))
+
+
+def wrong_size(who: str, model: TimmModel, key: str, size: int, error: Exception) -> str:
+    """What is wrong where a network cannot compute images of a size, with the size that it was made for."""
+    fixed = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    own = fixed[-1] if fixed else timm.data.resolve_model_data_config(model)["input_size"][-1]
+    remedy = f"set {key}={own}" if own != size else f"set another {key}, or take another network"
+    return f"{who}: cannot take images of {size} pixels a side ({' '.join(str(error).split())[:200]}); {remedy}"
 
 
 def run(model: TimmModel, images: Tensor, stages: list[int]) -> Hidden:

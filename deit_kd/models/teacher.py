@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from deit_kd.errors import UserError
 from deit_kd.models.described import LITE_PACKAGES, RELEASED, describe, must_fit, why
-from deit_kd.models.taps import Tap, Tapped, TimmModel, feature_map, run, stages_of, take
+from deit_kd.models.taps import Tap, Tapped, TimmModel, feature_map, run, stages_of, take, wrong_size
 from deit_kd.models.weights import fingerprint, must_be_finite, open_weights
 from deit_kd.recipe import nearest
 from deit_kd.text import printable, redact_path
@@ -102,8 +102,19 @@ class Teacher(nn.Module):
         return super().train(False)
 
     def probe(self, image: Tensor) -> TeacherOutput:
-        """What has the shapes of its output for an image [1,3,H,W] that may be on another device."""
-        return self._output(image.to(self.scale.device), self._compute)  # compiled for one image it would be compiled twice
+        """What has the shapes of its output for an image [1,3,H,W] that may be on another device.
+
+        Raises:
+            UserError: it takes images of another size alone.
+        """
+        try:
+            return self._output(image.to(self.scale.device), self._compute)  # compiled for one image it would be compiled twice
+        except torch.OutOfMemoryError:
+            raise
+        except (AssertionError, RuntimeError, ValueError) as error:
+            size = self.img_size or image.shape[-1]
+            who = f"teacher {printable(self.info.name)}"
+            raise UserError(wrong_size(who, self.model, "teacher.img_size", size, error)) from None
 
     def forward(self, images: Tensor) -> TeacherOutput:
         """Images [B,3,H,W] -> logits, pooled and spatial features, from one forward."""

@@ -12,6 +12,7 @@ import hashlib
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,15 @@ def load(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         count = f"more than {MOST_FAULTS} faults" if more else count
         raise RecipeError("\n  ".join([f"recipe {printable(path.name)}: {count}", *faults[:MOST_FAULTS], *more]))
     return recipe
+
+
+def run_folder(name_or_path: str | Path) -> Path:
+    """Where a run of a recipe is kept unless somebody says where: runs/RECIPE, or the run that the recipe is of."""
+    path = Path(name_or_path)
+    with suppress(RecipeError, OSError):
+        if _find(path) == path / "recipe.yaml" and ((path / "run.json").exists() or (path / "checkpoints").is_dir()):
+            return path
+    return Path("runs") / path.stem
 
 
 def dump(recipe: Recipe, change: Callable[[Any], Any] = lambda document: document) -> str:
