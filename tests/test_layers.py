@@ -109,7 +109,7 @@ MAY_IMPORT = {
     },
     "__main__": {"cli"},
     "release": {"__init__", "best", "release", "checkpoint", "models", "recipe", "run_files", "tracking"},
-    "analysis": {"tracking"},
+    "analysis": {"recipe", "tracking"},
     "resume": {"data", "models", "recipe", "run_files", "stream"},
     "run_start": {"__init__", "checkpoint", "classification", "data", "documents", "recipe", "resume", "run_files", "tracking"},
     "run_folder": {
