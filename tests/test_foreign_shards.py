@@ -10,6 +10,7 @@ import random
 import struct
 import tarfile
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -441,3 +442,54 @@ def test_labels_of_tables_are_held_against_their_classes(table: Callable[..., Pa
     assert open_rows(data, "train").labels.tolist() == [0, 1, 0, 1]
     with pytest.raises(UserError, match="labels are list"):
         open_rows(data, "train", "other")
+
+
+def of_one(members: Callable[[str], list[Member]], classes: list[str], root: Path) -> list[int]:
+    return open_source("shards", folder(root, lambda key, y: [(f"{key}.png", png(0)), *members(key)], classes), "train").labels.tolist()
+
+
+@pytest.mark.parametrize(
+    ("kind", "label"), [("txt", b"1"), ("txt", b" 1\n"), ("json", b'{"label": "1"}'), ("json", b'"1"'), ("json", b'{"cls": "1"}')]
+)
+def test_a_text_of_digits_that_is_the_name_of_a_class_is_that_class(kind: str, label: bytes, tmp_path: Path) -> None:
+    """Class names 1, 2, 0: the text 1 is class 0, the number 1 class 1."""
+    assert of_one(lambda key: [(f"{key}.{kind}", label)], ["1", "2", "0"], tmp_path / "s") == [0] * 4
+    assert of_one(lambda key: [(f"{key}.json", b'{"label": 1}')], ["1", "2", "0"], tmp_path / "n") == [1] * 4
+
+
+def test_digits_that_may_be_a_number_or_a_name(tmp_path: Path) -> None:
+    names = ["1", "2", "0"]
+    with pytest.raises(UserError, match=r"\.cls holds 1, which may be the class named 1 \(number 0\) or class number 1;"):
+        of_one(lambda key: [(f"{key}.cls", b"1")], names, tmp_path / "a")
+    numbers = of_one(lambda key: [(f"{key}.cls", str(int(key) % 3).encode())], ["1", "2", "3"], tmp_path / "b")  # 0 is no name
+    assert numbers == [0, 1, 2, 0]
+    with pytest.raises(UserError, match=r"\.txt holds 1, which may be the class named 1 .*, and 0 names none"):
+        of_one(lambda key: [(f"{key}.txt", str(int(key) % 3).encode())], ["1", "2", "3"], tmp_path / "c")
+    assert of_one(lambda key: [(f"{key}.cls", str(int(key) % 3).encode())], ["0", "1", "2"], tmp_path / "d") == [0, 1, 2, 0]
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([("cls", b"0"), ("cls", b"1")], "two labels of one kind, 00000.cls and 00000.cls"),
+        ([("cls", b"0"), ("CLS", b"0")], "two labels of one kind, 00000.cls and 00000.CLS"),
+        ([("json", b"0"), ("json", b"0")], "two labels of one kind, 00000.json and 00000.json"),
+        ([("cls", b"0"), ("json", b'{"label": 1}')], r"00000: .cls says class 0, label of .json says class 1; .*data.label_column=cls"),
+        ([("cls", b"0"), ("txt", b"dog")], r".cls says class 0, .txt says class 1"),
+        ([("json", b'{"label": "cat"}'), ("txt", b"dog")], r"label of .json says class 0, .txt says class 1; .*label_column=label"),
+        ([("cls", b"cat"), ("json", b"1")], r".cls says class 0, .json says class 1"),
+    ],
+)
+def test_labels_that_contradict_each_other(labels: list[Member], message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        of_one(lambda key: [(f"{key}.{kind}", label) for kind, label in labels], ["cat", "dog"], tmp_path / "s")
+
+
+def test_what_does_not_contradict_a_label(tmp_path: Path) -> None:
+    for number, beside in enumerate((b'{"label": 0}', b'{"label": "bird"}', b"{", b'{"label": 1, "fine_label": 0}', b'{"other": 1}')):
+        own = partial(lambda beside, key: [(f"{key}.cls", b"0"), (f"{key}.json", beside), (f"{key}.txt", b"a dog")], beside)
+        assert of_one(own, ["cat", "dog"], tmp_path / f"{number}") == [0] * 4
+    root = folder(tmp_path / "chosen", lambda key, y: [(f"{key}.png", png(0)), (f"{key}.cls", b"0"), (f"{key}.json", b'{"label": 1}')])
+    assert open_source("shards", root, "train", label_column="label").labels.tolist() == [1] * 4
+    root = folder(tmp_path / "file", lambda key, y: [(f"{key}.png", png(0)), (f"{key}.cls", b"0"), (f"{key}.json", b'{"label": 1}')])
+    assert open_source("shards", root, "train", label_column="cls").labels.tolist() == [0] * 4

@@ -323,3 +323,12 @@ def test_predict_survives_names_that_are_not_utf8(tmp_path: Path, monkeypatch: p
         main(["predict", "quickstart_teacher", str(tmp_path)])
     assert stopped.value.code == 0
     assert json.loads(written.getvalue())["image"] == f"{tmp_path}/caf\\xe9\n.png"
+
+
+@pytest.mark.parametrize("most", [65535, 4095])
+def test_grey_pgm_of_more_than_8_bits(most: int) -> None:
+    """Black, half and white are that, whatever number a file takes for white; Pillow reads them as 32-bit integers up to 65,535."""
+    values = np.tile(np.array([0, most // 2, most], dtype=">u2"), (4, 1))
+    pixels = decode.decode(f"P5\n3 4\n{most}\n".encode() + values.tobytes())
+    assert pixels.shape == (3, 4, 3)
+    assert pixels[:, 0].tolist() == [[0, 127, 255]] * 3

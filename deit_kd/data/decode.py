@@ -149,7 +149,7 @@ def rgb(image: Image.Image) -> Image.Image:
     """8-bit RGB; Pillow alone would clip 16-bit grey at 255, and has no scale for 32-bit integers and floats."""
     image.load()
     bits = _bits(image)
-    if image.mode.startswith("I;16"):
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):  # of a PGM, scaled to 16 bits
         image = Image.fromarray((np.asarray(image) >> max(0, bits - 8)).clip(max=255).astype(np.uint8))
     elif image.mode in ("I", "F"):
         raise ValueError(f"32-bit pixels (mode {image.mode}) have no known range; convert it to 8 or 16 bits")
@@ -167,6 +167,8 @@ def _bits(image: Image.Image) -> int:
     stated = getattr(image, "tag_v2", {}).get(258)
     if isinstance(stated, tuple) and stated and all(isinstance(each, int) and 8 < each <= 16 for each in stated):
         return max(stated)
+    if image.mode == "I" and image.format == "PPM":
+        return 16
     return 16 if image.mode.startswith("I;16") or image.info.get(_SIXTEEN) else 8
 
 

@@ -13,7 +13,8 @@ import tarfile
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -177,23 +178,25 @@ def _column(archive: zipfile.ZipFile, name: str, most: int) -> np.ndarray:
 def read_through(shards: Sequence[Path], class_names: Sequence[str], label_key: str | None) -> tuple[Index, Counter[str]]:
     """The index of shards that came without one, and what is left out: images in their order, with the label of the same key.
 
-    A label is KEY.cls, else a key of KEY.json, else KEY.txt: a number, or the name of a class.
+    A label is KEY.cls, else a key of KEY.json, else KEY.txt: a number, or the name of a class. Where a class is named by digits, .cls
+    holds numbers, as WebDataset has it, and texts are names.
 
     Args:
         shards: the files.
         class_names: of classes.json.
-        label_key: of KEY.json, which then alone counts; None: one of `LABEL_KEYS`.
+        label_key: of KEY.json, which then alone counts (cls: KEY.cls where it is there); None: one of `LABEL_KEYS`.
 
     Raises:
-        UserError: a shard is damaged, or not of this layout.
+        UserError: a shard is damaged, or not of this layout, or labels contradict each other.
     """
     rows: list[tuple[int, int, int, int, bytes]] = []
     left_out, numbers = Counter[str](), {name: number for number, name in enumerate(class_names)}
+    digits: dict[str, set[str]] = {}
     for number, file in enumerate(tqdm(shards, "reading shards through", unit="shard", delay=2, disable=None)):
         images, labels = _members(file, left_out)
         for key, (name, offset, size) in images.items():
             try:
-                label = _label(labels.get(key, {}), label_key, numbers)
+                label = _label(labels.get(key, {}), label_key, numbers, digits)
             except ValueError as error:
                 raise UserError(f"{file}: {for_terminal(key)}: {error}") from None
             if size > MOST_BYTES:
@@ -205,6 +208,7 @@ def read_through(shards: Sequence[Path], class_names: Sequence[str], label_key: 
         raise UserError(
             f"{shards[0].parent}: no shard has a picture KEY.jpg beside its label ({for_terminal(ends)}); pack them again"
         )
+    _must_be_clear(shards[0].parent, digits, numbers)
     columns: list[Any] = list(zip(*rows, strict=True))
     return Index(*map(np.asarray, columns)), +left_out
 
@@ -218,6 +222,7 @@ def _members(file: Path, left_out: Counter[str]) -> tuple[_Images, dict[str, dic
     must_be_a_file(file, remedy)
     images: _Images = {}
     labels: dict[str, dict[str, bytes]] = {}
+    named: dict[tuple[str, str], str] = {}  # (key, extension) of a label -> the member's name
     try:
         with file.open("rb", buffering=0) as raw, tarfile.open(fileobj=_Bounded(raw), mode="r:") as tar:
             begin = -1
@@ -240,6 +245,9 @@ def _members(file: Path, left_out: Counter[str]) -> tuple[_Images, dict[str, dic
                         raise UserError(
                             f"{file}: {for_terminal(member.name)} has {member.size:,} bytes, which is no label; {remedy}"
                         )
+                    if (first := named.setdefault((parts[1], extension), member.name)) is not member.name:
+                        both = f"{for_terminal(first)} and {for_terminal(member.name)}"
+                        raise UserError(f"{file}: a key has two labels of one kind, {both}; remove one of them")
                     raw.seek(member.offset_data)
                     labels.setdefault(parts[1], {})[extension] = raw.read(member.size)
                 elif f".{extension}" not in SUFFIXES:
@@ -293,38 +301,76 @@ def _check_end(file: Path, raw: io.FileIO, offset: int) -> None:
         warn(f"{file}: holds more behind the mark of its end, which is not read; tars cannot be joined by cat")
 
 
-def _label(found: Mapping[str, bytes], label_key: str | None, numbers: Mapping[str, int]) -> int:
+_Digits = dict[str, set[str]]  # where a label stands -> the texts of digits that were found there
+
+
+def _label(found: Mapping[str, bytes], label_key: str | None, numbers: Mapping[str, int], digits: _Digits) -> int:
     """The label of an image, from the files of its key.
 
     Raises:
-        ValueError: there is none, or it is of no class.
+        ValueError: there is none, it is of no class, or two contradict each other.
     """
-    if "cls" in found and label_key is None:
-        return _number(found["cls"].decode("utf-8", "replace"), ".cls", numbers)
+    value, place = _stated(found, label_key)
+    label = _number(value, place, numbers, digits)
+    others: dict[str, int] = {}
+    for other, content in _all(found) if label_key is None else ():
+        with suppress(ValueError):  # a caption, or what else is no label
+            others[other] = _number(content, other, numbers, {})
+    others.pop(place, None)
+    if others and label not in others.values():  # .json may hold a coarse label beside the fine one
+        second, number = next(iter(others.items()))
+        raise ValueError(
+            f"{place} says class {label}, {second} says class {number}; remove one, or choose with data.label_column="
+            f"{'cls' if place == '.cls' else place.split()[0]}"
+        )
+    return label
+
+
+def _stated(found: Mapping[str, bytes], label_key: str | None) -> tuple[Any, str]:
+    """(the label that counts, where it stands)"""
+    if "cls" in found and label_key in (None, "cls"):
+        return found["cls"].decode("utf-8", "replace"), ".cls"
     if "json" in found:
         try:
             content = json.loads(found["json"])
         except (ValueError, RecursionError) as error:
             raise ValueError(f".json: cannot be read ({for_terminal(' '.join(str(error).split())[:200])}); pack it again") from None
         if not isinstance(content, dict):
-            return _number(content, ".json", numbers)
+            return content, ".json"
         keys = [key for key in ([label_key] if label_key else LABEL_KEYS) if key in content]
         if len(keys) > 1:
             raise ValueError(f".json has several labels, {', '.join(keys)}; choose one with data.label_column={keys[0]}")
         if keys:
-            return _number(content[keys[0]], f"{keys[0]} of .json", numbers)
+            return content[keys[0]], f"{keys[0]} of .json"
         if "txt" not in found or label_key is not None:
             wanted = label_key or " or ".join(LABEL_KEYS)
             raise ValueError(
                 f".json has the keys {short(sorted(map(str, content)))}, not {wanted}; choose one with data.label_column=KEY"
             )
     if "txt" in found and label_key is None:
-        return _number(found["txt"].decode("utf-8", "replace"), ".txt", numbers)
+        return found["txt"].decode("utf-8", "replace"), ".txt"
     raise ValueError("has no .cls beside it, nor a label in .json or .txt; a shard holds KEY.jpg and KEY.cls for each image")
 
 
-def _number(value: Any, place: str, numbers: Mapping[str, int]) -> int:
+def _all(found: Mapping[str, bytes]) -> Iterator[tuple[str, Any]]:
+    """(where it stands, what it holds) of everything beside a picture that may be its label."""
+    if "json" in found:
+        with suppress(ValueError, RecursionError):
+            content = json.loads(found["json"])
+            stated = content if isinstance(content, dict) else {}
+            yield from ((f"{key} of .json", stated[key]) for key in LABEL_KEYS if key in stated)
+            if not isinstance(content, dict):
+                yield ".json", content
+    if "txt" in found:
+        yield ".txt", found["txt"].decode("utf-8", "replace")
+
+
+def _number(value: Any, place: str, numbers: Mapping[str, int], digits: _Digits) -> int:
     text = value.strip() if isinstance(value, str) else str(value) if type(value) is int else ""
+    if _WHOLE.fullmatch(text) and isinstance(value, str):
+        digits.setdefault(place, set()).add(text)
+    if place != ".cls" and isinstance(value, str) and text in numbers:
+        return numbers[text]
     if _WHOLE.fullmatch(text):
         if int(text) >= len(numbers):
             raise ValueError(
@@ -334,3 +380,16 @@ def _number(value: Any, place: str, numbers: Mapping[str, int]) -> int:
     if text not in numbers:
         raise ValueError(f"{place} holds {short(value)}; needed is a number from 0 to {len(numbers) - 1}, or the name of a class")
     return numbers[text]
+
+
+def _must_be_clear(folder: Path, digits: _Digits, numbers: Mapping[str, int]) -> None:
+    """Texts of digits may be numbers, or names of classes: among all of a kind there is one that can be one of them alone."""
+    for place, texts in digits.items():
+        either = sorted(text for text in texts if numbers.get(text, int(text)) != int(text))
+        only_numbers = sorted(texts - numbers.keys())
+        if either and bool(only_numbers) != (place == ".cls"):
+            mixed = f", and {only_numbers[0]} names none" if only_numbers else ""
+            raise UserError(
+                f"{folder}: {place} holds {either[0]}, which may be the class named {either[0]} (number {numbers[either[0]]}) or class "
+                f"number {either[0]}{mixed}; write numbers into KEY.cls and give the classes other names in classes.json"
+            )
