@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, NoReturn
 from deit_kd.errors import UserError, outside_of_the_environment
 
 try:
+    from deit_kd import __version__, streams
     from deit_kd import recipe as recipes
-    from deit_kd import streams
     from deit_kd.command_line import Parser, bounded
     from deit_kd.stop import REQUEUE, heard
     from deit_kd.text import error_for_terminal
@@ -61,6 +61,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="stop after so many optimiser steps; the schedule stays that of the whole run",
     )
     add("--dry-run", action="store_true", help="print networks, shapes, memory and compute; train nothing")
+    add("--version", action="version", version=f"deit_kd {__version__}")
     add("overrides", nargs="*", metavar="key=value", help="changes to the recipe, such as optim.lr=1e-3 epochs=3")
     options = parser.parse_intermixed_args(arguments)
     if options.recipe is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ import numpy as np
 from matplotlib import font_manager
 from PIL import Image
 
+from deit_kd import recipe
+from deit_kd.errors import UserError
 from deit_kd.files import whole
 from deit_kd.text import for_plot, printable
 from deit_kd.tracking import TERM, read_metrics
@@ -50,7 +53,7 @@ def plot_run(folder: Path) -> list[Path]:
         written.append(plots / f"{name}.png")
 
     if terms := [name for name in {name: None for line in train for name in line} if TERM.fullmatch(name)]:
-        save("loss", _panels(train, terms))
+        save("loss", _panels(train, terms, _in_nats(folder)))
     if train:
         save("learning_rate", _lines(train, ("lr",), "learning rate"))
         times = ("seconds_data", "seconds_teacher", "seconds_student")
@@ -78,7 +81,18 @@ def plot_run(folder: Path) -> list[Path]:
     return written
 
 
-def _panels(lines: Sequence[dict[str, Any]], names: Sequence[str]) -> Any:
+def _in_nats(folder: Path) -> set[str]:
+    """Terms that are a cross-entropy or a KL divergence, of the recipe that the run stored."""
+    found = {"ce"}
+    with suppress(UserError):  # of an earlier version, or not there
+        lessons = recipe.load(folder).lessons()
+        for number, distill in enumerate(lesson.distill for lesson in lessons):
+            if distill.kd_loss == "hard_distillation" or (distill.kd_loss == "kl_distillation" and distill.temperature == 1):
+                found.add(f"kd_{number}" if len(lessons) > 1 else "kd")  # another temperature squared multiplies the KL
+    return found
+
+
+def _panels(lines: Sequence[dict[str, Any]], names: Sequence[str], in_nats: set[str]) -> Any:
     """A panel each, since LogSum, which falls below 0, would make lines of all others."""
     columns = min(2, len(names))
     rows = -(-len(names) // columns)
@@ -87,7 +101,7 @@ def _panels(lines: Sequence[dict[str, Any]], names: Sequence[str]) -> Any:
     )
     for axes, name in zip(grid.flat, names, strict=False):
         _draw(axes, lines, name)
-        axes.set(title=name, ylabel="nats" if name.split("_")[0] == "ce" else "")
+        axes.set(title=name, ylabel="nats" if name in in_nats else "")
         axes.grid(alpha=0.3)
         axes.tick_params(labelbottom=True)
     for axes in grid.flat[len(names) :]:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
@@ -27,6 +28,7 @@ from deit_kd.models.teacher import doubts, other_classes
 from deit_kd.recipe import Finetune, Lesson, Recipe, nearest
 from deit_kd.recipe.checks import impossible
 from deit_kd.seed import derive_seed
+from deit_kd.text import for_terminal
 
 BAD_IMAGE = (
     "remove it, or set data.on_bad_image=skip; a run that goes on also needs --accept-changes data.on_bad_image,training_images"
@@ -258,7 +260,21 @@ def open_data(recipe: Recipe, data: Path | None) -> tuple[Source, Source]:
             f"{train.origin}: has {len(train)} training images, the recipe says data.train_images={recipe.data.train_images}; "
             "pass --data DIR of the whole set, or set data.train_images=auto"
         )
+    _say_empty_classes(train, val)
     return train, val
+
+
+def _say_empty_classes(train: Source, val: Source) -> None:
+    """A line for each split that lacks pictures of a class which it should have."""
+    taught, measured = (set(np.unique(source.labels).tolist()) for source in (train, val))
+    untaught = [name for label, name in enumerate(train.class_names) if label not in taught]
+    unmeasured = [name for label, name in enumerate(train.class_names) if label in taught - measured]
+    for source, what, names in ((train, "training", untaught), (val, "validation", unmeasured)):
+        if names:
+            some = ", ".join([*names[:3], "..."] if len(names) > 3 else names)
+            warn(
+                f"{source.origin}: no {what} image of {len(names):,} of the {len(train.class_names):,} classes ({for_terminal(some)})"
+            )
 
 
 def example_images(recipe: Recipe, source: Source, count: int = 4) -> Tensor:

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import deit_kd
 from deit_kd import recipe as recipes
 from deit_kd import streams
 from deit_kd.command_line import Parser, bounded
@@ -28,7 +29,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = Parser(
         prog="deit-kd",
         description="What surrounds training: grids of runs, data, a look at the machine, and what is done with students.",
+        epilog="Training itself is train.py; python train.py --help lists the recipes.",
     )
+    parser.add_argument("--version", action="version", version=f"deit_kd {deit_kd.__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     verb = verbs.add_parser("class-means", help="the teacher's class means over the training images, for norm_direction")
@@ -209,6 +212,11 @@ def main(arguments: list[str] | None = None) -> None:
     _bench_options(verb)
     verb.set_defaults(run=bench)
 
+    words = sys.argv[1:] if arguments is None else arguments
+    if not words or (words[0] not in verbs.choices and not words[0].startswith("-")):
+        which = f"{words[0]!r} is no verb{recipes.nearest(words[0], verbs.choices)}" if words else "a verb is missing"
+        print(f"error: deit-kd: {for_terminal(which)}; verbs: {', '.join(verbs.choices)}; see deit-kd --help", file=sys.stderr)
+        sys.exit(2)
     options, more = parser.parse_known_args(arguments)  # overrides that stand behind an option are left over
     takes_more = hasattr(options, "overrides")
     if wrong := [word for word in more if word.startswith("-") or "=" not in word or not takes_more]:

@@ -77,7 +77,7 @@ def run_grid(recipe: str, overrides: Sequence[str], output: Path, data: Path | N
     failures = _run(recipe, cells, todo, output, data, jobs)
     with _held(output / ".tables.lock", Event()):
         clear(output)
-        table = _write(recipe, overrides, cells, output)
+        table = _write(recipe, overrides, cells, output, data)
     if failures:
         raise UserError(f"{len(failures)} of {len(todo)} runs failed, the first: {failures[0]}")
     return table
@@ -248,7 +248,7 @@ def _train(recipe: str, cell: Cell, folder: Path, data: Path | None, threads: di
     return for_terminal(f"{folder.name}: {said} (all of it in {log})")
 
 
-def _write(recipe: str, overrides: Sequence[str], cells: Sequence[Cell], output: Path) -> Path:
+def _write(recipe: str, overrides: Sequence[str], cells: Sequence[Cell], output: Path, data: Path | None) -> Path:
     """Mean, standard error and number of runs of each combination over seeds, of complete runs; and the first projector's rank."""
     axes = [key for key in cells[0] if key != "seed" and len({cell[key] for cell in cells}) > 1]
     scores: dict[tuple[str, ...], list[float]] = {}
@@ -275,7 +275,8 @@ def _write(recipe: str, overrides: Sequence[str], cells: Sequence[Cell], output:
         [for_markdown(redact(str(cell))) if number < len(axes) else str(cell) for number, cell in enumerate(row)] for row in rows
     ]
     lines = [" | ".join(map(str, row)) for row in [header, ["---"] * len(header), *shown]]
-    command = for_code(shlex.join(["deit-kd", "grid", *redact_words([recipe, *overrides])]), 2000)
+    folders = [*(["--data", "DATA"] if data else []), "--output", output.name or "OUTPUT"]
+    command = for_code(shlex.join(["deit-kd", "grid", *redact_words([recipe, *overrides, *folders])]), 2000)
     table, text = output / "grid.md", "\n".join(f"| {line} |" for line in lines)
     weights = f"weights that run.keep_best kept, {' or '.join(sorted(chosen))}" if chosen else "last weights"
     about = f"Top-1 in percent of the {weights}, mean and standard error over seeds. {_facts(output, cells)}"

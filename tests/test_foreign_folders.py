@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from timm.data import create_dataset
 from torchvision.datasets import ImageFolder
 
@@ -366,3 +367,16 @@ def test_imagenet_v2_keeps_the_order_of_its_numbers(tmp_path: Path) -> None:
     source = open_benchmark("imagenet-v2", make(tmp_path, "0/0.png", "10/0.png", "2/0.png"))[""].source
     assert np.unique(source.labels).tolist() == [0, 2, 10]
     assert {Path(source.where(n)).parent.name: int(source.labels[n]) for n in range(3)} == {"0": 0, "2": 2, "10": 10}
+
+
+def test_classes_without_pictures_and_folders_beside_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for place in ("train/a", "train/b", "val/a", "validation/a", "test/a"):
+        (tmp_path / place).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / place / "x.png")
+    (tmp_path / "class_order.json").write_text('["a", "b", "c"]')
+    recipe = recipes.load("quickstart_alone", ["data.source=image_folder", "data.num_classes=auto", "data.train_images=auto"])
+    train, val = build.open_data(recipe, tmp_path)
+    said = capsys.readouterr().err
+    assert f"{tmp_path}/train: no training image of 1 of the 3 classes (c)" in said
+    assert f"{tmp_path}/val: no validation image of 1 of the 3 classes (b)" in said
+    assert (train.left_out, val.left_out) == ("", "the folder validation, the folder test")

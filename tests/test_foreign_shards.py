@@ -445,7 +445,9 @@ def test_labels_of_tables_are_held_against_their_classes(table: Callable[..., Pa
 
 
 def of_one(members: Callable[[str], list[Member]], classes: list[str], root: Path) -> list[int]:
-    return open_source("shards", folder(root, lambda key, y: [(f"{key}.png", png(0)), *members(key)], classes), "train").labels.tolist()
+    return open_source(
+        "shards", folder(root, lambda key, y: [(f"{key}.png", png(0)), *members(key)], classes), "train"
+    ).labels.tolist()
 
 
 @pytest.mark.parametrize(
@@ -474,7 +476,10 @@ def test_digits_that_may_be_a_number_or_a_name(tmp_path: Path) -> None:
         ([("cls", b"0"), ("cls", b"1")], "two labels of one kind, 00000.cls and 00000.cls"),
         ([("cls", b"0"), ("CLS", b"0")], "two labels of one kind, 00000.cls and 00000.CLS"),
         ([("json", b"0"), ("json", b"0")], "two labels of one kind, 00000.json and 00000.json"),
-        ([("cls", b"0"), ("json", b'{"label": 1}')], r"00000: .cls says class 0, label of .json says class 1; .*data.label_column=cls"),
+        (
+            [("cls", b"0"), ("json", b'{"label": 1}')],
+            r"00000: .cls says class 0, label of .json says class 1; .*data.label_column=cls",
+        ),
         ([("cls", b"0"), ("txt", b"dog")], r".cls says class 0, .txt says class 1"),
         ([("json", b'{"label": "cat"}'), ("txt", b"dog")], r"label of .json says class 0, .txt says class 1; .*label_column=label"),
         ([("cls", b"cat"), ("json", b"1")], r".cls says class 0, .json says class 1"),
@@ -486,10 +491,16 @@ def test_labels_that_contradict_each_other(labels: list[Member], message: str, t
 
 
 def test_what_does_not_contradict_a_label(tmp_path: Path) -> None:
-    for number, beside in enumerate((b'{"label": 0}', b'{"label": "bird"}', b"{", b'{"label": 1, "fine_label": 0}', b'{"other": 1}')):
+    for number, beside in enumerate(
+        (b'{"label": 0}', b'{"label": "bird"}', b"{", b'{"label": 1, "fine_label": 0}', b'{"other": 1}')
+    ):
         own = partial(lambda beside, key: [(f"{key}.cls", b"0"), (f"{key}.json", beside), (f"{key}.txt", b"a dog")], beside)
         assert of_one(own, ["cat", "dog"], tmp_path / f"{number}") == [0] * 4
-    root = folder(tmp_path / "chosen", lambda key, y: [(f"{key}.png", png(0)), (f"{key}.cls", b"0"), (f"{key}.json", b'{"label": 1}')])
+    root = folder(
+        tmp_path / "chosen", lambda key, y: [(f"{key}.png", png(0)), (f"{key}.cls", b"0"), (f"{key}.json", b'{"label": 1}')]
+    )
     assert open_source("shards", root, "train", label_column="label").labels.tolist() == [1] * 4
-    root = folder(tmp_path / "file", lambda key, y: [(f"{key}.png", png(0)), (f"{key}.cls", b"0"), (f"{key}.json", b'{"label": 1}')])
+    root = folder(
+        tmp_path / "file", lambda key, y: [(f"{key}.png", png(0)), (f"{key}.cls", b"0"), (f"{key}.json", b'{"label": 1}')]
+    )
     assert open_source("shards", root, "train", label_column="cls").labels.tolist() == [0] * 4

@@ -37,6 +37,7 @@ def test_a_grid_runs_once_and_is_extended(fashion_folder: Path, tmp_path: Path, 
     assert all(0 <= float(row["top1"]) <= 100 and float(row["standard_error"]) >= 0 for row in rows)
     table = (output / "grid.md").read_text()
     assert "deit-kd grid quickstart distill.power=2,4 seed=0,1" in table
+    assert table.splitlines()[0].rstrip("`").endswith("--data DATA --output grid")
     assert "240 training images" in table
     assert (output / "grid.png").stat().st_size > 5000
     written = (output / "power=2,seed=0" / "metrics.jsonl").stat().st_mtime_ns

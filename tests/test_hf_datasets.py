@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import datasets
 import numpy as np
 import pytest
 from conftest import ROOT, SMALL
+from PIL import Image
 from test_data import stream
 from timm.data import ImageNetInfo
 
@@ -140,3 +142,42 @@ def test_faults_are_named(fashion_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     whole.to_parquet(tmp_path / "folder/train.parquet")
     refuse("has the splits train; needed", tmp_path / "folder")
+
+
+def small(labels: list[int], **more: datasets.Value | datasets.ClassLabel) -> datasets.Dataset:
+    stream = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(stream, "png")
+    columns = {"image": [{"bytes": stream.getvalue(), "path": None}] * len(labels), **dict.fromkeys(more, labels)}
+    return datasets.Dataset.from_dict(columns, features=datasets.Features({"image": datasets.Image(), **more}))
+
+
+def test_numbers_beside_declared_classes_are_asked_for(tmp_path: Path) -> None:
+    kinds = {"label": datasets.Value("int64"), "superclass": datasets.ClassLabel(names=["a", "b"])}
+    for split in ("train", "val"):
+        small([0, 1, 0, 1], **kinds).to_parquet(tmp_path / f"{split}.parquet")
+    with pytest.raises(UserError, match="has the labels label and superclass; choose with data.label_column=label"):
+        open_source("hf_datasets", tmp_path, "train")
+    assert open_source("hf_datasets", tmp_path, "train", label_column="superclass").class_names == ("a", "b")
+    assert open_source("hf_datasets", tmp_path, "train", label_column="label").class_names == ("0", "1")
+
+
+def test_a_split_is_made_of_its_own_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kind = datasets.ClassLabel(names=["a", "b"])
+    for name, labels in (
+        ("train-00000-of-00002", [0]), ("train-00001-of-00002-0123abcd", [1]), ("train_clean", [1, 1]), ("train-part", [1, 1]),
+        ("validation_0", [0, 1]), ("validation_old", [0] * 5), ("val2", [1] * 5), ("test", [0] * 7),
+    ):  # fmt: skip
+        small(labels, label=kind).to_parquet(tmp_path / f"{name}.parquet")
+    train, val = (open_source("hf_datasets", tmp_path, split) for split in ("train", "val"))  # type: ignore[arg-type]
+    assert (train.labels.tolist(), val.labels.tolist()) == ([0, 1], [0, 1])
+    for name in ("train_clean", "train-part", "validation_old", "val2"):
+        assert f"1 {name}.parquet" in train.left_out
+    assert "7 images of test" in val.left_out
+    assert "left out are 1 train-part.parquet, 1 train_clean.parquet" in capsys.readouterr().err
+
+
+def test_test_images_in_place_of_validation_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for split in ("train", "test"):
+        small([0, 1], label=datasets.ClassLabel(names=["a", "b"])).to_parquet(tmp_path / f"{split}.parquet")
+    assert len(open_source("hf_datasets", tmp_path, "val")) == 2
+    assert "has no split validation or val or valid; its test images are taken for validation" in capsys.readouterr().err

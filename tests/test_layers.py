@@ -111,7 +111,7 @@ MAY_IMPORT = {
     },
     "__main__": {"cli"},
     "release": {"__init__", "best", "release", "checkpoint", "models", "recipe", "run_files", "tracking"},
-    "analysis": {"tracking"},
+    "analysis": {"recipe", "tracking"},
     "resume": {"data", "models", "recipe", "run_files", "stream"},
     "run_place": {"__init__", "checkpoint", "recipe", "run_files"},
     "run_start": {"__init__", "checkpoint", "classification", "data", "recipe", "resume", "run_files", "run_place", "tracking"},

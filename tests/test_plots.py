@@ -11,6 +11,7 @@ import matplotlib.pyplot as plt
 import pytest
 
 from deit_kd import analysis
+from deit_kd import recipe as recipes
 from deit_kd.models.teacher import RELEASED
 
 
@@ -96,3 +97,21 @@ def test_labels(name: str, shown: str) -> None:
 def test_signs_without_a_glyph_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(analysis, "_faces", lambda: [])
     assert analysis._label("\u732b-cat") == r"\u732b-cat"
+
+
+@pytest.mark.parametrize(
+    ("loss", "unit"),
+    [
+        (["distill.kd_loss=kl_distillation", "distill.temperature=1"], "nats"),
+        (["distill.kd_loss=kl_distillation", "distill.temperature=4"], ""),
+        (["distill.kd_loss=hard_distillation"], "nats"),
+        (["distill.kd_loss=soft_distillation", "distill.temperature=1"], ""),
+    ],
+)
+def test_a_kl_is_in_nats(loss: list[str], unit: str, tmp_path: Path, figures: dict[str, Any]) -> None:
+    """The temperature squared, or one over the classes, multiplies what is not."""
+    (tmp_path / "recipe.yaml").write_text(recipes.dump(recipes.load("quickstart", loss)))
+    analysis.plot_run(run_of(tmp_path, train(5, loss=3.0, ce=2.0, kd=1.0, feature=-9.0)))
+    units = {axes.get_title(): axes.get_ylabel() for axes in figures["loss"].axes if axes.get_lines()}
+    assert units == {"loss": "", "ce": "nats", "kd": unit, "feature": ""}
+    plt.close("all")

@@ -145,3 +145,41 @@ def test_every_key_is_read_somewhere() -> None:
     keys = {f.name for cls in (Recipe, *recipes.Section.__subclasses__()) for f in dataclasses.fields(cls)}
     assert len(keys) > 60
     assert keys - read <= {"eps"}, keys - read  # build_optimizer passes it by name
+
+
+@pytest.mark.parametrize(
+    ("policy", "unread"),
+    [
+        ("rand-m9-foo", "foo"),
+        ("rand-m9-mstd-inc1", "mstd"),
+        ("rand-m9-", "''"),
+        ("original-x", "x"),
+        ("augmix-m5-wide", "wide"),
+        ("3a-t", "t"),
+    ],
+)
+def test_sections_of_an_augmentation_that_timm_passes_over_are_refused(policy: str, unread: str) -> None:
+    with pytest.raises(RecipeError, match=f"timm does not read {unread} of {policy}; remove it"):
+        recipes.load("quickstart", [f"augmentation.auto_augment={policy}"])
+
+
+@pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", "rand-m9-tweights", "original-mstd0.5", "augmix-m5-w4-d2", "3a"])
+def test_sections_of_an_augmentation_that_timm_reads(policy: str) -> None:
+    assert recipes.load("quickstart", [f"augmentation.auto_augment={policy}"]).augmentation.auto_augment == policy
+
+
+@pytest.mark.parametrize(
+    ("overrides", "faults"),
+    [
+        (["epochs=-1"], ["epochs: must be at least 1, got -1"]),
+        (["epochs=0", "distill.active_epochs={kd: [0, 3]}"], ["epochs: must be at least 1, got 0"]),
+        (["data.img_size=-1"], ["data.img_size: must be at least 1, got -1"]),
+        (["optim.warmup_epochs=-1", "epochs=-2"], ["epochs: must be", "optim.warmup_epochs: must be"]),
+    ],
+)
+def test_what_follows_from_a_fault_is_no_fault_of_its_own(overrides: list[str], faults: list[str]) -> None:
+    with pytest.raises(RecipeError) as raised:
+        recipes.load("quickstart", overrides)
+    lines = [line.strip() for line in str(raised.value).splitlines()[1:]]
+    assert len(lines) == len(faults)
+    assert all(any(line.startswith(fault) for line in lines) for fault in faults)

@@ -6,15 +6,18 @@ The library keeps what it read as Arrow files in its cache, from where rows are 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from deit_kd.data import folders
 from deit_kd.data.decode import read_picture
 from deit_kd.data.folder_source import FileSource
 from deit_kd.data.sources import Source, Split
 from deit_kd.errors import UserError
+from deit_kd.files import warn
 from deit_kd.text import for_terminal
 
 VALIDATION = ("validation", "val", "valid", "test")  # the first that is there
@@ -51,6 +54,8 @@ class RowSource(FileSource):
 def open_rows(data: Path | None, split: Split, label_column: str | None = None) -> Source:
     """The source `hf_datasets`: of --data DIR, ORG/NAME of the hub, or an address with {split} in it.
 
+    Of a folder the files SPLIT.parquet, SPLIT-0000.parquet and SPLIT-00000-of-00002.parquet are read, others are counted.
+
     Args:
         data: where it is.
         split: train or val.
@@ -69,7 +74,7 @@ def open_rows(data: Path | None, split: Split, label_column: str | None = None) 
         )
     origin = re.sub(r"^(\w+):/(?!/)", r"\1://", str(data))  # a Path has lost a slash of a URL
     try:
-        tables = _load(datasets, origin)
+        tables, left_out = _load(datasets, origin)
     except Exception as error:  # the library, its file systems and readers raise each their own
         cause = error.__cause__ or error
         raise UserError(
@@ -77,7 +82,18 @@ def open_rows(data: Path | None, split: Split, label_column: str | None = None) 
         ) from None
     validation = [name for name in VALIDATION if name in tables]
     if "train" not in tables or not validation:
-        raise UserError(f"--data {origin}: has the splits {', '.join(tables)}; needed are train and one of {', '.join(VALIDATION)}")
+        others = f" (left out: {folders.told(left_out)})" if left_out else ""
+        raise UserError(
+            f"--data {origin}: has the splits {', '.join(tables) or 'none'}{others}; needed are train and one of {', '.join(VALIDATION)}"
+        )
+    if validation[0] == "test":
+        warn(
+            f"{origin}: has no split {' or '.join(VALIDATION[:-1])}; its test images are taken for validation, so what is chosen by them "
+            "(keep_best, settings) is chosen on test images"
+        )
+    if left_out:
+        warn(f"{origin}: left out are {folders.told(left_out)}")
+    left_out += Counter({f"images of {name}": len(rows) for name, rows in tables.items() if name not in ("train", validation[0])})
     chosen = {"train": tables["train"], "val": tables[validation[0]]}
     columns = {name: _columns(datasets, table.features, label_column, origin) for name, table in chosen.items()}
     if columns["train"] != columns["val"]:
@@ -90,26 +106,35 @@ def open_rows(data: Path | None, split: Split, label_column: str | None = None) 
     if len(names) > MOST_CLASSES:
         raise UserError(f"--data {origin}: labels go up to {len(names) - 1:,}; count them from 0 without gaps")
     rows = chosen[split].cast_column(image, datasets.Image(decode=False))
-    return RowSource(rows, _synsets(names), image, labels[split], origin)
+    source = RowSource(rows, _synsets(names), image, labels[split], origin)
+    source.left_out = folders.told(left_out)
+    return source
 
 
-def _load(datasets: Any, origin: str) -> Any:
-    """Tables by split. Files are read split by split, each with its own schema; else the first one's classes would be taken for all."""
-    folder = Path(origin)
+def _load(datasets: Any, origin: str) -> tuple[Any, Counter[str]]:
+    """(tables by split, which other tables lie there). Files are read split by split, each with its own schema; else the first one's classes would be taken for all."""
+    folder, left_out = Path(origin), Counter[str]()
     if "{split}" in origin:
         files = {name: [origin.replace("{split}", name)] for name in ("train", "val")}
-    elif list(folder.glob("*.parquet")):
-        files = {name: sorted(map(str, folder.glob(f"{name}*.parquet"))) for name in ("train", *VALIDATION)}
+    elif found := sorted(folder.glob("*.parquet")):
+        own = {name: re.compile(rf"{name}([-_.]\d+(-of-\d+(-[0-9a-f]+)?)?)?\.parquet") for name in ("train", *VALIDATION)}
+        files = {name: [str(file) for file in found if form.fullmatch(file.name)] for name, form in own.items()}
+        read = {Path(file).name for each in files.values() for file in each}
+        left_out += Counter(file.name for file in found if file.name not in read)
     else:
-        return datasets.load_dataset(origin)
+        return datasets.load_dataset(origin), left_out
     builder = "webdataset" if ".tar" in folder.suffixes else "parquet"
-    return {name: datasets.load_dataset(builder, data_files={name: paths}, split=name) for name, paths in files.items() if paths}
+    tables = {name: datasets.load_dataset(builder, data_files={name: paths}, split=name) for name, paths in files.items() if paths}
+    return tables, left_out
 
 
 def _columns(datasets: Any, features: Any, chosen: str | None, origin: str) -> tuple[str, str, tuple[str, ...] | None]:
     """(column of images, column of labels, names of classes if they are declared)"""
     images = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
     classes = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
+    if classes:  # a column `label` of numbers beside them may be the labels as well
+        numbers = [name for name in LABELS if "int" in str(getattr(features.get(name), "dtype", ""))]
+        classes = [name for name in features if name in classes or name in numbers]
     classes = classes or [name for name in LABELS if name in features]
     there = for_terminal(", ".join(f"{name} ({getattr(kind, 'dtype', type(kind).__name__)})" for name, kind in features.items()))[
         :500

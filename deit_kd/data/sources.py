@@ -135,7 +135,10 @@ def _image_folder(data: Path | None, split: Split) -> Source:
     for name in ("val", "validation"):
         if (data / name).is_dir():
             names = stated or label_space([folders.readable_name(folder) for folder in folders.class_folders(train)[0]])
-            return FolderSource(data / name, names)
+            source = FolderSource(data / name, names)
+            beside = [f"the folder {other}" for other in ("validation", "test") if other != name and (data / other).is_dir()]
+            source.left_out = ", ".join([source.left_out, *beside] if source.left_out else beside)
+            return source
     raise UserError(f"{data}: has no val or validation folder; expected {data}/val/CLASS/IMAGE")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -9,7 +10,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
-from deit_kd.recipe.partial import Undecidable
+from deit_kd.recipe.partial import FAULTY, Undecidable
 from deit_kd.recipe.schema import Lesson, Recipe, flatten
 
 AT_LEAST = {
@@ -99,14 +100,26 @@ def impossible(recipe: Recipe) -> list[str]:
     """Every value out of range and every combination that cannot be run, as `key: what is wrong`.
 
     Args:
-        recipe: keys may be `Faulty`; what depends on them is left out.
+        recipe: keys may be `Faulty`; what depends on them, or on a value out of range, is left out.
     """
-    faults: list[str] = []
+    faults = list(_out_of_range(recipe))
+    for fault in list(faults):
+        recipe = _without(recipe, fault.partition(": ")[0].split("."))
     for check in _checks(recipe):
         with suppress(Undecidable):
             for fault in check:
                 faults.append(fault)  # noqa: PERF402 - what was found before a Faulty key is kept
     return faults
+
+
+def _without(section: Any, path: list[str]) -> Any:
+    """A section whose key is `Faulty`."""
+    if not path or isinstance(section, dict):
+        return FAULTY
+    if isinstance(section, tuple):
+        number = int(path[0])
+        return (*section[:number], _without(section[number], path[1:]), *section[number + 1 :])
+    return dataclasses.replace(section, **{path[0]: _without(getattr(section, path[0]), path[1:])})
 
 
 def _checks(recipe: Recipe) -> Iterator[Iterable[str]]:
@@ -270,6 +283,15 @@ def _color_jitter(r: Recipe) -> Iterator[str]:
         yield f"augmentation.color_jitter: has no effect beside auto_augment={aug.auto_augment} in timm; set it to 0"
 
 
+def _policy(r: Recipe) -> Iterator[str]:
+    """Sections without a number, which timm passes over."""
+    first, *sections = (r.augmentation.auto_augment or "").split("-")
+    named = "t" if first == "rand" else None  # -tNAME is a set of operations
+    if unread := [each for each in sections if not re.search(r"\d", each) and not (named and each.startswith(named))]:
+        words = ", ".join(each or "''" for each in unread)
+        yield f"augmentation.auto_augment: timm does not read {words} of {r.augmentation.auto_augment}; remove it, or give it a number"
+
+
 def _elsewhere(r: Recipe) -> Iterator[str]:
     for key in sorted(ELSEWHERE.keys() & set(r.student.model_args)):
         yield f"student.model_args.{key}: state it as {ELSEWHERE[key]}"
@@ -352,6 +374,6 @@ def _cached(r: Recipe) -> Iterator[str]:
 
 
 RECIPE_CHECKS = (
-    _out_of_range, _ema, _crop_scale, _normalisation, _betas, _warmup, _color_jitter, _elsewhere, _patches, _follows, _automatic_student, _patience,
+    _ema, _crop_scale, _normalisation, _betas, _warmup, _color_jitter, _policy, _elsewhere, _patches, _follows, _automatic_student, _patience,
     _together, _untaught, _one_crop, _momentum, _milestones, _cached,
 )  # fmt: skip
