@@ -226,12 +226,12 @@ def test_a_file_states_another_order(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("names", "other"),
     [
-        (tuple(map(str, range(11))), "its logit 2 is taken for 2; a teacher that was trained with other code may mean 10"),
+        (tuple(map(str, range(11))), "its logit 2 is taken for 2; a network that was trained with other code may mean 10"),
         (
             tuple(sorted(f"c{n}" for n in range(11))),
-            "its logit 2 is taken for c10; a teacher that was trained with other code may mean c2",
+            "its logit 2 is taken for c10; a network that was trained with other code may mean c2",
         ),
-        (("B", *"acdefghijk"), "its logit 0 is taken for B; a teacher that was trained with other code may mean a"),
+        (("B", *"acdefghijk"), "its logit 0 is taken for B; a network that was trained with other code may mean a"),
         (tuple("abcdefghijk"), None),
         (tuple("kjihgfedcba"), None),
     ],
