@@ -153,7 +153,6 @@ def test_no_secret_and_no_path_in_what_is_published(tmp_path: Path) -> None:
         ("recipe.yaml", b"a: hf_abcDEF123456789", "a password, a token"),
         ("notes.txt", rb"C:\Users\anna\x.png", r"C:\\Users\\anna"),
         ("config.json", b'{"a": [{"file": "\\u002fhome\\u002fanna"}]}', "/home/anna"),
-        ("config.json", b'{"label_names": ["https://a:b@h.test/"]}', "a password"),
         ("metrics.jsonl", b'{"step": 1}\n{"samples": ["me.png"]}\n', "names of pictures"),
         ("metrics.jsonl", b"{", "cannot be looked into"),
         ("model.onnx", b"\0\1" + str(Path.home()).encode() + b"/x.py", "the path"),

@@ -190,7 +190,7 @@ def test_a_grid_over_nasty_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     cells = [{"teacher.weights": value} for value in ("=1+1", "/home/anna/w|x.pth", "$\\frac{1}$")]
     monkeypatch.setattr(grid, "_name", lambda cell, cells: str(cells.index(cell)))
     overrides = ["teacher.weights==1+1,/home/anna/w|x.pth", "a=https://u:PASSWORD@h.test/"]
-    grid._write("quickstart", overrides, cells, tmp_path / "grid")
+    grid._write("quickstart", overrides, cells, tmp_path / "grid", None)
     csv, table = ((tmp_path / "grid" / f"grid.{kind}").read_text() for kind in ("csv", "md"))
     assert "'=1+1,50.00" in csv
     for content in (csv, table):

@@ -202,7 +202,7 @@ def test_other_data_are_refused_by_name(half: Path, data: Path, train_cli: Cli, 
         (folder / "dog").rename(folder / "cat")
         (folder / "x").rename(folder / "dog")
     assert "training_images: other content" in refuse(train_cli, *command(tmp_path / "swapped", half))
-    (half / ".lock").unlink()
+    assert not (half / ".lock").exists(), "a refusal leaves no lock"
     assert contents(half) == before, "a refusal changes nothing"
 
 
