@@ -243,7 +243,7 @@ def compare_data(
     found = resuming.changes(was, now)
     faults = [fault for source in sources for fault in resuming.unreadable(source)] if found else []
     resuming.refuse(
-        f"--output {output}: the run goes on with the same data, teachers and weights alone",
+        f"--output {output}: a run continues only with the data, teachers and weights that it had",
         found,
         start.accepted,
         recorded,

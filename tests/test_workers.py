@@ -139,7 +139,7 @@ def test_what_a_transform_cannot_take_is_a_fault_of_the_image(
 def test_a_batch_that_does_not_come_is_told(
     number: int, expected: list[str], fashion_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An image hangs until it is told that the program waits for it."""
+    """An image hangs until a line says that the program waits for it."""
     read, write = os.pipe()
     told: list[str] = []
 
