@@ -18,18 +18,19 @@ from typing import TYPE_CHECKING, NoReturn
 from deit_kd.errors import UserError, outside_of_the_environment
 
 try:
-    from deit_kd import __version__, streams
+    from deit_kd import __version__
     from deit_kd import recipe as recipes
-    from deit_kd.command_line import Parser, bounded
-    from deit_kd.stop import REQUEUE, heard
+    from deit_kd.cli import streams
+    from deit_kd.cli.command_line import Parser, bounded
     from deit_kd.text import error_for_terminal
+    from deit_kd.training.signals import REQUEUE, heard
 except ModuleNotFoundError as error:
     outside_of_the_environment(error)
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from deit_kd.run_start import Start
+    from deit_kd.training.run_start import Start
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -69,7 +70,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         recipe = recipes.load(options.recipe, options.overrides)
         if recipe.finetune is not None or recipe.follows_teacher():
-            from deit_kd.build import resolve
+            from deit_kd.models.build import resolve
 
             recipe = resolve(recipe)
         dry_run(recipe, options, output) if options.dry_run else train(recipe, options, output)
@@ -102,7 +103,8 @@ def fail(message: str) -> NoReturn:
 
 
 def dry_run(recipe: recipes.Recipe, options: argparse.Namespace, output: Path) -> None:
-    from deit_kd import processes, ready
+    from deit_kd.distributed import accelerator as processes
+    from deit_kd.tasks import ready
 
     accelerator = processes.make_accelerator(recipe, options.device, output)
     ready.rehearse(
@@ -121,7 +123,9 @@ def dry_run(recipe: recipes.Recipe, options: argparse.Namespace, output: Path) -
 
 
 def train(recipe: recipes.Recipe, options: argparse.Namespace, output: Path) -> None:
-    from deit_kd import processes, run_start, sharding
+    from deit_kd.distributed import accelerator as processes
+    from deit_kd.distributed import fsdp as sharding
+    from deit_kd.training import run_start
 
     sharded = sharding.take_over()
     accelerator = processes.make_accelerator(recipe, options.device, output)
@@ -134,8 +138,14 @@ def train(recipe: recipes.Recipe, options: argparse.Namespace, output: Path) -> 
 def train_in(
     output: Path, recipe: recipes.Recipe, options: argparse.Namespace, accelerator: Accelerator, sharded: bool, start: Start
 ) -> bool:
-    from deit_kd import build, classification, engine, optim, outcome, ready, run_folder, speed, spread, tracking
-    from deit_kd.best import Best
+    from deit_kd.models import build
+    from deit_kd.tasks import classification, outcome, ready
+    from deit_kd.training import acceleration as speed
+    from deit_kd.training import loop as engine
+    from deit_kd.training import metrics as tracking
+    from deit_kd.training import optim, run_folder
+    from deit_kd.training import setup as spread
+    from deit_kd.training.best import Best
 
     say, resume = accelerator.print, start.checkpoint
 

@@ -35,9 +35,9 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.paired import facts, paired_rounds, ratio
 from deit_kd import recipe as recipes
 from deit_kd.data.decode import as_pixels, decode, decode_image
-from deit_kd.data.device import OnDevice, choose_augmentation
-from deit_kd.data.draws import Drawn, make_plan
 from deit_kd.data.loader import _collate, _Item, _seeded
+from deit_kd.data.on_device.augment import OnDevice, choose_augmentation
+from deit_kd.data.on_device.draws import Drawn, make_plan
 from deit_kd.data.transforms import _keep_one_bit, augment_operations, train_transform
 
 CPU = torch.device("cpu")

@@ -33,8 +33,8 @@ from benchmarks.data import SIZES, compared, photos, sent
 from benchmarks.paired import facts, paired_rounds
 from deit_kd import recipe as recipes
 from deit_kd.data.decode import Jpeg, as_jpeg, decode
-from deit_kd.data.device import OnDevice, choose_augmentation
 from deit_kd.data.loader import _collate, _Item, _seeded
+from deit_kd.data.on_device.augment import OnDevice, choose_augmentation
 
 SETTINGS = ["run.augment_on=device"]
 

@@ -23,7 +23,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from deit_kd.tracking import read_metrics
+from deit_kd.training.metrics import read_metrics
 
 DATA = {  # how a recipe of Fashion-MNIST becomes one of the other data, with as many steps
     "fashion": ["data.source=fashion_mnist", "data.num_classes=10", "augmentation.horizontal_flip=0.5"],

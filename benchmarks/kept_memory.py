@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from benchmarks.paired import facts
 from benchmarks.step import ours, theirs, work_of
-from deit_kd.speed import keep_memory
+from deit_kd.training.acceleration import keep_memory
 
 ROOT = Path(__file__).resolve().parent.parent
 NETWORKS = "deit_tiny_distilled_patch16_224", "regnety_160"

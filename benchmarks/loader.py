@@ -35,7 +35,7 @@ from benchmarks.data import SIZES, photos
 from benchmarks.paired import facts
 from deit_kd import recipe as recipes
 from deit_kd.data import Placement, TrainLoader, open_source
-from deit_kd.data.device import choose_augmentation
+from deit_kd.data.on_device.augment import choose_augmentation
 from deit_kd.data.transforms import _keep_one_bit, augment_operations
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

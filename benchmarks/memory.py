@@ -25,10 +25,14 @@ sys.path.insert(0, str(ROOT))
 import torch
 from tqdm import tqdm
 
-from deit_kd import build, losses, optim, plan, roofline
+from deit_kd import losses
 from deit_kd import recipe as recipes
-from deit_kd.run_folder import commit, hardware
-from deit_kd.work import count_work
+from deit_kd.models import build
+from deit_kd.models import summary as plan
+from deit_kd.profiling import roofline
+from deit_kd.profiling.operations import count_work
+from deit_kd.training import optim
+from deit_kd.training.run_folder import commit, hardware
 
 ORDERS = ("teacher first", "student first")
 

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from deit_kd import build, losses
+from deit_kd import losses
 from deit_kd import recipe as recipes
-from deit_kd.models import build_student
-from deit_kd.models.projectors import Orthonormal
-from deit_kd.run_folder import commit, hardware
+from deit_kd.models import build, build_student
+from deit_kd.models.projectors.vectors import Orthonormal
+from deit_kd.training.run_folder import commit, hardware
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

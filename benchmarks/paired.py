@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from deit_kd.run_folder import commit, hardware
+from deit_kd.training.run_folder import commit, hardware
 
 
 def paired_rounds(

@@ -24,13 +24,14 @@ import torch
 from accelerate.state import AcceleratorState
 from tqdm import tqdm
 
-from deit_kd import devices, plan, roofline
 from deit_kd import recipe as recipes
-from deit_kd.bench import Rig
+from deit_kd.models import summary as plan
+from deit_kd.profiling import devices, roofline
+from deit_kd.profiling.bench import Rig
+from deit_kd.profiling.operations import count_work
 from deit_kd.recipe import Recipe
-from deit_kd.run_folder import commit, hardware
-from deit_kd.tracking import read_metrics
-from deit_kd.work import count_work
+from deit_kd.training.metrics import read_metrics
+from deit_kd.training.run_folder import commit, hardware
 
 RESULTS = ROOT / "results"
 # What is measured now: recipe, overrides. Fashion-MNIST is embedded; at 224 px it stands for images of that size.

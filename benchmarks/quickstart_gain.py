@@ -20,7 +20,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from deit_kd.tracking import read_metrics
+from deit_kd.training.metrics import read_metrics
 
 ARMS = {
     "alone": ["quickstart_alone"],

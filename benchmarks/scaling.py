@@ -25,12 +25,13 @@ from accelerate.state import AcceleratorState
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from deit_kd import losses, plan
+from deit_kd import losses
 from deit_kd import recipe as recipes
-from deit_kd.collective import GlobalBatch
+from deit_kd.distributed.global_batch import GlobalBatch
 from deit_kd.models import Distiller, build_student
-from deit_kd.models.projectors import build_projector
-from deit_kd.run_folder import commit, hardware
+from deit_kd.models import summary as plan
+from deit_kd.models.projectors.vectors import build_projector
+from deit_kd.training.run_folder import commit, hardware
 
 WIDTH = 3024  # RegNetY-160's
 LOCAL_BATCH = 128  # of the model below; images a GPU

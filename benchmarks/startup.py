@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 import torch
 from tqdm import tqdm
 
-from deit_kd.run_folder import commit, hardware
+from deit_kd.training.run_folder import commit, hardware
 
 HELP = {
     "import torch, timm": ["-c", "import torch, timm"],

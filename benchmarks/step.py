@@ -40,17 +40,20 @@ from timm.utils import dispatch_clip_grad
 from torch import Tensor, nn
 
 from benchmarks.paired import cuda_rounds, facts, paired_rounds, ratio
-from deit_kd import build, engine, optim, speed
 from deit_kd import recipe as recipes
-from deit_kd.classification import Classification
 from deit_kd.data import Batch
-from deit_kd.data.sources import ArraySource
-from deit_kd.devices import Device
-from deit_kd.roofline import seconds_of
-from deit_kd.stop import Stop
-from deit_kd.tracking import Clock
-from deit_kd.vote import Vote
-from deit_kd.work import count_work
+from deit_kd.data.sources.catalog import ArraySource
+from deit_kd.models import build
+from deit_kd.profiling.devices import Device
+from deit_kd.profiling.operations import count_work
+from deit_kd.profiling.roofline import seconds_of
+from deit_kd.tasks.classification import Classification
+from deit_kd.training import acceleration as speed
+from deit_kd.training import loop as engine
+from deit_kd.training import optim
+from deit_kd.training.metrics import Clock
+from deit_kd.training.nonfinite import Vote
+from deit_kd.training.signals import Stop
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMITS = {"float32": (1e-5, 1e-4, 1e-4), "bfloat16": (2e-2, 3e-2, 3e-1)}  # loss, gradient, teacher features; relative
@@ -72,7 +75,7 @@ class Arm:
 
 
 def ours(recipe: recipes.Recipe, accelerator: Accelerator, start: dict[str, Tensor], images: Tensor, targets: Tensor) -> Arm:
-    """The step of `deit_kd.engine`, on one batch again and again."""
+    """The step of `deit_kd.training.loop`, on one batch again and again."""
     source = ArraySource(
         np.zeros((len(images), 8, 8, 3), np.uint8), np.zeros(len(images), int), [str(n) for n in range(CLASSES)], "", ""
     )

@@ -29,14 +29,14 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.paired import facts, paired_rounds, ratio
-from deit_kd import build, speed
 from deit_kd import recipe as recipes
-from deit_kd.classification import Classification
-from deit_kd.data.sources import ArraySource
-from deit_kd.models import CachedTeacher, Teacher
-from deit_kd.optim import build_optimizer
-from deit_kd.teacher_cache import write_cache
-from deit_kd.tracking import Clock
+from deit_kd.data.sources.catalog import ArraySource
+from deit_kd.models import CachedTeacher, Teacher, build
+from deit_kd.tasks.classification import Classification
+from deit_kd.teacher_cache.write import write_cache
+from deit_kd.training import acceleration as speed
+from deit_kd.training.metrics import Clock
+from deit_kd.training.optim import build_optimizer
 
 BATCH, STEPS = 8, 2
 FORMATS = {"bf16 and full logits": ("bf16", "full"), "int8 and top-100": ("int8", "top:100")}

@@ -12,11 +12,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from deit_kd.analysis import contact_sheet
-from deit_kd.best import exported
 from deit_kd.data import open_source
 from deit_kd.models.described import RELEASED
-from deit_kd.tracking import read_metrics
+from deit_kd.plots import contact_sheet
+from deit_kd.training.best import exported
+from deit_kd.training.metrics import read_metrics
 
 SEED_0 = (84.45, 86.45)  # top-1 % of the last weights: sums in another order end elsewhere
 

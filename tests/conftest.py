@@ -52,7 +52,7 @@ def _fresh_accelerator() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def fashion_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """train/ and val/ with a folder a class: 24 and 4 PNGs of each class of Fashion-MNIST."""
-    from deit_kd.data.sources import EMBEDDED, FASHION_CLASSES
+    from deit_kd.data.sources.catalog import EMBEDDED, FASHION_CLASSES
 
     root = tmp_path_factory.mktemp("fashion folder")  # the space is on purpose
     with np.load(EMBEDDED) as arrays:

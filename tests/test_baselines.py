@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deit_kd import losses
-from deit_kd.models.contrast import ContrastiveMemory
-from deit_kd.models.review import ReviewFusion
+from deit_kd.models.projectors.contrastive_memory import ContrastiveMemory
+from deit_kd.models.projectors.review_fusion import ReviewFusion
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:

@@ -12,9 +12,9 @@ from conftest import SMALL, FakeClock, run_script
 
 from deit_kd import cli
 from deit_kd import recipe as recipes
-from deit_kd.bench import Bench, Rig, bench
 from deit_kd.models import Teacher
-from deit_kd.verdict import Machine, advise, describe, wall_of
+from deit_kd.profiling.advice import Machine, advise, describe, wall_of
+from deit_kd.profiling.bench import Bench, Rig, bench
 
 MACHINE = Machine(cores=16, threads=1, gpus=1)
 
@@ -47,7 +47,7 @@ def timed(**changes: Any) -> Bench:
 def test_a_run_that_waits_for_slow_images_is_bound_by_data(
     fashion_folder: Path, monkeypatch: pytest.MonkeyPatch, fake_clock: FakeClock
 ) -> None:
-    from deit_kd.data.folder_source import FolderSource
+    from deit_kd.data.sources.folder_source import FolderSource
 
     read = FolderSource.__getitem__
 

@@ -13,8 +13,8 @@ import torch
 from conftest import SMALL
 from safetensors.torch import load_file
 
-from deit_kd.release.publish import _same_numbers
-from deit_kd.tracking import read_metrics
+from deit_kd.export.publish import _same_numbers
+from deit_kd.training.metrics import read_metrics
 
 Cli = Callable[..., tuple[int, str]]
 # A learning rate that ruins what the first epochs learnt: the best evaluation is not the last.

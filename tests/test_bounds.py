@@ -14,10 +14,10 @@ from PIL import Image
 from deit_kd import recipe as recipes
 from deit_kd.data.transforms import MustFit, evaluation_transform, own_transform, train_transform
 from deit_kd.errors import UserError
+from deit_kd.evaluation.predict import predict
+from deit_kd.export.publish import must_be_clean
 from deit_kd.models import load_student
 from deit_kd.models.config_json import read_config
-from deit_kd.predict import predict
-from deit_kd.release.publish import must_be_clean
 from deit_kd.text import for_markdown
 
 CONFIG = {"interpolation": "bicubic", "mean": (0.5,) * 3, "std": (0.5,) * 3}

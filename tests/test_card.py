@@ -18,13 +18,13 @@ from torch import zeros
 from deit_kd import recipe as recipes
 from deit_kd import text
 from deit_kd.errors import UserError
+from deit_kd.export import write_card
+from deit_kd.export.card import what
+from deit_kd.export.citations import OF_LOSS, PAPERS, bibtex, cited
+from deit_kd.export.publish import must_be_clean
+from deit_kd.export.student import licence
 from deit_kd.recipe.schema import FeatureLoss, KdLoss
-from deit_kd.release import write_card
-from deit_kd.release.card import what
-from deit_kd.release.citations import OF_LOSS, PAPERS, bibtex, cited
-from deit_kd.release.export import licence
-from deit_kd.release.publish import must_be_clean
-from deit_kd.run_files import plain
+from deit_kd.training.run_files import plain
 
 TEACHER = {
     "name": "quickstart_teacher", "weights": "pretrained", "sha256": "0" * 64, "license": "apache-2.0", "parameters": 10, "gmacs": 0.1,

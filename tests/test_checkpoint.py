@@ -12,8 +12,8 @@ import pytest
 import timm.optim
 import torch
 
-from deit_kd import checkpoint
 from deit_kd.errors import UserError
+from deit_kd.training import checkpoint
 
 PARTS = {
     "module": {"a": torch.arange(6.0).view(2, 3), "channels_last": torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)}

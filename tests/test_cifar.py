@@ -13,7 +13,7 @@ import torch
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
-import deit_kd.models.cifar  # noqa: F401  # registers them
+import deit_kd.models.cifar_nets  # noqa: F401  # registers them
 
 # Parameters at 100 classes; the same in millions as the distillation literature prints it; pooled width; logits of `known_answer`.
 # Counts and logits are those of a float64 transcription of CRD's code (RepDistiller, models/ at eedab9d, mobilenetv2.py at

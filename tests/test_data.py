@@ -15,13 +15,13 @@ from timm.data.auto_augment import rand_augment_transform
 from timm.data.mixup import Mixup
 
 from deit_kd import recipe as recipes
-from deit_kd.build import open_data
 from deit_kd.data import EvaluationLoader, Placement, TrainLoader, open_source
-from deit_kd.data.device import choose_augmentation
 from deit_kd.data.mixing import mix, partner, smooth_one_hot
-from deit_kd.data.sources import EMBEDDED
+from deit_kd.data.on_device.augment import choose_augmentation
+from deit_kd.data.sources.catalog import EMBEDDED
 from deit_kd.data.transforms import evaluation_transform, train_transform
 from deit_kd.errors import UserError
+from deit_kd.models.build import open_data
 
 CPU = torch.device("cpu")
 HEAVY = [

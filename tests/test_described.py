@@ -21,13 +21,14 @@ from safetensors.torch import save_file
 from timm.models._hub import save_for_hf
 from torch import Tensor, nn
 
-from deit_kd import build, cli
+from deit_kd import cli
 from deit_kd import recipe as recipes
 from deit_kd.errors import UserError
+from deit_kd.export.convert import convert
+from deit_kd.models import build
 from deit_kd.models.loading import architecture_of, load_student, preprocessing_of
 from deit_kd.models.teacher import doubts, load_teacher
 from deit_kd.models.weights import open_weights, read_weights
-from deit_kd.release.convert import convert
 
 NAMES = list("abcdefg")
 

@@ -18,11 +18,12 @@ from torch import Tensor
 from torchvision.io import decode_jpeg
 
 from deit_kd import recipe as recipes
-from deit_kd.data import Placement, TrainLoader, decode, jpegs, open_source
-from deit_kd.data.device import OnDevice, choose_augmentation
-from deit_kd.data.draws import Crop, make_plan
-from deit_kd.data.jpegs import Decoder, UndecodedError, resized
+from deit_kd.data import Placement, TrainLoader, decode, open_source
 from deit_kd.data.loader import _seeded
+from deit_kd.data.on_device import jpegs
+from deit_kd.data.on_device.augment import OnDevice, choose_augmentation
+from deit_kd.data.on_device.draws import Crop, make_plan
+from deit_kd.data.on_device.jpegs import Decoder, UndecodedError, resized
 from deit_kd.data.transforms import train_transform
 from deit_kd.errors import UserError
 from deit_kd.seed import derive_seed

@@ -19,10 +19,11 @@ import torch
 from accelerate import Accelerator
 from conftest import ROOT, SMALL, run_script
 
-from deit_kd import machine, ready
 from deit_kd import recipe as recipes
-from deit_kd.build import open_data
-from deit_kd.doctor import examine, verdict
+from deit_kd.models.build import open_data
+from deit_kd.profiling import machine
+from deit_kd.profiling.doctor import examine, verdict
+from deit_kd.tasks import ready
 
 
 def doctor(command: str, **environment: str) -> tuple[int, dict[str, str]]:
@@ -79,7 +80,7 @@ def test_what_the_machine_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         line = machine.workers(2, source, blank, 28, 40)
         assert line.severity == "warn"
         assert "set TMPDIR to a short path" in line.text
-        patch.setattr("deit_kd.machine.SECONDS", 1)
+        patch.setattr("deit_kd.profiling.machine.SECONDS", 1)
         line = machine.workers(2, source, hangs, 28, 40)
         assert line.severity == "fail"
         assert not any(process.is_alive() for process in multiprocessing.active_children()), "the one that hangs is ended"
@@ -89,7 +90,7 @@ def test_what_the_machine_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     ).train
     told = {}
     for free in (10**9, loader.shared_bytes(), loader.shared_bytes() - 1):
-        monkeypatch.setattr("deit_kd.machine.shared_memory_free", lambda free=free: free)
+        monkeypatch.setattr("deit_kd.profiling.machine.shared_memory_free", lambda free=free: free)
         told[free] = machine.shared_memory(loader, 1)
     assert [line.severity for line in told.values()] == ["ok", "ok", "warn"]
     assert "they come through pipes, which is slower" in list(told.values())[-1].text

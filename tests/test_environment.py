@@ -12,8 +12,8 @@ from accelerate.state import AcceleratorState
 from conftest import SMALL
 from torch import nn
 
-from deit_kd import processes
 from deit_kd import recipe as recipes
+from deit_kd.distributed import accelerator as processes
 from deit_kd.errors import UserError
 
 Cli = Callable[..., tuple[int, str]]

@@ -22,12 +22,13 @@ from test_text import NASTY
 from torch import nn
 from torch.nn import functional as F
 
-from deit_kd import analysis, report
+from deit_kd import plots as analysis
 from deit_kd.cli import main
 from deit_kd.data import open_source
-from deit_kd.data.imagenet import Examination, open_benchmark
-from deit_kd.data.sources import ArraySource
+from deit_kd.data.sources.catalog import ArraySource
 from deit_kd.errors import UserError
+from deit_kd.evaluation import report
+from deit_kd.evaluation.imagenet_benchmarks import Examination, open_benchmark
 from deit_kd.models import load_student, load_teacher
 from deit_kd.models.teacher import RELEASED
 

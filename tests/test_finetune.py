@@ -20,12 +20,12 @@ from torch import Tensor, nn
 
 import deit_kd
 from deit_kd import recipe as recipes
-from deit_kd.build import build_distiller, resolve
 from deit_kd.data import open_source
-from deit_kd.data.sources import hold_out
+from deit_kd.data.sources.catalog import hold_out
 from deit_kd.errors import UserError
-from deit_kd.optim import build_optimizer
-from deit_kd.tracking import read_metrics
+from deit_kd.models.build import build_distiller, resolve
+from deit_kd.training.metrics import read_metrics
+from deit_kd.training.optim import build_optimizer
 
 Cli = Callable[..., tuple[int, str]]
 SMALL = ["data.img_size=28", "global_batch_size=24", "run.workers=0", "run.log_every_steps=1", "epochs=3", "optim.warmup_epochs=1"]

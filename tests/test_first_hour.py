@@ -13,10 +13,11 @@ import pytest
 from conftest import ROOT, SMALL
 from PIL import Image
 
-from deit_kd import files, report
 from deit_kd import recipe as recipes
 from deit_kd.data import open_source
 from deit_kd.errors import UserError
+from deit_kd.evaluation import report
+from deit_kd.files import whole as files
 
 Cli = Callable[..., tuple[int, str]]
 

@@ -16,16 +16,16 @@ from PIL import Image
 from timm.data import create_dataset
 from torchvision.datasets import ImageFolder
 
-from deit_kd import build
 from deit_kd import recipe as recipes
-from deit_kd.data import folder_source, folders, open_source
-from deit_kd.data.folder_source import FolderSource
-from deit_kd.data.idx import read_idx
-from deit_kd.data.imagenet import open_benchmark
-from deit_kd.data.sources import open_folder_to_evaluate
+from deit_kd.data import open_source
+from deit_kd.data.sources import folder_source, folders
+from deit_kd.data.sources.catalog import open_folder_to_evaluate
+from deit_kd.data.sources.folder_source import FolderSource
+from deit_kd.data.sources.idx import read_idx
 from deit_kd.errors import UserError
-from deit_kd.models import load_teacher
-from deit_kd.report import match_labels
+from deit_kd.evaluation.imagenet_benchmarks import open_benchmark
+from deit_kd.evaluation.report import match_labels
+from deit_kd.models import build, load_teacher
 
 PNG = (
     b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR\x00\x00\x00\x01\x00\x00\x00\x01\x08\x02\x00\x00\x00\x90wS\xde\x00\x00\x00\x0cIDAT"

@@ -23,10 +23,11 @@ from PIL import Image
 from pyarrow import parquet
 
 from deit_kd import recipe as recipes
-from deit_kd.data import open_source, shards
-from deit_kd.data.device import OnDevice, choose_augmentation
-from deit_kd.data.hf_datasets import open_rows
-from deit_kd.data.shards import pack
+from deit_kd.data import open_source
+from deit_kd.data.on_device.augment import OnDevice, choose_augmentation
+from deit_kd.data.sources import shards
+from deit_kd.data.sources.hf_datasets import open_rows
+from deit_kd.data.sources.shards import pack
 from deit_kd.errors import UserError
 
 Member = tuple[str, bytes]

@@ -14,7 +14,7 @@ from torch import nn
 
 import deit_kd
 from deit_kd.cli import main
-from deit_kd.release import formats
+from deit_kd.export import formats
 
 ARGUMENTS = {"patch_size": 7, "embed_dim": 48, "depth": 2, "num_heads": 3}
 

@@ -20,11 +20,15 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from deit_kd import class_means, grid, report, speed, stream
-from deit_kd.data import packed
+from deit_kd import sweep as grid
+from deit_kd.data.sources import packed
 from deit_kd.errors import UserError
-from deit_kd.files import sha256
+from deit_kd.evaluation import report
+from deit_kd.files.whole import sha256
 from deit_kd.models import CachedTeacher, cached_teacher, teacher_formats
+from deit_kd.teacher_cache import class_means
+from deit_kd.teacher_cache import identity as stream
+from deit_kd.training import acceleration as speed
 
 WIDTH, CLASSES, BATCH, STEPS, VIEWS = 6, 5, 4, 3, 2
 MANIFEST: dict[str, Any] = {

@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from test_run_folder import command, make_data
 
 import train
-from deit_kd import checkpoint, resume, run_start
 from deit_kd import recipe as recipes
-from deit_kd.release import write_card
-from deit_kd.run_state import RunState
-from deit_kd.tracking import Tracker
+from deit_kd.export import write_card
+from deit_kd.training import checkpoint, resume, run_start
+from deit_kd.training.metrics import Tracker
+from deit_kd.training.state import RunState
 
 FILES = ("recipe.yaml", "run.json", "metrics.jsonl", "student/config.json")
 

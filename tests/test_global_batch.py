@@ -19,14 +19,17 @@ from safetensors.torch import load_file, save_file
 from test_terms import OBJECTIVES
 from torch import Tensor, nn
 
-from deit_kd import build, checkpoint, engine, sharding
 from deit_kd import recipe as recipes
-from deit_kd.classification import Classification
 from deit_kd.data import Batch
-from deit_kd.optim import build_schedule
+from deit_kd.distributed import fsdp as sharding
+from deit_kd.models import build
 from deit_kd.recipe import Recipe
-from deit_kd.spread import prepare
-from deit_kd.tracking import Tracker, read_metrics
+from deit_kd.tasks.classification import Classification
+from deit_kd.training import checkpoint
+from deit_kd.training import loop as engine
+from deit_kd.training.metrics import Tracker, read_metrics
+from deit_kd.training.optim import build_schedule
+from deit_kd.training.setup import prepare
 
 LAYOUTS = [(1, 1), (2, 1), (4, 1), (1, 4), (2, 2)]  # processes, accumulation steps
 COUPLED = ["logsum_correlation", "logsum_difference", "logsum none", "logsum l2", "dist", "cc", "crd", "nd", "kl"]

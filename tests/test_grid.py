@@ -17,11 +17,12 @@ import killing
 import pytest
 from conftest import ROOT, SMALL
 
-from deit_kd import analysis, grid  # noqa: F401  # here, not in each forked child
+from deit_kd import plots as analysis  # noqa: F401  # here, not in each forked child
 from deit_kd import recipe as recipes
+from deit_kd import sweep as grid
 from deit_kd.cli import main
 from deit_kd.errors import UserError
-from deit_kd.grid import _cells, _held, _name, run_grid
+from deit_kd.sweep import _cells, _held, _name, run_grid
 
 AXES = ["distill.power=2,4", "seed=0,1"]
 QUICK = [*SMALL, "epochs=1", "optim.warmup_epochs=0", "teacher.name=resnet10t", "teacher.weights=random"]

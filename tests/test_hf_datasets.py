@@ -21,8 +21,8 @@ from test_data import stream
 from timm.data import ImageNetInfo
 
 from deit_kd.data import open_source
-from deit_kd.data.hf_datasets import _synsets
-from deit_kd.data.shards import pack
+from deit_kd.data.sources.hf_datasets import _synsets
+from deit_kd.data.sources.shards import pack
 from deit_kd.errors import UserError
 
 

@@ -16,12 +16,9 @@ import killing
 import pytest
 from conftest import ROOT, SMALL, run_script, wait_until
 
-import deit_kd.analysis
-import deit_kd.classification
-import deit_kd.engine
-import deit_kd.release  # noqa: F401  # once, instead of in each killed child
+import deit_kd.export  # noqa: F401  # once, instead of in each killed child
 import train
-from deit_kd.tracking import read_metrics
+from deit_kd.training.metrics import read_metrics
 
 STEPS = 12
 COMMAND = [

@@ -18,7 +18,7 @@ from conftest import MINUTES, ROOT, SMALL, run_script, wait_until
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from deit_kd.tracking import read_metrics
+from deit_kd.training.metrics import read_metrics
 
 RUN = [
     *("--device", "cpu", "--recipe", "quickstart", *SMALL, "teacher.name=resnet10t", "teacher.weights=random"),

@@ -20,8 +20,8 @@ from torch import Tensor
 from deit_kd import recipe as recipes
 from deit_kd.errors import UserError
 from deit_kd.models import Distiller, Teacher, build_student, load_teacher
+from deit_kd.models.features import pooled_features
 from deit_kd.models.students import authors_to_timm
-from deit_kd.models.taps import pooled_features
 
 REFERENCE = json.loads((Path(__file__).parent / "reference" / "student_tiny.json").read_text())
 
@@ -114,7 +114,7 @@ def test_student_by_recipe_and_its_refusals() -> None:
 
 
 def test_no_decay_list_reaches_the_wrapped_student() -> None:
-    from deit_kd.optim import build_optimizer
+    from deit_kd.training.optim import build_optimizer
 
     recipe = recipes.load("quickstart")
     distiller = Distiller(build_student(recipe.student, 10, 28), [torch.nn.Linear(96, 8)], ["pooled"])

@@ -18,13 +18,14 @@ from PIL import Image
 from test_text import NASTY
 
 import deit_kd
-from deit_kd import grid, text
+from deit_kd import sweep as grid
+from deit_kd import text
 from deit_kd.cli import main
 from deit_kd.data import open_source
-from deit_kd.data.folders import readable_name
+from deit_kd.data.sources.folders import readable_name
+from deit_kd.export.convert import _class_names
+from deit_kd.export.publish import must_be_clean
 from deit_kd.models.teacher import RELEASED, TeacherInfo
-from deit_kd.release.convert import _class_names
-from deit_kd.release.publish import must_be_clean
 
 Cli = Callable[..., tuple[int, str]]
 # What a file system takes for a folder.

@@ -22,13 +22,13 @@ from conftest import ROOT
 from PIL import Image, ImageDraw, ImageOps
 
 from deit_kd import recipe as recipes
-from deit_kd.build import open_data
 from deit_kd.cli import main
 from deit_kd.data import EvaluationLoader, Placement, decode, open_source
-from deit_kd.data.shards import pack
-from deit_kd.data.sources import hold_out, pixels, pixels_or_jpeg, turned
+from deit_kd.data.sources.catalog import hold_out, pixels, pixels_or_jpeg, turned
+from deit_kd.data.sources.shards import pack
 from deit_kd.data.transforms import evaluation_transform
 from deit_kd.errors import UserError
+from deit_kd.models.build import open_data
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nnewpath 0 0 moveto 10 10 lineto stroke\nshowpage\n%%EOF\n"
 NAMES = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP", "tif": "TIFF"}

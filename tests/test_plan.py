@@ -12,13 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from deit_kd import cli, forecast, roofline
+from deit_kd import cli
 from deit_kd import recipe as recipes
-from deit_kd.build import build_distiller, build_teachers
-from deit_kd.devices import GPUS, Device, find_device
 from deit_kd.errors import UserError
-from deit_kd.plan import describe, make_plan
-from deit_kd.work import Operation, Work, count_work
+from deit_kd.models.build import build_distiller, build_teachers
+from deit_kd.models.summary import describe, make_plan
+from deit_kd.profiling import forecast, roofline
+from deit_kd.profiling.devices import GPUS, Device, find_device
+from deit_kd.profiling.operations import Operation, Work, count_work
 
 # parameters and GMACs: student (method's authors, timm), projector, RegNetY-160 (timm's results table)
 PUBLISHED = {

@@ -10,7 +10,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import pytest
 
-from deit_kd import analysis
+from deit_kd import plots as analysis
 from deit_kd import recipe as recipes
 from deit_kd.models.teacher import RELEASED
 

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from deit_kd import losses
 from deit_kd import recipe as recipes
-from deit_kd.build import build_distiller, build_teachers
 from deit_kd.errors import UserError
-from deit_kd.models.contrast import ContrastiveMemory
+from deit_kd.models.build import build_distiller, build_teachers
 from deit_kd.models.distiller import Distiller
-from deit_kd.models.projectors import Orthonormal, build_projector, first_matrix, project
-from deit_kd.models.review import ReviewFusion
-from deit_kd.models.taps import run, stages_of, take
+from deit_kd.models.features import run, stages_of, take
+from deit_kd.models.projectors.contrastive_memory import ContrastiveMemory
+from deit_kd.models.projectors.review_fusion import ReviewFusion
+from deit_kd.models.projectors.vectors import Orthonormal, build_projector, first_matrix, project
 from deit_kd.recipe import Projector
 
 GENERATOR = torch.Generator()

@@ -267,7 +267,7 @@ def test_what_is_refused(run: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 def test_only_what_the_run_wrote_is_sent(run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deit_kd.release.publish._same_logits", lambda student: "")
+    monkeypatch.setattr("deit_kd.export.publish._same_logits", lambda student: "")
     main(["publish", str(run), "--to", "org/student", "--dry-run"])
     printed = capsys.readouterr().out
     assert "left out" not in printed
@@ -288,7 +288,7 @@ def test_files_that_others_changed_are_one_line(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is wrong, in which file, and what to do; of both commands that read a finished run."""
-    monkeypatch.setattr("deit_kd.release.publish._same_logits", lambda student: load_student(student) and "")
+    monkeypatch.setattr("deit_kd.export.publish._same_logits", lambda student: load_student(student) and "")
     card, config = (run / "student/README.md").read_bytes(), json.loads((run / "student/config.json").read_text())
     facts, metrics = json.loads((run / "run.json").read_text()), (run / "metrics.jsonl").read_text()
     deep, body = "[" * 100_000, card.partition(b"\n---\n")[2]

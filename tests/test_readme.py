@@ -113,7 +113,7 @@ def test_other_commands_name_recipes_and_keys_that_exist() -> None:
 
 
 def test_verbs_name_recipes_and_keys_that_exist() -> None:
-    from deit_kd.grid import _cells
+    from deit_kd.sweep import _cells
 
     documents = [README, *(path.read_text() for path in (ROOT / "results").glob("*.md"))]
     commands = [shlex.split(line) for text in documents for line in re.findall(r"^`?(deit-kd [^`#\n]+)", text, re.MULTILINE)]

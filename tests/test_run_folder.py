@@ -23,9 +23,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import train
-from deit_kd import checkpoint, files, outputs, release, run_files
+from deit_kd import export as release
 from deit_kd.errors import UserError
-from deit_kd.tracking import TIMES, read_metrics
+from deit_kd.files import outputs
+from deit_kd.files import whole as files
+from deit_kd.training import checkpoint, run_files
+from deit_kd.training.metrics import TIMES, read_metrics
 
 Cli = Callable[..., tuple[int, str]]
 SETTINGS = [

@@ -22,16 +22,17 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from deit_kd import engine, speed
 from deit_kd import recipe as recipes
-from deit_kd.classification import Classification
 from deit_kd.data import Placement, TrainLoader, open_source
-from deit_kd.data.device import choose_augmentation
+from deit_kd.data.on_device.augment import choose_augmentation
 from deit_kd.errors import UserError
 from deit_kd.models import Teacher, load_teacher
 from deit_kd.models.folding import fold_batch_norms
 from deit_kd.recipe import Run
-from deit_kd.tracking import read_metrics
+from deit_kd.tasks.classification import Classification
+from deit_kd.training import acceleration as speed
+from deit_kd.training import loop as engine
+from deit_kd.training.metrics import read_metrics
 
 RANDOM_TEACHER = ("teacher.name=resnet18", "teacher.weights=random")  # knows no names of classes
 Cli = Callable[..., tuple[int, str]]
@@ -165,7 +166,7 @@ def test_freed_memory_is_used_again() -> None:
     """Large tensors of one step after another touch no new page, where they otherwise touch all of theirs."""
     code = """
 import resource, torch
-from deit_kd.speed import keep_memory
+from deit_kd.training.acceleration import keep_memory
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     kept = [torch.zeros(60 << 18) for _ in range(3)]

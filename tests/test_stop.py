@@ -16,11 +16,16 @@ import pytest
 from conftest import SMALL, wait_until
 
 import train
-from deit_kd import analysis, build, checkpoint, engine, release, tracking
-from deit_kd.classification import Classification
+from deit_kd import export as release
+from deit_kd import plots as analysis
 from deit_kd.data import loader
 from deit_kd.errors import UserError
-from deit_kd.stop import Stop, Stopped
+from deit_kd.models import build
+from deit_kd.tasks.classification import Classification
+from deit_kd.training import checkpoint
+from deit_kd.training import loop as engine
+from deit_kd.training import metrics as tracking
+from deit_kd.training.signals import Stop, Stopped
 
 
 def signalled(*numbers: int) -> None:

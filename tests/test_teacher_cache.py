@@ -22,16 +22,18 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from deit_kd import build, cli, speed, stream
+from deit_kd import cli
 from deit_kd import recipe as recipes
-from deit_kd.classification import Classification
-from deit_kd.data.sources import EMBEDDED
+from deit_kd.data.sources.catalog import EMBEDDED
 from deit_kd.errors import UserError
-from deit_kd.models import CachedTeacher, Teacher, teacher_formats
+from deit_kd.models import CachedTeacher, Teacher, build, teacher_formats
 from deit_kd.models.teacher import RELEASED
-from deit_kd.stream import versions
-from deit_kd.teacher_cache import write_cache
-from deit_kd.tracking import Clock, read_metrics
+from deit_kd.tasks.classification import Classification
+from deit_kd.teacher_cache import identity as stream
+from deit_kd.teacher_cache.identity import versions
+from deit_kd.teacher_cache.write import write_cache
+from deit_kd.training import acceleration as speed
+from deit_kd.training.metrics import Clock, read_metrics
 
 Cli = Callable[..., tuple[int, str]]
 # The quick start in seconds, with all that makes a view of an image: 10 steps an epoch of 240 images.

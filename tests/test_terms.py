@@ -18,14 +18,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from deit_kd import build, losses
+from deit_kd import losses
 from deit_kd import recipe as recipes
-from deit_kd.class_means import load_or_compute
-from deit_kd.classification import Classification
 from deit_kd.data import Batch
 from deit_kd.errors import UserError
-from deit_kd.plan import make_plan
-from deit_kd.tracking import Clock
+from deit_kd.models import build
+from deit_kd.models.summary import make_plan
+from deit_kd.tasks.classification import Classification
+from deit_kd.teacher_cache.class_means import load_or_compute
+from deit_kd.training.metrics import Clock
 
 Cli = Callable[..., tuple[int, str]]
 CPU = torch.device("cpu")

@@ -29,13 +29,13 @@ from safetensors.torch import save_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 import train
-from deit_kd import build, engine
 from deit_kd import recipe as recipes
-from deit_kd.classification import Classification
 from deit_kd.data import Batch, open_source
 from deit_kd.data.transforms import evaluation_transform
-from deit_kd.models import load_teacher
-from deit_kd.tracking import TIMES, Clock, Tracker
+from deit_kd.models import build, load_teacher
+from deit_kd.tasks.classification import Classification
+from deit_kd.training import loop as engine
+from deit_kd.training.metrics import TIMES, Clock, Tracker
 
 Cli = Callable[..., tuple[int, str]]
 RANDOM_TEACHER = ["teacher.name=resnet10t", "teacher.weights=random"]
@@ -505,7 +505,9 @@ def test_a_crash_with_workers_ends_the_process(fashion_folder: Path, tmp_path: P
         *RANDOM_TEACHER,
         "run.workers=2",
     ]
-    crash = "import sys, train, deit_kd.engine as e; e.Vote.cast = None; sys.argv = ['train.py', *sys.argv[1:]]; train.main()"
+    crash = (
+        "import sys, train, deit_kd.training.loop as e; e.Vote.cast = None; sys.argv = ['train.py', *sys.argv[1:]]; train.main()"
+    )
     done = run_script("-c", crash, *options, timeout=MINUTES)
     assert done.returncode == 1
     assert "TypeError" in done.stderr

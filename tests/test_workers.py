@@ -19,15 +19,15 @@ import torch
 from conftest import SMALL, run_script
 from PIL import Image
 
-import deit_kd.engine  # noqa: F401  # here once, instead of in each child
+import deit_kd.training.loop  # noqa: F401  # here once, instead of in each child
 import train
-from deit_kd import build
 from deit_kd import recipe as recipes
 from deit_kd.data import EvaluationLoader, Placement, TrainLoader, open_source, workers
-from deit_kd.data.device import choose_augmentation
-from deit_kd.data.folder_source import FolderSource
+from deit_kd.data.on_device.augment import choose_augmentation
+from deit_kd.data.sources.folder_source import FolderSource
 from deit_kd.data.transforms import evaluation_transform
 from deit_kd.errors import UserError
+from deit_kd.models import build
 
 CPU = torch.device("cpu")
 

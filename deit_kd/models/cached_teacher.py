@@ -1,6 +1,6 @@
 """A teacher whose answers are read from a folder that `deit-kd cache-teacher` wrote: no weights, no forward.
 
-manifest.json                             teacher, formats, geometry, and what the images depend on (deit_kd/teacher_cache.py writes it)
+manifest.json                             teacher, formats, geometry, and what the images depend on (deit_kd/teacher_cache/write.py writes it)
 basis.safetensors                         the principal components, with features of the format pca:R
 view_VVV_steps_SSSSSS.safetensors         rows of so many steps from step S of epoch V on, in the epoch's order
 """
@@ -21,9 +21,9 @@ from pydantic import Field, model_validator
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from deit_kd.documents import MEGABYTE, Document, must_be_a_file, parse_json, read_bytes, short
 from deit_kd.errors import UserError
-from deit_kd.files import sha256, write_json
+from deit_kd.files.documents import MEGABYTE, Document, must_be_a_file, parse_json, read_bytes, short
+from deit_kd.files.whole import sha256, write_json
 from deit_kd.models import teacher_formats
 from deit_kd.models.teacher import Teacher, TeacherInfo, TeacherOutput
 from deit_kd.models.teacher_formats import Basis, decode

@@ -15,8 +15,8 @@ from pydantic import AfterValidator, Field
 from timm.layers import to_2tuple
 from timm.models._hub import _parse_model_cfg
 
-from deit_kd.documents import MEGABYTE, Document, parse_json, read_bytes
 from deit_kd.errors import UserError
+from deit_kd.files.documents import MEGABYTE, Document, parse_json, read_bytes
 from deit_kd.recipe.checks import MOST_TOKENS, patch_of
 from deit_kd.text import printable
 

@@ -25,11 +25,11 @@ from torch.nn.modules.module import register_module_module_registration_hook, re
 
 from deit_kd.errors import UserError
 from deit_kd.models.config_json import AGAIN, read_config
-from deit_kd.models.taps import TimmModel
+from deit_kd.models.features import TimmModel
 from deit_kd.models.weights import TIMMS, must_be_finite, open_weights
 from deit_kd.text import printable
 
-RELEASED = Path(__file__).resolve().parent.parent / "released"
+RELEASED = Path(__file__).resolve().parent / "released"
 MOST_NUMBERS, MOST_TENSORS = 250_000_000, 5_000  # of a network without weights beside its config
 MOST_OF_HUB = 10_000_000_000  # likewise, where its weights are not fetched; timm's largest has 6.7
 # where timm looks for a folder's weights, and the ends of other names

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from deit_kd.errors import UserError
 from deit_kd.models.cached_teacher import AnyTeacher
-from deit_kd.models.contrast import ContrastiveMemory
-from deit_kd.models.projectors import Orthonormal, build_projector, project
-from deit_kd.models.review import ReviewFusion
-from deit_kd.models.taps import Hidden, Tap, Tapped, TimmModel, run, stages_of, take, wrong_size
+from deit_kd.models.features import Hidden, Tap, Tapped, TimmModel, run, stages_of, take, wrong_size
+from deit_kd.models.projectors.contrastive_memory import ContrastiveMemory
+from deit_kd.models.projectors.review_fusion import ReviewFusion
+from deit_kd.models.projectors.vectors import Orthonormal, build_projector, project
 from deit_kd.recipe import Lesson, Projector
 
 ANY_WIDTH = ("attention_transfer", "correlation_congruence")  # losses for which the two widths may differ

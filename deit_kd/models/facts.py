@@ -17,8 +17,8 @@ from huggingface_hub.errors import EntryNotFoundError
 from timm.models import get_pretrained_cfg
 from timm.models._builder import _resolve_pretrained_source
 
-from deit_kd.documents import must_be_a_file
 from deit_kd.errors import UserError
+from deit_kd.files.documents import must_be_a_file
 from deit_kd.models.described import LITE_PACKAGES, folder_of
 from deit_kd.models.teacher import Teacher, _checked, _full_tag, load_teacher
 

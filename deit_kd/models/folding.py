@@ -9,7 +9,7 @@ import torch
 from timm.layers import Conv2dSame
 from torch import Tensor, nn
 
-from deit_kd.models.taps import TimmModel
+from deit_kd.models.features import TimmModel
 
 _Norm = nn.modules.batchnorm._BatchNorm  # timm's, which end with an activation, among them
 

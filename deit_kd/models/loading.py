@@ -13,13 +13,13 @@ import torch
 from timm.layers import to_2tuple
 from torch import Tensor
 
-from deit_kd.documents import short
 from deit_kd.errors import UserError
-from deit_kd.files import warn
+from deit_kd.files.documents import short
+from deit_kd.files.whole import warn
 from deit_kd.models.config_json import MOST_CLASSES, MOST_PIXELS, too_many_tokens
 from deit_kd.models.described import RELEASED, describe, folder_of, why
+from deit_kd.models.features import TimmModel
 from deit_kd.models.students import authors_to_timm
-from deit_kd.models.taps import TimmModel
 from deit_kd.models.weights import must_be_finite, open_weights
 from deit_kd.recipe import nearest
 from deit_kd.text import printable

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from deit_kd.errors import UserError
 from deit_kd.models.described import why
-from deit_kd.models.taps import TimmModel
+from deit_kd.models.features import TimmModel
 from deit_kd.recipe import Student, nearest
 
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from deit_kd.errors import UserError
 from deit_kd.models.described import LITE_PACKAGES, RELEASED, describe, must_fit, why
-from deit_kd.models.taps import Tap, Tapped, TimmModel, feature_map, run, stages_of, take, wrong_size
+from deit_kd.models.features import Tap, Tapped, TimmModel, feature_map, run, stages_of, take, wrong_size
 from deit_kd.models.weights import fingerprint, must_be_finite, open_weights
 from deit_kd.recipe import nearest
 from deit_kd.text import printable, redact_path

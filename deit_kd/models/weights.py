@@ -18,8 +18,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.serialization import safe_globals
 
-from deit_kd.documents import MEGABYTE, must_be_a_file
 from deit_kd.errors import UserError
+from deit_kd.files.documents import MEGABYTE, must_be_a_file
 from deit_kd.models.pickles import Foreign, Unbounded, check_pickle
 from deit_kd.text import printable
 

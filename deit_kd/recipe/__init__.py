@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from deit_kd.documents import short
+from deit_kd.files.documents import short
 from deit_kd.recipe.checks import READS, beyond_a_cache, impossible
 from deit_kd.recipe.document import FLOAT, Kind, RecipeError, hints, kind_of, read_override, read_yaml
 from deit_kd.recipe.partial import well_typed

@@ -29,8 +29,8 @@ from yaml.events import (
     StreamEndEvent,
 )
 
-from deit_kd.documents import read_bytes, short
 from deit_kd.errors import UserError
+from deit_kd.files.documents import read_bytes, short
 from deit_kd.text import printable
 
 MOST_BYTES = 100_000  # the longest recipe has some 4,000

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import ConfigDict
 
-if TYPE_CHECKING:  # what everything reads: `deit_kd.build.resolve` puts the first teacher's value in the place of auto
+if TYPE_CHECKING:  # what everything reads: `deit_kd.models.build.resolve` puts the first teacher's value in the place of auto
     Three = tuple[float, float, float]
     Pixels = int
 else:

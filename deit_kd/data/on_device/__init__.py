@@ -1,0 +1,1 @@
+"""Augmentation and decoding of whole batches on the device, by draws that the workers make."""

@@ -1,0 +1,124 @@
+"""Augmentation of whole batches on the device, by what the workers drew for each sample."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from deit_kd.data.on_device.draws import CannotBeDrawnError, Jpegs, Plan, Worker
+from deit_kd.data.on_device.jpegs import Decoder
+from deit_kd.data.on_device.pillow_ops import OPERATIONS, affine
+from deit_kd.data.transforms import Transform, train_transform
+from deit_kd.errors import UserError
+from deit_kd.recipe import Recipe
+
+
+class OnDevice(NamedTuple):
+    """Augmentation in two parts: workers decode, crop, flip and draw what else is done; the device does that to whole batches."""
+
+    worker: Worker
+    finish: Finish
+
+
+def choose_augmentation(recipe: Recipe, device: torch.device) -> Transform | OnDevice:
+    """The training transform for where `run.augment_on` says: of auto the device if it is a GPU and can do it.
+
+    Raises:
+        UserError: the recipe says device, and its augmentation cannot be done there; or what `train_transform` and `Decoder` refuse.
+    """
+    chosen = _choose(recipe, device)
+    if recipe.run.decode_on == "device":
+        if not isinstance(chosen, OnDevice):
+            raise UserError(
+                "run.decode_on=device: images are augmented in the workers here; use run.augment_on=device, or run.decode_on=workers"
+            )
+        if chosen.worker.crop is None:
+            raise UserError("run.decode_on=device: crops of padded images are cut in the workers; use run.decode_on=workers")
+    return chosen
+
+
+def _choose(recipe: Recipe, device: torch.device) -> Transform | OnDevice:
+    stated = recipe.run.augment_on
+    if stated == "cpu" or (stated == "auto" and device.type != "cuda"):
+        return train_transform(recipe)
+    try:
+        return OnDevice(Worker(recipe), Finish(recipe, device))
+    except CannotBeDrawnError as error:
+        if stated == "auto":
+            return train_transform(recipe)
+        raise UserError(f"run.augment_on=device: {error}; use run.augment_on=cpu") from None
+
+
+class Finish:
+    """The device's part: the plan's operations, normalisation, erasing. Nothing in it waits for the device, but for `Decoder`.
+
+    Raises:
+        UserError: what `Decoder` refuses.
+    """
+
+    def __init__(self, recipe: Recipe, device: torch.device):
+        self.device, size = device, recipe.data.img_size
+        self.mean, self.std = (torch.tensor(each, device=device).view(-1, 1, 1) for each in (recipe.data.mean, recipe.data.std))
+        self.fill = torch.tensor([min(255, round(255 * each)) for each in recipe.data.mean], dtype=torch.uint8, device=device)
+        levels = (torch.arange(65536, dtype=torch.float64) + 0.5) / 65536
+        self.normal = torch.special.ndtri(levels).float().to(device)
+        self.places = _scramble(torch.arange(3 * size * size, dtype=torch.int32)).view(3, size, size).to(device)
+        self.decoder = Decoder(size, device) if recipe.run.decode_on == "device" else None
+
+    def __call__(self, images: Tensor | None, plan: Plan) -> Tensor:
+        """Images [B,3,H,W] uint8, without those that are yet to be decoded -> all, float32, normalised, on the device.
+
+        Raises:
+            UndecodedError: see there.
+        """
+        moved = (each.to(self.device, non_blocking=True) for each in (plan.members, plan.arguments, *plan[3:6]))
+        members, arguments, erased, boxes, noise = moved
+        images = None if images is None else images.to(self.device, non_blocking=True)
+        if plan.jpegs is not None:
+            images = self._decode(images, plan.jpegs)
+        assert images is not None, "a batch has images"
+        for name, start, end in plan.groups:
+            group = members[start:end]
+            chosen, values = images.index_select(0, group), arguments[start:end]
+            if name in OPERATIONS:
+                chosen = OPERATIONS[name](chosen, values[:, 0])
+            else:
+                chosen = affine(chosen, values, self.fill, bicubic=name == "bicubic")
+            images.index_copy_(0, group, chosen)
+        normalised = images.float().div_(255).sub_(self.mean).div_(self.std)
+        if len(erased):
+            filled = self._erase(normalised.index_select(0, erased), boxes, noise)
+            normalised.index_copy_(0, erased, filled)
+        return normalised
+
+    def _decode(self, images: Tensor | None, jpegs: Jpegs) -> Tensor:
+        """The whole batch; no images: all of it are JPEGs."""
+        assert self.decoder is not None, "workers send what they are told to"
+        decoded = self.decoder(jpegs)
+        if images is None:
+            return decoded
+        members, others = (each.to(self.device, non_blocking=True) for each in (jpegs.members, jpegs.others))
+        whole = decoded.new_empty(len(members) + len(others), *decoded.shape[1:])
+        return whole.index_copy_(0, members, decoded).index_copy_(0, others, images)
+
+    def _erase(self, images: Tensor, boxes: Tensor, noise: Tensor) -> Tensor:
+        """Boxes filled with standard normal noise: a function of seed and place, so the same however a batch is cut, on any device.
+
+        It has 65,536 values, those in the middle of equal shares of the distribution.
+        """
+        top, left, height, width = boxes.view(-1, 4, 1, 1, 1).unbind(1)
+        row = torch.arange(images.shape[2], device=self.device).view(1, 1, -1, 1)
+        column = torch.arange(images.shape[3], device=self.device).view(1, 1, 1, -1)
+        inside = (row >= top) & (row < top + height) & (column >= left) & (column < left + width)
+        drawn = _scramble(self.places + noise.view(-1, 1, 1, 1)) & 0xFFFF
+        return torch.where(inside, self.normal[drawn.long()], images)
+
+
+def _scramble(number: Tensor) -> Tensor:
+    """A bijection of int32 whose result looks random (the constants are those of Chris Wellons' lowbias32)."""
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B - 2**32)):
+        number = number ^ ((number >> shift) & (2 ** (32 - shift) - 1))
+        number = number * factor
+    return number ^ ((number >> 16) & 0xFFFF)

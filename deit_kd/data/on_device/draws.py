@@ -1,0 +1,263 @@
+"""What an image is to undergo on the device, drawn in a worker.
+
+Every number is drawn from the streams, and in the order, in which timm draws it while it changes an image on the CPU: crops, flips,
+operations, magnitudes, interpolations and boxes are those of the CPU's augmentation, sample by sample.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from timm.data.random_erasing import RandomErasing
+from timm.data.transforms import MaybeToTensor, RandomResizedCropAndInterpolation
+from torch import Tensor
+from torchvision.transforms import CenterCrop, ColorJitter, InterpolationMode, Normalize, RandomCrop, RandomHorizontalFlip, Resize
+
+from deit_kd.data.decode import Jpeg
+from deit_kd.data.sources.catalog import pixels, pixels_or_jpeg
+from deit_kd.data.transforms import MustFit, augment_operations, train_transform
+from deit_kd.recipe import Recipe
+
+
+class Crop(NamedTuple):
+    """What is to be cut out of a JPEG and resized: `lines` of `length` pixels, first along `length`, then across.
+
+    Lines are rows of the image, or columns where Pillow resizes these first.
+    """
+
+    content: Tensor  # [bytes] uint8, the file
+    plane: int  # pixels of the whole image
+    first: int  # the place of the crop's first pixel in it
+    line_step: int  # places from line to line
+    lines: int
+    lines_mirrored: bool
+    step: int  # from pixel to pixel
+    length: int
+    mirrored: bool
+    bicubic: bool  # or bilinear
+    columns: bool  # are the lines
+
+
+class Drawn(NamedTuple):
+    """An image [3,H,W] uint8, cropped and flipped, or the JPEG that it is cut out of; and what is yet to be done to it."""
+
+    image: Tensor | Crop
+    operations: list[tuple[str, Sequence[float]]]  # in order, with their arguments
+    box: tuple[int, int, int, int] | None  # to erase: top, left, height, width
+    noise: int  # the seed of what the box is filled with
+
+
+class Jpegs(NamedTuple):
+    """The images of a batch that the device decodes."""
+
+    content: Tensor  # [bytes] uint8, one file after another
+    table: Tensor  # [11,J] int: bytes of each, and the numbers of `Crop`
+    members: Tensor  # [J] int, positions in the batch
+    others: Tensor  # [B-J] int, positions of the other images
+
+
+class Plan(NamedTuple):
+    """What is to be done to a batch: groups of samples that drew the same operation, so that the host knows them beforehand."""
+
+    groups: list[tuple[str, int, int]]  # operation, and which part of the next two; one after another
+    members: Tensor  # [M] int, positions in the batch
+    arguments: Tensor  # [M,6] float64, as many as the operation takes
+    erased: Tensor  # [E] int, positions in the batch
+    boxes: Tensor  # [E,4] int: top, left, height, width
+    noise: Tensor  # [E] int32, seeds
+    jpegs: Jpegs | None = None
+
+
+class CannotBeDrawnError(Exception):
+    """An augmentation that is not made of single operations."""
+
+
+class Worker:
+    """Crops and flips pixels [3,H,W] uint8, and draws the rest; of a JPEG it draws all.
+
+    Raises:
+        CannotBeDrawnError: see there.
+    """
+
+    def __init__(self, recipe: Recipe):
+        self.geometry: list[Callable[[Tensor], Tensor]] = []
+        self.colours: list[Callable[[list[Any]], list[Any]]] = []
+        self.erasing: RandomErasing | None = None
+        self.crop: RandomResizedCropAndInterpolation | None = None
+        transform: Any = train_transform(recipe)
+        for step in transform.transforms:
+            if isinstance(step, RandomResizedCropAndInterpolation):
+                self.crop = step
+                self.geometry.append(partial(_resized_crop, step))
+            elif isinstance(step, (MustFit, Resize, CenterCrop, RandomCrop, RandomHorizontalFlip)):
+                self.geometry.append(step)
+            elif operations := augment_operations(step):
+                for operation in operations:
+                    operation.aug_fn = partial(_record, operation.name, recipe.data.img_size)
+                self.colours.append(step)
+            elif isinstance(step, ColorJitter):
+                self.colours.append(partial(_jitter, step))
+            elif isinstance(step, RandomErasing):
+                self.erasing = step
+                self.erasing.per_pixel = False  # the worker makes no noise
+            elif not isinstance(step, (MaybeToTensor, Normalize)):
+                raise CannotBeDrawnError(f"auto_augment={recipe.augmentation.auto_augment} is not made of single operations")
+        self.size = recipe.data.img_size
+        self.sends_jpegs = recipe.run.decode_on == "device"
+        self.read = pixels_or_jpeg if self.sends_jpegs else pixels  # of (source, index), what this takes
+
+    def __call__(self, read: Tensor | Jpeg) -> Drawn:
+        """Draws from the global streams, the same for the pixels of a JPEG as for itself."""
+        image = self._place(read) if isinstance(read, Jpeg) else read
+        if isinstance(image, Tensor):
+            for step in self.geometry:
+                image = step(image)
+        operations: list[Any] = []
+        for draw in self.colours:
+            operations = draw(operations)
+        target = _Target(self.size)
+        if self.erasing is not None:
+            self.erasing(target)
+        return Drawn(image, operations, target.box, random.getrandbits(31) if target.box else 0)
+
+    def _place(self, jpeg: Jpeg) -> Crop:
+        """What `geometry` would do to the pixels."""
+        assert self.crop is not None
+        (top, left, height, width), mode = _draw_crop(self.crop, torch.empty(1).expand(3, jpeg.height, jpeg.width))
+        sides = torch.tensor([[[0, 1]]])
+        for step in self.geometry[1:]:  # flips
+            sides = step(sides)
+        flipped, columns = bool(sides[0, 0, 0]), _columns_first(self.size, height, width)
+        down, across = (jpeg.width, height, False), (1, width, flipped)
+        lines, pixels = (across, down) if columns else (down, across)
+        plane, first = jpeg.height * jpeg.width, top * jpeg.width + left
+        return Crop(jpeg.content, plane, first, *lines, *pixels, mode == InterpolationMode.BICUBIC, columns)
+
+
+def _resized_crop(step: RandomResizedCropAndInterpolation, pixels: Tensor) -> Tensor:
+    """As timm crops. The antialiased filter is Pillow's, with weights of 16 instead of 22 bits."""
+    (top, left, height, width), mode = _draw_crop(step, pixels)
+    size = step.size[0]
+    crop = pixels[None, :, top : top + height, left : left + width]
+    if _columns_first(size, height, width):
+        crop = F.interpolate(crop, (size, width), mode=mode.value, antialias=True)
+    return F.interpolate(crop, (size, size), mode=mode.value, antialias=True)[0]
+
+
+def _draw_crop(step: RandomResizedCropAndInterpolation, pixels: Tensor) -> tuple[tuple[int, int, int, int], InterpolationMode]:
+    """(top, left, height, width), and how to resize."""
+    box, modes = step.get_params(pixels, step.scale, step.ratio), step.interpolation
+    return box, random.choice(modes) if isinstance(modes, (list, tuple)) else modes
+
+
+def _columns_first(size: int, height: int, width: int) -> bool:
+    """Pillow 13 shrinks such columns before rows, and rounds in between."""
+    return size < height and 2 * width < height + size
+
+
+def _jitter(step: ColorJitter, drawn: list[Any]) -> list[Any]:
+    order, *factors, _ = step.get_params(step.brightness, step.contrast, step.saturation, step.hue)
+    names = "brightness", "contrast", "color"  # the last of `order` is hue, which recipes do not change
+    return drawn + [(names[n], (factors[n],)) for n in order.tolist() if n < len(names) and factors[n] is not None]
+
+
+_NAMES = {
+    "AutoContrast": "autocontrast",
+    "Equalize": "equalize",
+    "Invert": "invert",
+    "Solarize": "solarize",
+    "SolarizeAdd": "solarize_add",
+    "Color": "color",
+    "Contrast": "contrast",
+    "Brightness": "brightness",
+    "Sharpness": "sharpness",
+    "GaussianBlur": "gaussian_blur",
+}
+
+
+def _record(name: str, size: int, drawn: list[Any], *level: float, resample: Any, **_: Any) -> list[Any]:
+    """Stands in for the function of a timm `AugmentOp`: notes what it would do to an image of `size` pixels a side."""
+    name = name.removesuffix("Increasing").removesuffix("Original")
+    if name in _NAMES:
+        return [*drawn, (_NAMES[name], level)]
+    if name == "Posterize":
+        return [*drawn, ("posterize", (min(8, max(1, level[0])),))]
+    if name == "Desaturate":
+        return [*drawn, ("color", (min(1.0, max(0.0, 1.0 - level[0])),))]
+    if name == "GaussianBlurRand":
+        return [*drawn, ("gaussian_blur", (random.uniform(0.1, 2.0 * level[0]),))]
+    chosen = random.choice(resample) if isinstance(resample, (list, tuple)) else resample
+    kind = "bicubic" if chosen == Image.Resampling.BICUBIC else "bilinear"
+    return [*drawn, (kind, _matrix(name, level[0], size))]
+
+
+def _matrix(name: str, level: float, size: int) -> tuple[float, ...]:
+    """Where in the image an output pixel is taken from, as Pillow's transform and rotate compute it."""
+    if name == "Rotate":
+        angle, centre = -math.radians(level % 360.0), size / 2.0
+        a, b = round(math.cos(angle), 15), round(math.sin(angle), 15)
+        return a, b, a * -centre + b * -centre + 0.0 + centre, -b, a, -b * -centre + a * -centre + 0.0 + centre
+    shift = level * size if name.endswith("Rel") else level
+    return {
+        "ShearX": (1.0, level, 0.0, 0.0, 1.0, 0.0),
+        "ShearY": (1.0, 0.0, 0.0, level, 1.0, 0.0),
+        "TranslateX": (1.0, 0.0, shift, 0.0, 1.0, 0.0),
+        "TranslateY": (1.0, 0.0, 0.0, 0.0, 1.0, shift),
+    }[name.removesuffix("Rel")]
+
+
+class _Target:
+    """What timm's RandomErasing takes for an image: it draws a box and writes to it."""
+
+    dtype = torch.float32
+
+    def __init__(self, size: int):
+        self.shape = torch.Size((3, size, size))
+        self.box: tuple[int, int, int, int] | None = None
+
+    def size(self) -> torch.Size:
+        return self.shape
+
+    def __setitem__(self, where: tuple[slice, slice, slice], pixels: Tensor) -> None:
+        rows, columns = where[1:]
+        self.box = rows.start, columns.start, rows.stop - rows.start, columns.stop - columns.start
+
+
+def make_plan(drawn: Sequence[Drawn | None]) -> Plan:
+    """The plan of a batch; None for a sample that nothing is done to."""
+    groups: dict[tuple[int, str], list[tuple[int, Sequence[float]]]] = {}
+    for position, each in enumerate(drawn):
+        for turn, (name, arguments) in enumerate(each.operations if each else ()):
+            groups.setdefault((turn, name), []).append((position, arguments))
+    ordered = [(name, groups[turn, name]) for turn, name in sorted(groups)]
+    entries = [entry for _, group in ordered for entry in group]
+    ends = torch.tensor([len(group) for _, group in ordered]).cumsum(0).tolist() if ordered else []
+    boxes = [(position, each.box, each.noise) for position, each in enumerate(drawn) if each and each.box]
+    return Plan(
+        groups=[(name, end - len(group), end) for (name, group), end in zip(ordered, ends, strict=True)],
+        members=torch.tensor([position for position, _ in entries], dtype=torch.int64),
+        arguments=torch.tensor([[*each, *[0.0] * (6 - len(each))] for _, each in entries], dtype=torch.float64).view(-1, 6),
+        erased=torch.tensor([position for position, _, _ in boxes], dtype=torch.int64),
+        boxes=torch.tensor([box for _, box, _ in boxes], dtype=torch.int64).view(-1, 4),
+        noise=torch.tensor([seed for _, _, seed in boxes], dtype=torch.int32),
+        jpegs=_jpegs([each.image if each else None for each in drawn]),
+    )
+
+
+def _jpegs(images: Sequence[Tensor | Crop | None]) -> Jpegs | None:
+    crops = [(position, image) for position, image in enumerate(images) if isinstance(image, Crop)]
+    if not crops:
+        return None
+    return Jpegs(
+        content=torch.cat([crop.content for _, crop in crops]),
+        table=torch.tensor([[len(crop.content), *crop[1:]] for _, crop in crops], dtype=torch.int64).T.contiguous(),
+        members=torch.tensor([position for position, _ in crops]),
+        others=torch.tensor([n for n, image in enumerate(images) if not isinstance(image, Crop)], dtype=torch.int64),
+    )

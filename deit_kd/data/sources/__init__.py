@@ -1,0 +1,1 @@
+"""Where images and labels come from: folders, shards, tables, and the sets that torchvision knows."""

@@ -1,0 +1,1 @@
+"""How good a network is: metrics, reports, predictions, and ImageNet's other benchmarks."""

@@ -1,0 +1,339 @@
+"""What a recipe names, built: teachers, student with projectors, data."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from deit_kd.data import Placement, Source, open_source
+from deit_kd.data.sources.catalog import turned
+from deit_kd.data.sources.folders import order_in_doubt
+from deit_kd.data.transforms import evaluation_transform
+from deit_kd.errors import UserError
+from deit_kd.files.whole import warn
+from deit_kd.models import AnyTeacher, CachedTeacher, Distiller, build_student, load_student, load_teacher
+from deit_kd.models.distiller import build_lesson_projector, probe_student
+from deit_kd.models.facts import facts_of, locate
+from deit_kd.models.features import TimmModel
+from deit_kd.models.loading import architecture_of
+from deit_kd.models.teacher import doubts, other_classes
+from deit_kd.recipe import Finetune, Lesson, Recipe, nearest
+from deit_kd.recipe.checks import impossible
+from deit_kd.seed import derive_seed
+from deit_kd.text import for_terminal
+
+BAD_IMAGE = (
+    "remove it, or set data.on_bad_image=skip; a run that goes on also needs --accept-changes data.on_bad_image,training_images"
+)
+
+
+def build_teachers(recipe: Recipe, class_names: Sequence[str] | int | None, pretrained: bool = True) -> list[AnyTeacher]:
+    """The teacher of each lesson of the recipe, the same object where two lessons name the same.
+
+    A teacher gets the images that the student gets, and must know the data's classes if its logits are distilled. It is in half
+    precision, if that is stated, from `speed.prepare` on, which folds it first. One with a cache is not built: the cache is opened.
+
+    Args:
+        recipe: names them.
+        class_names: of the data; a number where there are no data yet, None where nobody knows it.
+        pretrained: False counts only: random weights, whatever the recipe says, but no other classes.
+
+    Raises:
+        UserError: see `load_teacher` and `CachedTeacher`; labels of other names, or images of a size that a teacher refuses.
+    """
+    teachers: list[AnyTeacher] = []
+    lessons = recipe.lessons()
+    for lesson in lessons:
+        config, same = lesson.teacher, [other for other in lessons if other.teacher == lesson.teacher]
+        first = lessons.index(same[0])
+        if first < len(teachers):
+            teachers.append(teachers[first])
+            continue
+        compares_logits = any(each.distill.kd_weight or each.distill.teacher_tap == "dense_logits" for each in same)
+        number = class_names if class_names is None or isinstance(class_names, int) else len(class_names)
+        teacher: AnyTeacher
+        if config.cache and pretrained:
+            teacher = CachedTeacher(Path(config.cache), any(each.distill.feature_weight for each in same), compares_logits)
+            if compares_logits and teacher.num_classes != number:
+                raise UserError(
+                    f"teacher.cache={config.cache}: its teacher knows {teacher.num_classes} classes, the data has {number}; distil "
+                    "features only with distill.kd_weight=0"
+                )
+        else:
+            # Random weights are the same in every process.
+            torch.manual_seed(derive_seed(recipe.seed, "teacher", *([first] if first else [])))
+            teacher = load_teacher(
+                config.name,
+                number
+                if config.weights == "random" or (compares_logits and (pretrained or config.weights != "pretrained"))
+                else None,
+                weights=config.weights if pretrained else "random",
+                image_mean=recipe.data.mean,
+                image_std=recipe.data.std,
+                precision="auto" if config.precision == "auto" or not pretrained else "float32",
+                img_size=config.img_size,
+                taps=[tap for each in same if (tap := each.distill.teacher_tap) is not None and each.distill.feature_weight],
+            )
+            for doubt in doubts(teacher, recipe.data.img_size, recipe.data.mean) if config.weights != "random" else ():
+                warn(doubt)
+            if compares_logits and number not in (None, teacher.num_classes):  # where it is counted; else `load_teacher` says so
+                raise UserError(other_classes(config.name, teacher.num_classes, number))
+            teacher.gives_feature_map = False  # nothing but its taps is read in training
+            teacher.probe(torch.zeros(1, 3, recipe.data.img_size, recipe.data.img_size))  # one of a fixed size may refuse it
+            if config.precision in ("bfloat16", "float16") and pretrained:
+                teacher.stated_dtype = getattr(torch, config.precision)
+        if compares_logits and teacher.info.label_names and isinstance(class_names, Sequence):
+            _same_labels(teacher.info.label_names, class_names)
+        elif (
+            compares_logits
+            and isinstance(class_names, Sequence)
+            and (order := order_in_doubt(f"teacher {config.name}", class_names))
+        ):
+            warn(order)
+        teachers.append(teacher)
+    return teachers
+
+
+def resolve(recipe: Recipe) -> Recipe:
+    """The recipe with the architecture of the weights that it goes on from, and the first teacher's size and normalization for auto.
+
+    Raises:
+        UserError: weights or a teacher that cannot be read; weights of another architecture than it names; what then does not fit.
+    """
+    if auto := recipe.follows_teacher():
+        first = recipe.lessons()[0].teacher
+        if first.name.startswith("hf-hub:"):
+            locate(
+                first.name, first.weights
+            )  # its configuration is there, too, and where it is not the hub's client tries for long
+        facts = facts_of(first.name, first.weights)
+        data = replace(recipe.data, **{key: getattr(facts, key) for key in (key.partition(".")[2] for key in auto)})
+        recipe = replace(recipe, data=data)
+        if faults := impossible(recipe):
+            raise UserError("\n  ".join([f"with {', '.join(auto)} of teacher {first.name}: {len(faults)} faults", *faults]))
+    if recipe.finetune is None:
+        return recipe
+    if recipe.finetune.weights.startswith("hf-hub:"):
+        locate(recipe.finetune.weights)
+    name, arguments = architecture_of(recipe.finetune.weights)
+    if recipe.student.name not in ("auto", name):
+        raise UserError(f"student.name={recipe.student.name}: {recipe.finetune.weights} is a {name}; set student.name=auto")
+    stated = recipe.student.model_args if recipe.student.name == name else arguments
+    resolved = replace(recipe, student=replace(recipe.student, name=name, model_args=stated))
+    if faults := impossible(resolved):
+        raise UserError("\n  ".join([f"with {recipe.finetune.weights}: {len(faults)} faults", *faults]))
+    return resolved
+
+
+def build_distiller(
+    recipe: Recipe, num_classes: int, teachers: Sequence[AnyTeacher], labels: Tensor | None = None, pretrained: bool = True
+) -> Distiller:
+    """Student and a projector for each lesson; fresh weights that depend on the recipe's seed alone, or those to go on from.
+
+    Args:
+        recipe: names them.
+        num_classes: of the data.
+        teachers: one a lesson, on the CPU or the meta device like the result.
+        labels: [N] int of the training images, for a contrastive memory.
+        pretrained: False counts only: random weights, whatever the recipe says.
+
+    Raises:
+        UserError: a head, tap or width that does not fit, or weights that cannot be read.
+    """
+    torch.manual_seed(recipe.seed)
+    if recipe.finetune is not None and pretrained:
+        student = load_student(recipe.finetune.weights, num_classes, recipe.data.img_size, drop_path=recipe.student.drop_path)
+        _freeze(student.train(), recipe.finetune)
+    else:
+        student = build_student(recipe.student, num_classes, recipe.data.img_size)
+    lessons = recipe.lessons()
+    device = next(student.parameters()).device
+    image = torch.zeros(1, 3, recipe.data.img_size, recipe.data.img_size, device=device)
+    probe_student(student, image)
+    projectors = [
+        build_lesson_projector(lesson, student, teacher, image, labels, derive_seed(recipe.seed, "memory"))
+        for lesson, teacher in zip(lessons, teachers, strict=True)
+    ]
+    distiller = Distiller(student, projectors, [lesson.distill.student_tap for lesson in lessons])
+    heads = distiller.distillation_heads
+    taught = sum(token is not None for token in tokens(lessons, heads))
+    if heads > 1 and taught not in (0, heads):
+        raise UserError(
+            f"student.name={recipe.student.name}: has {heads} distillation tokens, and the logits of {taught} teachers go to them; state "
+            f"{heads} with kd_head=distillation or both, or take a student with one token"
+        )
+    for lesson in lessons:
+        if lesson.distill.kd_weight and lesson.distill.kd_loss == "decoupled_distillation" and num_classes < 3:
+            raise UserError(
+                f"distill.kd_loss=decoupled_distillation: needs 3 classes, the data has {num_classes}; use kl_distillation"
+            )
+        if lesson.distill.kd_weight and lesson.distill.kd_head != "class" and not distiller.has_tokens:
+            raise UserError(
+                f"distill.kd_head={lesson.distill.kd_head}: {recipe.student.name} has no distillation token; use kd_head=class, or a "
+                "student such as deit_tiny_distilled_patch16_224"
+            )
+    return distiller
+
+
+def build_models(recipe: Recipe, num_classes: int | None) -> tuple[int, list[AnyTeacher], Distiller]:
+    """(classes, the teacher of each lesson, student with projectors) on the meta device, where weights take no memory: to count them.
+
+    Args:
+        recipe: names them, `resolve`d.
+        num_classes: of the data; None for as many as the recipe states, or the first teacher has, or ImageNet.
+
+    Raises:
+        UserError: as `build_teachers` and `build_distiller`.
+    """
+    stated = num_classes or (recipe.data.num_classes if isinstance(recipe.data.num_classes, int) else None)
+    with torch.device("meta"), torch.no_grad():
+        teachers = build_teachers(recipe, stated, pretrained=False)
+        classes = stated or (teachers[0].num_classes if teachers else 1000)
+        return classes, teachers, build_distiller(recipe, classes, teachers, pretrained=False)
+
+
+@torch.no_grad()
+def _freeze(student: TimmModel, finetune: Finetune) -> None:
+    heads = student.pretrained_cfg["classifier"]
+    heads = (heads,) if isinstance(heads, str) else tuple(heads)
+    parameters = dict(student.named_parameters())
+    if finetune.heads != "both" and len(heads) != 2:
+        raise UserError(f"finetune.heads={finetune.heads}: {finetune.weights} has {len(heads)} heads; set it to both")
+    unused = {"class": heads[1:], "distillation": heads[:1], "both": ()}[finetune.heads]
+    for prefix in finetune.frozen:
+        chosen = [
+            name
+            for name in parameters
+            if (name.rpartition(".")[0] not in heads if prefix == "backbone" else name.startswith(prefix))
+        ]
+        if not chosen:
+            known = {".".join(name.split(".")[:depth]) for name in parameters for depth in (1, 2)}
+            raise UserError(
+                f"finetune.frozen: {finetune.weights} has no parameter that begins with {prefix}{nearest(prefix, known)}"
+            )
+        for name in chosen:
+            parameters[name].requires_grad_(False)
+    for name, parameter in parameters.items():
+        if name.rpartition(".")[0] in unused:
+            parameter.zero_().requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in parameters.values()):
+        raise UserError("finetune.frozen: leaves nothing to train; shorten it")
+
+
+def tokens(lessons: Sequence[Lesson], heads: int) -> list[int | None]:
+    """Which distillation head each lesson teaches: the first that teaches one the first, and so on; a single head is everybody's."""
+    teaches = [bool(lesson.distill.kd_weight) and lesson.distill.kd_head in ("distillation", "both") for lesson in lessons]
+    return [min(sum(teaches[:n]), max(heads, 1) - 1) if each else None for n, each in enumerate(teaches)]
+
+
+def open_data(recipe: Recipe, data: Path | None) -> tuple[Source, Source]:
+    """(train, val) of the recipe.
+
+    Raises:
+        UserError: missing or empty data, or not what the recipe states of it.
+    """
+    wanted, upright = recipe.data, recipe.data.exif_orientation == "apply"
+    train, val = (
+        open_source(wanted.source, data, split, upright=upright, label_column=wanted.label_column) for split in ("train", "val")
+    )
+    if not train.upright and (count := turned(train)):
+        warn(
+            f"{train.origin}: {count} of {min(64, len(train))} images carry an EXIF orientation, and are read as they are stored; set "
+            "data.exif_orientation=apply to turn them as viewers do"
+        )
+    stated = recipe.data.num_classes
+    if stated not in ("auto", len(train.class_names)):
+        raise UserError(
+            f"{train.origin}: has {len(train.class_names)} classes, the recipe says data.num_classes={stated}; "
+            f"set data.num_classes={len(train.class_names)} or give other data"
+        )
+    if recipe.data.train_images not in ("auto", len(train)):
+        raise UserError(
+            f"{train.origin}: has {len(train)} training images, the recipe says data.train_images={recipe.data.train_images}; "
+            "pass --data DIR of the whole set, or set data.train_images=auto"
+        )
+    _say_empty_classes(train, val)
+    return train, val
+
+
+def _say_empty_classes(train: Source, val: Source) -> None:
+    """A line for each split that lacks pictures of a class which it should have."""
+    taught, measured = (set(np.unique(source.labels).tolist()) for source in (train, val))
+    untaught = [name for label, name in enumerate(train.class_names) if label not in taught]
+    unmeasured = [name for label, name in enumerate(train.class_names) if label in taught - measured]
+    for source, what, names in ((train, "training", untaught), (val, "validation", unmeasured)):
+        if names:
+            some = ", ".join([*names[:3], "..."] if len(names) > 3 else names)
+            warn(
+                f"{source.origin}: no {what} image of {len(names):,} of the {len(train.class_names):,} classes ({for_terminal(some)})"
+            )
+
+
+def example_images(recipe: Recipe, source: Source, count: int = 4) -> Tensor:
+    """[count,3,H,W]: the first images that can be read, as in evaluation.
+
+    Raises:
+        UserError: not one can be read.
+    """
+    transform, images = evaluation_transform(recipe), []
+    for index in range(min(len(source), 100)):
+        try:
+            images.append(transform(source[index][0]))
+        except Exception:  # PIL raises many types for broken files; the loaders tell of them
+            continue
+        if len(images) == count:
+            break
+    if not images:
+        raise UserError(f"{source.origin}: none of its first images can be read; mend them, or give other data")
+    return torch.stack(images)
+
+
+def placement(recipe: Recipe, accelerator: Accelerator, warn: Callable[[str], None]) -> Placement:
+    """Where this process's loaders work, with how many workers beside it."""
+    stated = recipe.run.workers
+    return Placement(
+        device=accelerator.device,
+        num_processes=accelerator.num_processes,
+        process_index=accelerator.process_index,
+        workers=min(16, (os.cpu_count() or 1) // accelerator.num_processes) if stated == "auto" else stated,
+        on_bad_image=recipe.data.on_bad_image,
+        warn=warn,
+        remedy=BAD_IMAGE,
+    )
+
+
+def accumulation(global_batch_size: int, num_processes: int, device_batch_size: int | None) -> int:
+    """Micro-steps an optimiser step, so that none is larger than `device_batch_size`.
+
+    Raises:
+        UserError: the global batch does not divide evenly.
+    """
+    if global_batch_size % num_processes:
+        raise UserError(f"global_batch_size={global_batch_size} does not divide over {num_processes} processes; change one of them")
+    share = global_batch_size // num_processes
+    if device_batch_size is None or device_batch_size >= share:
+        return 1
+    if device_batch_size < 1 or share % device_batch_size:
+        divisors = [n for n in range(1, share) if share % n == 0 and n <= max(device_batch_size, 1)]
+        raise UserError(
+            f"--device-batch-size {device_batch_size} does not divide the {share} images of a process "
+            f"(global_batch_size {global_batch_size} over {num_processes}); use {divisors[-1]}"
+        )
+    return share // device_batch_size
+
+
+def _same_labels(teacher: Sequence[str], data: Sequence[Any]) -> None:
+    if tuple(teacher) != tuple(data):
+        first = next((a, b) for a, b in zip(teacher, data, strict=True) if a != b)
+        raise UserError(
+            f"teacher and data name their classes differently (the first: {first[0]!r} and {first[1]!r}); their logits cannot be "
+            "compared: rename the folders, or distil features only with distill.kd_weight=0"
+        )

@@ -1,0 +1,1 @@
+"""Projectors between the features of student and teacher."""

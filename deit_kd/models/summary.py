@@ -1,0 +1,195 @@
+"""What a recipe amounts to before anything is trained: shapes, parameters, compute, memory, disk. Counted on the meta device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from deit_kd.errors import UserError
+from deit_kd.models.build import build_models, resolve
+from deit_kd.models.cached_teacher import read_manifest
+from deit_kd.models.distiller import Distiller, shape_of
+from deit_kd.models.features import Tapped, run, take
+from deit_kd.recipe import Distill, Lesson, Recipe, Teacher
+from deit_kd.tasks.distillation import COUPLED
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Counts of a recipe; GMACs are of one image's forward, at the recipe's size."""
+
+    num_classes: int
+    student_parameters: int
+    student_gmacs: float
+    projector_parameters: int
+    teachers: tuple[tuple[str, int, float], ...]  # (name, parameters, GMACs) of each network, as often as it is run
+    cached: bool  # the teacher's answers are read, and it is not run
+    shapes: tuple[tuple[str, str], ...]  # (what, shape)
+    taps: tuple[str, ...]  # for each lesson: student's tap -> projector -> teacher's tap, and the loss between them
+    gathered_per_image: int  # numbers that processes exchange for losses that couple samples
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Of all that is trained, float32."""
+        return 4 * (self.student_parameters + self.projector_parameters)
+
+    @property
+    def teacher_parameters(self) -> int:
+        """Of all teachers."""
+        return sum(parameters for _, parameters, _ in self.teachers)
+
+    @property
+    def teacher_gmacs(self) -> float:
+        """Of all teachers, each at its own image size."""
+        return sum(gmacs for _, _, gmacs in self.teachers)
+
+    @property
+    def training_gflop_per_image(self) -> float:
+        """Student forward and backward (three forwards' worth), teacher forward unless it is cached; two operations a multiply-accumulate."""
+        return 2 * (3 * self.student_gmacs + (0 if self.cached else self.teacher_gmacs))
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Weights and AdamW's two moments, float32, of all that is trained (EMA not counted)."""
+        return 3 * self.gradient_bytes
+
+
+def count(model: nn.Module) -> int:
+    """The number of parameters."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def make_plan(recipe: Recipe, num_classes: int | None) -> Plan:
+    """Builds teachers and student without memory for their weights and counts them.
+
+    Args:
+        recipe: what would be trained.
+        num_classes: of the data; None for as many as the teacher's architecture has by default, when there are no data yet.
+
+    Raises:
+        UserError: a name or an argument that timm refuses, or taps and widths that do not fit.
+    """
+    recipe = resolve(recipe)
+    image = torch.empty(2, 3, recipe.data.img_size, recipe.data.img_size, device="meta")
+    classes, teachers, distiller = build_models(recipe, num_classes)
+    with torch.device("meta"), torch.no_grad():
+        distiller.eval()
+        shapes: list[tuple[str, Any]] = [("images", image.shape)]
+        counted, outputs = [], {}
+        for lesson, teacher in zip(recipe.lessons(), teachers, strict=True):
+            if teacher in outputs:
+                continue
+            teacher.gives_feature_map = True
+            with FlopCounterMode(display=False) as counter:
+                outputs[teacher] = output = _forward(teacher, f"teacher {lesson.teacher.name}", image)
+            counted.append((lesson.teacher.name, count(teacher), counter.get_total_flops() / 2 / len(image) / 1e9))
+            number = f" {len(outputs) - 1}" if len(set(teachers)) > 1 else ""
+            shapes += [(f"teacher{number} {name}", getattr(output, name).shape) for name in ("logits", "features", "feature_map")]
+        lessons = [(lesson, outputs[teacher]) for lesson, teacher in zip(recipe.lessons(), teachers, strict=True)]
+        tapped = [
+            output.tapped[lesson.distill.teacher_tap] if lesson.distill.teacher_tap and lesson.distill.feature_weight else None
+            for lesson, output in lessons
+        ]
+        with FlopCounterMode(display=False) as counter:
+            _forward(distiller, f"student {recipe.student.name}", image)
+        student_gmacs = counter.get_total_flops() / 2 / len(image) / 1e9
+        student = _forward(distiller, f"student {recipe.student.name}", image, tapped)
+        shapes += [("student logits", student.logits.shape), *(("student dist_logits", each.shape) for each in student.dist_logits)]
+        taps = [
+            _tap_line(lesson, distiller, image, ours, theirs)
+            for lesson, ours, theirs in zip(recipe.lessons(), student.projected, tapped, strict=True)
+            if ours is not None and theirs is not None
+        ]
+    pairs = zip(recipe.lessons(), student.projected, tapped, strict=True)
+    return Plan(
+        num_classes=classes,
+        gathered_per_image=sum(_gathered(recipe, lesson.distill, classes, ours, theirs) for lesson, ours, theirs in pairs),
+        student_parameters=count(distiller.student),
+        student_gmacs=student_gmacs,
+        projector_parameters=count(distiller.projectors),
+        teachers=tuple(counted),
+        cached=any(read_manifest(Path(lesson.teacher.cache)) for lesson in recipe.lessons() if lesson.teacher.cache),
+        shapes=tuple((name, str(["B", *shape[1:]]).replace("'", "")) for name, shape in shapes),
+        taps=tuple(taps),
+    )
+
+
+def _gathered(recipe: Recipe, distill: Distill, classes: int, ours: Tapped | None, theirs: Tapped | None) -> int:
+    """Numbers that the processes exchange for each image, for losses that couple samples."""
+    if recipe.batch_statistics == "device":
+        return 0
+    heads = 2 if distill.kd_head == "both" else 1
+    logits = 2 * heads * classes if distill.kd_weight and distill.kd_loss in COUPLED else 0
+    if not (distill.feature_weight and distill.feature_loss in COUPLED):
+        return logits
+    sides = [side if isinstance(side, list) else [side] for side in (ours, theirs)]
+    return logits + sum(level[0].numel() for levels in sides for level in levels if level is not None)
+
+
+def _tap_line(lesson: Lesson, distiller: Distiller, image: torch.Tensor, projected: Tapped, theirs: Tapped) -> str:
+    """What one lesson compares, with all shapes on the way."""
+    distill, student = lesson.distill, distiller.student
+    assert distill.student_tap is not None
+    ours = take(student, run(student, image, distiller.stages), distill.student_tap)
+    way = "" if lesson.projector.kind == "none" else f" -> {lesson.projector.kind} -> {shape_of(projected)}"
+    return (
+        f"student {distill.student_tap} {shape_of(ours)}{way} | {distill.feature_loss} | "
+        f"{lesson.teacher.name} {distill.teacher_tap} {shape_of(theirs)}"
+    )
+
+
+def _teacher_lines(teacher: Teacher) -> Iterator[str]:
+    """What a recipe asks of a teacher beside its name."""
+    if teacher.img_size:
+        yield f"           {teacher.name} sees images of {teacher.img_size} x {teacher.img_size}"
+    if teacher.cache:
+        yield f"           {teacher.name} is not run: its answers are read from {teacher.cache}"
+
+
+def _forward(module: nn.Module, who: str, image: torch.Tensor, *more: Any) -> Any:
+    try:
+        return module(image, *more)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{who} cannot take images of 3 x {image.shape[2]} x {image.shape[3]} ({reason}); change data.img_size"
+        ) from None
+
+
+def describe(recipe: Recipe, plan: Plan, train_images: int | None) -> str:
+    """The dry run's text: a table of networks, one of shapes, and what the whole run would take."""
+    lines = [
+        f"student    {recipe.student.name}  {plan.student_parameters:,} parameters  {plan.student_gmacs:.3f} GMACs",
+        *(f"teacher    {name}  {parameters:,} parameters  {gmacs:.3f} GMACs" for name, parameters, gmacs in plan.teachers or ()),
+        *([] if plan.teachers else ["teacher    none"]),
+        *dict.fromkeys(line for lesson in recipe.lessons() for line in _teacher_lines(lesson.teacher)),
+        f"projector  {plan.projector_parameters:,} parameters",
+        "",
+        *(f"{name:<22}{shape}" for name, shape in plan.shapes),
+        *(f"tap                   {tap}" for tap in plan.taps),
+        "",
+        f"global batch {recipe.global_batch_size}, learning rate {recipe.optim.lr * recipe.lr_factor():.3g} at its peak "
+        f"({recipe.optim.lr:g}, rule {recipe.optim.lr_rule})",
+        f"a checkpoint takes {plan.checkpoint_bytes / 1e6:.0f} MB, {recipe.run.keep_checkpoints + 1} of them while one is written",
+        f"on several processes a step reduces {plan.gradient_bytes / 1e6:.1f} MB of gradients and gathers "
+        f"{plan.gathered_per_image * recipe.global_batch_size * 4 / 1e6:.1f} MB of what losses of the whole batch compare",
+        f"weights, gradients and moments take {plan.checkpoint_bytes * 4 / 3 / 1e6:.0f} MB on each device, the teacher "
+        f"{plan.teacher_parameters * 4 / 1e6:.0f} MB in float32; activations come on top",
+    ]
+    if train_images is None:
+        lines.append("pass --data for the number of steps and the compute of the whole run")
+    else:
+        steps = recipe.epochs * max(1, train_images // recipe.global_batch_size)
+        operations = plan.training_gflop_per_image * 1e9 * steps * min(recipe.global_batch_size, train_images)
+        hours = operations / 100e12 / 3600
+        lines.append(
+            f"{steps:,} steps over {recipe.epochs} epochs of {train_images:,} images: {operations / 1e15:,.3g} PFLOP, "
+            f"which is {hours:,.3g} hours for each 100 TFLOP/s that the hardware sustains on it; deit-kd plan says hours on known devices"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""What a run takes and where its time goes: forecasts, benchmarks, and checks of the environment."""

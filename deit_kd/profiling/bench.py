@@ -1,0 +1,285 @@
+"""Where the time of a step goes: the real loop, timed with the data, without them, and the data alone. Not tried on a GPU yet."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from tqdm import tqdm
+
+from deit_kd.data import Batch, Source
+from deit_kd.data.on_device.augment import OnDevice, choose_augmentation
+from deit_kd.distributed import fsdp as sharding
+from deit_kd.distributed.accelerator import make_accelerator
+from deit_kd.errors import UserError
+from deit_kd.models import build
+from deit_kd.models import summary as plan
+from deit_kd.recipe import Recipe
+from deit_kd.tasks.classification import Classification
+from deit_kd.training import acceleration as speed
+from deit_kd.training import loop as engine
+from deit_kd.training import optim
+from deit_kd.training import setup as spread
+from deit_kd.training.metrics import Tracker
+
+NEVER = 1 << 40  # steps
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Seconds of an optimiser step of this process, unless a name says otherwise; medians."""
+
+    device: str
+    processes: int
+    workers: int  # of this process
+    images_per_step: int  # of all processes
+    micro_batch_size: int
+    steps: int  # timed in each pass
+    whole: float  # end to end
+    wait: float  # of that, waiting for data
+    step_only: float  # the same batch again and again
+    teacher: float  # of that
+    student: float  # of that: forward, backward, optimiser, and what of the all-reduce backward does not hide
+    data_only: float  # the loader alone
+    all_reduce: float  # of the gradients, alone; 0 of one process
+    gather: float  # of what losses of the whole batch compare, alone
+    read: float  # seconds of one core to read and decode one image
+    transform: float  # seconds of one core for what workers do to it then
+    augments_on: str  # cpu or device
+    compiled: str | None  # torch.compile's mode
+
+    @property
+    def images_per_second(self) -> float:
+        """End to end."""
+        return self.images_per_step / self.whole
+
+
+class _Timed(Classification):
+    """The task without its evaluations; it is over after `steps`, so that nothing is saved."""
+
+    steps = 1
+
+    def evaluate(self, ema: nn.Module | None = None) -> dict[str, float]:
+        return {}
+
+    def inspect(self) -> dict[str, Any]:
+        return {}
+
+    def is_over(self, evaluations: list[dict[str, Any]]) -> bool:
+        self._asked = not getattr(self, "_asked", True)  # before the first step, and after the last
+        return self._asked
+
+
+class _Endless:
+    """Stands where the train loader does: epochs without end, or the same micro-batches again and again."""
+
+    def __init__(self, epoch: Callable[[int], Iterator[Batch]], same: list[Batch] | None = None):
+        self._epoch, self._same = epoch, same
+
+    def epoch(self, first: int, start_step: int = 0) -> Iterator[Batch]:
+        if self._same is not None:
+            return itertools.cycle(self._same)
+        return itertools.chain.from_iterable(map(self._epoch, itertools.count(first)))
+
+
+class _Kept(Tracker):
+    """Keeps the lines instead of writing them, and shows a bar when it takes long."""
+
+    def __init__(self, accelerator: Accelerator, what: str, steps: int):
+        super().__init__(accelerator, Path(os.devnull).parent / "none", steps)
+        self.kept: list[Mapping[str, Any]] = []
+        hidden = None if accelerator.is_main_process else True
+        self.bar = tqdm(total=steps, desc=what, unit="step", delay=2, leave=False, disable=hidden)
+
+    def start(self, step: int) -> None:
+        pass
+
+    def lines(self, kind: str) -> list[dict[str, Any]]:
+        return []
+
+    def say(self, text: str) -> None:
+        if not text.startswith("stopped at step"):  # nothing is kept that could go on
+            super().say(text)
+
+    def advance(self) -> None:
+        self.bar.update()
+
+    def log(self, kind: str, step: int, values: Mapping[str, Any], with_the_next: bool = False) -> None:
+        if kind == "train":
+            self.kept.append(values)
+
+
+class Rig:
+    """Everything that train.py builds, ready to be timed.
+
+    Args:
+        recipe: what would be trained.
+        data: its folder.
+        device: auto, cpu or cuda.
+        device_batch_size: the largest micro-batch; None for no accumulation.
+
+    Raises:
+        UserError: as train.py; or class means that would have to be computed first.
+    """
+
+    def __init__(self, recipe: Recipe, data: Path | None, device: str = "auto", device_batch_size: int | None = None):
+        if any(lesson.distill.class_means == "auto" for lesson in recipe.lessons()):
+            raise UserError("distill.class_means=auto: takes a pass over the data first; make a file with deit-kd class-means")
+        sharded = sharding.take_over()
+        self.recipe = recipe = build.resolve(recipe)
+        self.folder = tempfile.TemporaryDirectory()  # for what an interruption saves
+        nowhere = Path(self.folder.name)
+        self.accelerator = make_accelerator(recipe, device, nowhere)
+        with self.accelerator.main_process_first():
+            self.sources: tuple[Source, Source] = build.open_data(recipe, data)
+        teachers = build.build_teachers(recipe, self.sources[0].class_names)
+        teachers = [teacher.to(self.accelerator.device) for teacher in teachers]
+        say = self.accelerator.print
+        example = partial(build.example_images, recipe, self.sources[1])
+        self.quickened = speed.prepare(recipe.run, teachers, example, self.accelerator, sharded)
+        compiled = self.quickened.compiled
+        self.task = _Timed(recipe, self.accelerator, self.sources, teachers, nowhere, device_batch_size, say, compiled)
+        self.loader, self.stream = self.task.train_loader, _Endless(self.task.train_loader.epoch)
+        self.schedule = optim.build_schedule(recipe, self.task.steps_per_epoch)
+        self.reads_every_step = sharded or self.accelerator.device.type == "cpu"  # as train.py has it
+        self.optimizer, self.ema = spread.prepare(self.task, recipe, self.accelerator, sharded)
+
+    def time(self, steps: int, same_batch: bool = False) -> dict[str, float]:
+        """Seconds a step of the real loop: `whole`, and `data`, `teacher`, `student` of it. A fifth more steps warm up.
+
+        Beside them `processor`: of all threads of this process, warm-up included, whatever else the machine does.
+        """
+        every = max(1, steps // 5)
+        steps = -(-steps // every) * every + every
+        task: Any = self.task
+        same = list(itertools.islice(self.loader.epoch(0), self.task.accumulation_steps)) if same_batch else None
+        task.train_loader, task.steps_per_epoch = _Endless(self.loader.epoch, same), steps
+        loop = engine.Loop(
+            total_steps=NEVER,
+            accumulation_steps=task.accumulation_steps,
+            images_per_step=self.loader.global_batch_size,
+            clip_grad=self.recipe.optim.clip_grad,
+            log_every_steps=every,
+            eval_every_epochs=1,
+            save_every_steps=NEVER,
+            keep_checkpoints=1,
+            on_full_disk="stop",
+            reads_every_step=self.reads_every_step,
+        )
+        tracker = _Kept(self.accelerator, "step alone" if same_batch else "end to end", steps)
+        folder = Path(self.folder.name)
+        busy = time.process_time()
+        over = engine.fit(task, self.accelerator, self.optimizer, self.schedule, loop, tracker, folder, self.ema)
+        busy = (time.process_time() - busy) / steps
+        tracker.bar.close()
+        if not over:  # a signal
+            raise KeyboardInterrupt
+        timed = tracker.kept[1:]
+        parts = {name: median(line.get(f"seconds_{name}", 0.0) for line in timed) for name in ("data", "teacher", "student")}
+        rate = median(line["images_per_second"] for line in timed)
+        return {"whole": self.loader.global_batch_size / rate, **parts, "processor": busy}
+
+    def time_data(self, steps: int, most_seconds: float = 60.0) -> float:
+        """Seconds a step of the loader alone, after what its workers had ready."""
+        stream, micro = self.stream.epoch(0), self.task.accumulation_steps
+        ready = 1 + 2 * self.loader.placement.workers
+        for _ in tqdm(range(ready), desc="workers start", unit="batch", delay=2, leave=False):
+            next(stream)
+        started, taken = time.perf_counter(), 0
+        for _ in tqdm(range(steps * micro), desc="data alone", unit="batch", delay=2, leave=False):
+            next(stream)
+            taken += 1
+            if time.perf_counter() - started > most_seconds:
+                break
+        self._wait()
+        return (time.perf_counter() - started) / taken * micro
+
+    def time_communication(self) -> tuple[float, float]:
+        """Seconds of an all-reduce of the gradients and of a gather of what losses of the whole batch compare, by themselves."""
+        if self.accelerator.num_processes == 1:
+            return 0.0, 0.0
+        counted = plan.make_plan(self.recipe, self.task.num_classes)
+        gradients = torch.zeros(counted.gradient_bytes // 4, device=self.accelerator.device)
+        rows = torch.zeros(self.loader.micro_batch_size, max(1, counted.gathered_per_image), device=self.accelerator.device)
+
+        def seconds(function: Callable[[], Any]) -> float:
+            times = []
+            for _ in range(6):
+                self.accelerator.wait_for_everyone()
+                self._wait()
+                started = time.perf_counter()
+                function()
+                self._wait()
+                times.append(time.perf_counter() - started)
+            return median(times[1:])
+
+        gather = seconds(lambda: self.accelerator.gather(rows)) * self.task.accumulation_steps
+        return seconds(lambda: self.accelerator.reduce(gradients)), gather if counted.gathered_per_image else 0.0
+
+    def _wait(self) -> None:
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def bench(rig: Rig, steps: int) -> Bench:
+    """Times every part; all processes call it."""
+    alone, whole = rig.time(steps, same_batch=True), rig.time(steps)
+    all_reduce, gather = rig.time_communication()
+    read, transform = image_seconds(rig.sources[0], rig.recipe, rig.accelerator.device)
+    return Bench(
+        device=rig.accelerator.device.type,
+        processes=rig.accelerator.num_processes,
+        workers=rig.loader.placement.workers,
+        images_per_step=rig.loader.global_batch_size,
+        micro_batch_size=rig.loader.micro_batch_size,
+        steps=steps,
+        whole=whole["whole"],
+        wait=whole["data"],
+        step_only=alone["whole"],
+        teacher=alone["teacher"],
+        student=alone["student"],
+        data_only=rig.time_data(steps),
+        all_reduce=all_reduce,
+        gather=gather,
+        read=read,
+        transform=transform,
+        augments_on=rig.loader.augments_on,
+        compiled=rig.quickened.compiled,
+    )
+
+
+def image_seconds(
+    source: Source, recipe: Recipe, device: torch.device, images: int = 64, most_seconds: float = 1.5
+) -> tuple[float, float]:
+    """Seconds of one core to read and decode an image, and for what else a worker does to it: means over images spread over the source."""
+    chosen, taken, reading, augmenting = choose_augmentation(recipe, device), 0, 0.0, 0.0
+    transform: Callable[[Any], Any] = chosen.worker if isinstance(chosen, OnDevice) else chosen
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in a worker
+    try:
+        for index in range(0, len(source), max(1, len(source) // images)):
+            before = time.perf_counter()
+            try:
+                image: Any = chosen.worker.read(source, index) if isinstance(chosen, OnDevice) else source[index][0]
+            except Exception:  # an image that cannot be read is the loader's business
+                continue
+            between = time.perf_counter()
+            transform(image)
+            taken, reading, augmenting = taken + 1, reading + between - before, augmenting + time.perf_counter() - between
+            if reading + augmenting > most_seconds:
+                break
+    finally:
+        torch.set_num_threads(threads)
+    return (reading / taken, augmenting / taken) if taken else (math.nan, math.nan)

@@ -1,7 +1,0 @@
-"""From a trained student to a folder that other people can use: weights, config, card."""
-
-from deit_kd.release.card import write_card
-from deit_kd.release.convert import convert
-from deit_kd.release.export import export_student
-
-__all__ = ["convert", "export_student", "write_card"]

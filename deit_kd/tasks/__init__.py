@@ -1,0 +1,1 @@
+"""What is learned: the terms of a step, evaluation, and the checks before the first step."""

@@ -1,0 +1,174 @@
+"""The terms that one teacher adds to the loss: which functions of `deit_kd.losses` compare what, how strongly, and when."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from deit_kd import losses
+from deit_kd.data import Batch
+from deit_kd.distributed.global_batch import GlobalBatch
+from deit_kd.models import AnyTeacher, StudentOutput, TeacherOutput
+from deit_kd.models.projectors.contrastive_memory import ContrastiveMemory
+from deit_kd.recipe import READS, Lesson, Recipe
+from deit_kd.seed import derive_seed
+
+TENSORS = ("kd_head", "student_tap", "teacher_tap", "class_means")  # keys that choose tensors; all others are a loss's parameters
+COUPLED = ("dist", "logsum", "logsum_correlation", "logsum_difference", "correlation_congruence")  # no means over samples
+
+
+class Terms:
+    """What one lesson of the recipe adds.
+
+    Args:
+        lesson: of the recipe.
+        number: among the recipe's lessons.
+        token: which distillation head it teaches, of those that the student has.
+        teacher: as it says.
+        recipe: the whole of it.
+        class_means: [K,E], for the losses that read them.
+        global_batch: completes the rows of losses that couple samples.
+        compiled: torch.compile's mode for the losses that compare two tensors; None for none.
+    """
+
+    def __init__(
+        self,
+        lesson: Lesson,
+        number: int,
+        token: int,
+        teacher: AnyTeacher,
+        recipe: Recipe,
+        class_means: Tensor | None,
+        global_batch: GlobalBatch,
+        compiled: str | None = None,
+    ):
+        self.distill, self.number, self.token, self.teacher = lesson.distill, number, token, teacher
+        self.epochs = recipe.epochs
+        self.seed, self.whole = recipe.seed, recipe.batch_statistics == "global"
+        self.class_means, self.global_batch = class_means, global_batch
+        self.tap = lesson.distill.teacher_tap if lesson.distill.feature_weight else None
+        self.functions: dict[str, Callable[..., Tensor]] = {}
+        for name in (self.distill.kd_loss, self.distill.feature_loss):
+            if name is not None:
+                function = getattr(losses, name)
+                self.functions[name] = torch.compile(function, dynamic=False, mode=compiled) if compiled else function
+
+    def on(self, term: str, epoch: int) -> bool:
+        """Whether an epoch is among the active ones of kd or feature; at the foot of a ramp a term is on with weight 0."""
+        first, last = self.distill.active_epochs.get(term, (0, self.epochs))  # type: ignore[call-overload]
+        return first <= epoch < last
+
+    def weight(self, term: str, epoch: int) -> float:
+        """The weight of kd or feature while it is on."""
+        full = self.distill.kd_weight if term == "kd" else self.distill.feature_weight
+        ramp = self.distill.ramp_epochs.get(term)  # type: ignore[call-overload]
+        return full if ramp is None else full * min(1.0, epoch / ramp)
+
+    def active(self, epoch: int) -> bool:
+        """Whether the teacher is asked at all."""
+        return bool((self.distill.kd_weight and self.on("kd", epoch)) or (self.tap is not None and self.on("feature", epoch)))
+
+    def needs_whole_batch(self) -> bool:
+        """Whether a term couples samples, so that it must see rows of all processes and micro-batches."""
+        losses = (
+            self.distill.kd_loss if self.distill.kd_weight else None,
+            self.distill.feature_loss if self.tap is not None else None,
+        )
+        return "noise_contrastive" in losses or (self.whole and any(name in COUPLED for name in losses))
+
+    def teaches_tokens(self, epoch: int) -> bool:
+        """Whether a distillation head learns from this teacher alone, so that labels are for the class head."""
+        return self.distill.kd_weight > 0 and self.on("kd", epoch) and self.distill.kd_head == "distillation"
+
+    def kd(self, student: StudentOutput, teacher: TeacherOutput, batch: Batch) -> Tensor:
+        """The logit term, on the head or heads that it teaches."""
+        name, head = self.distill.kd_loss, self.distill.kd_head
+        assert name is not None
+        dist_logits = student.dist_logits
+        own = dist_logits[self.token] if dist_logits else student.logits
+        heads = {"class": [student.logits], "distillation": [own], "both": [student.logits, own]}[head or "class"]
+        arguments = self._parameters("kd", name)
+        if name in ("decoupled_distillation", "normalised_distillation"):
+            arguments["labels"] = batch.targets.argmax(dim=1)  # under mixing the class with the larger share
+        values = [self._loss(name, f"logits {n}", logits, teacher.logits, **arguments) for n, logits in enumerate(heads)]
+        return sum(values[1:], values[0]) / len(values)
+
+    def feature(self, student: StudentOutput, teacher: TeacherOutput, batch: Batch, projector: nn.Module) -> Tensor:
+        """The feature term."""
+        name, tap = self.distill.feature_loss, self.distill.teacher_tap
+        assert name is not None
+        assert tap is not None
+        ours, theirs = student.projected[self.number], teacher.tapped[tap]
+        assert ours is not None
+        if name == "noise_contrastive":
+            assert isinstance(projector, ContrastiveMemory)
+            assert isinstance(ours, list)
+            return self._contrastive(projector, ours[0], ours[1], batch)
+        if isinstance(ours, list) and name == "hierarchical_context":
+            return losses.hierarchical_context(ours, list(theirs))
+        if isinstance(ours, list):
+            pairs = enumerate(zip(ours, theirs, strict=True))
+            return sum((self._compare(name, a, b, batch, stage) for stage, (a, b) in pairs), batch.targets.new_zeros(()))
+        assert not isinstance(theirs, list)
+        return self._compare(name, ours, theirs, batch)
+
+    def _compare(self, name: str, student: Tensor, teacher: Tensor, batch: Batch, stage: int = 0) -> Tensor:
+        if name == "dense_hard_distillation":
+            return losses.dense_hard_distillation(student, teacher, batch.epoch / self.epochs)
+        if name == "attention_transfer":
+            return losses.attention_transfer(student, teacher)
+        if name in ("norm_direction", "mean_direction"):
+            assert self.class_means is not None
+            # Mixed like the labels. Their smoothing lets the other classes' means in as well, as in the authors' DeiT code, where
+            # they are those of the batch.
+            means = batch.targets @ self.class_means
+            return (
+                losses.mean_direction(student, means)
+                if name == "mean_direction"
+                else losses.norm_direction(student, teacher, means)
+            )
+        if student.ndim == 4:
+            student, teacher = (rearrange(each, "b c h w -> (b h w) c") for each in _one_size(student, teacher))
+        return self._loss(name, f"features {stage}", student, teacher, **self._parameters("feature", name))
+
+    def _loss(self, name: str, where: str, student: Tensor, teacher: Tensor, **parameters: Any) -> Tensor:
+        """A function of `deit_kd.losses`, over all rows of the global batch if it couples samples."""
+        function = self.functions[name]
+        if not (self.whole and name in COUPLED):
+            return function(student, teacher, **parameters)
+        student, teacher = (
+            self.global_batch.complete(f"{self.number} {where} {side}", rows)
+            for side, rows in (("student", student), ("teacher", teacher))
+        )
+        return self.global_batch.share(function(student, teacher, **parameters))
+
+    def _parameters(self, term: str, name: str) -> dict[str, Any]:
+        """What the recipe states of a loss beside its tensors, as its arguments."""
+        return {key: getattr(self.distill, key) for key in READS[f"distill.{term}_loss"][name] if key not in TENSORS}
+
+    def _contrastive(self, memory: ContrastiveMemory, student: Tensor, teacher: Tensor, batch: Batch) -> Tensor:
+        """CRD. The memory is one for all processes, and changes once a step, whatever `batch_statistics` says."""
+
+        def complete(name: str, rows: Tensor) -> Tensor:
+            return self.global_batch.complete(f"{self.number} {name}", rows.detach())
+
+        scores = memory.scores(student, teacher, batch.indices, derive_seed(self.seed, "negatives", batch.epoch))
+        first = complete("normaliser", scores.mean(dim=(1, 2))[None]).mean(dim=0)
+        remembered = complete("student", student), complete("teacher", teacher), complete("indices", batch.indices)
+        if self.global_batch.is_recording:
+            return student.new_zeros(())
+        scores = memory.normalise(scores, first)
+        if self.global_batch.is_last:
+            memory.update(*remembered)
+        return losses.noise_contrastive(scores[0], memory.population) + losses.noise_contrastive(scores[1], memory.population)
+
+
+def _one_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Maps [B,C,H,W] with the larger average-pooled to the smaller."""
+    size = min(student.shape[2], teacher.shape[2]), min(student.shape[3], teacher.shape[3])
+    return F.adaptive_avg_pool2d(student, size), F.adaptive_avg_pool2d(teacher, size)

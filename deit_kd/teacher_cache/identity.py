@@ -1,0 +1,135 @@
+"""What the images that a teacher sees depend on, and the teacher itself: all that a cache of its answers must agree on with a run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deit_kd.data import Source, TrainLoader
+from deit_kd.data.sources.catalog import PartSource
+from deit_kd.data.sources.folder_source import FolderSource
+from deit_kd.data.sources.shards import ShardSource
+from deit_kd.errors import UserError
+from deit_kd.files.whole import sha256
+from deit_kd.models import CachedTeacher
+from deit_kd.models.loading import file_of
+from deit_kd.recipe import Recipe, flatten
+from deit_kd.teacher_cache.class_means import fingerprint
+from deit_kd.text import for_terminal
+
+# Where data come from and how labels are smoothed changes no image; the data themselves are compared.
+NO_MATTER = ("data.source", "data.num_classes", "data.train_images", "data.label_column", "augmentation.label_smoothing")
+TEACHER, WEIGHTS, FILE = "teacher.name", "teacher.weights", "sha256 of the teacher's file"
+PACKAGES = ("torch", "torchvision", "timm", "pillow", "numpy")
+
+
+def describe(recipe: Recipe, loader: TrainLoader, autocast: str) -> dict[str, Any]:
+    """The identity, one plain value a name.
+
+    Args:
+        recipe: with one teacher.
+        loader: of its training images.
+        autocast: of Accelerate: no, bf16 or fp16.
+    """
+    teacher, micro = recipe.lessons()[0].teacher, loader.micro_batch_size
+    aug = recipe.augmentation
+    mixes = (aug.mixup or aug.cutmix) and aug.mixup_prob
+    follows = {"no": "float32"}.get(autocast, f"{autocast} autocast")
+    file = file_of(teacher.name) if teacher.weights == "pretrained" else Path(teacher.weights)
+    found = {
+        "seed": recipe.seed,
+        "global_batch_size": loader.global_batch_size,
+        # Pairs that are mixed are neighbours in a micro-batch; of an odd one, the last stays alone, wherever the batch is cut.
+        "micro-batches": "any" if not mixes else "even" if micro % 2 == 0 else micro,
+        "finetune.holdout": recipe.finetune.holdout if recipe.finetune else 0.0,
+        **{key: value for key, value in flatten(recipe) if key.startswith(("data.", "augmentation.")) and key not in NO_MATTER},
+        "augmented on": loader.augments_on,  # colours within a grey level of each other, and other noise
+        "decoded on": loader.decodes_on,  # workers, or the device's type: a GPU's decoder gives other pixels
+        "teacher.img_size": teacher.img_size,
+        "teacher.precision": follows if teacher.precision == "auto" else teacher.precision,
+        TEACHER: teacher.name,
+        WEIGHTS: teacher.weights,
+        FILE: sha256(file) if file is not None and file.is_file() else None,
+        **of_images(loader.source),
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(found))
+    return plain
+
+
+def of_images(source: Source) -> dict[str, Any]:
+    """What tells data apart wherever they lie: their number, classes, labels, sizes of files, and some images."""
+    of_files = sizes(source)
+    return {
+        "number of images": len(source),
+        "classes": list(source.class_names),
+        "hash of labels and of 512 images": fingerprint(source).partition(" ")[2],
+        "hash of the sizes of files": None if of_files is None else hashlib.sha256(of_files.astype("<i8").tobytes()).hexdigest(),
+    }
+
+
+def sizes(source: Source) -> np.ndarray | None:
+    """[N] bytes of each image's file, which a folder and shards that were packed of it have in common; None of data without files."""
+    if isinstance(source, PartSource):
+        whole = sizes(source.whole)
+        return None if whole is None else whole[source.indices]
+    if isinstance(source, FolderSource):
+        return np.asarray([Path(path).stat().st_size for path in source.paths])
+    return source.size if isinstance(source, ShardSource) else None
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that make images."""
+    return {name: version(name) for name in PACKAGES}
+
+
+def must_agree(folder: Path, cached: Mapping[str, Any], wanted: Mapping[str, Any], remedy: str) -> None:
+    """Refuses a cache of other images or another teacher.
+
+    Raises:
+        UserError: every difference, with both values.
+    """
+    names = list(dict.fromkeys([*cached, *wanted]))
+    # Files are compared where both have one: a folder may lie elsewhere. Else the name must do.
+    by_file = None not in (cached.get(FILE), wanted.get(FILE))
+    passed = (TEACHER, WEIGHTS) if by_file else (FILE,)
+    optional = "hash of the sizes of files"  # tables have none
+    if None in (cached.get(optional), wanted.get(optional)):
+        passed = (*passed, optional)
+    different = [name for name in names if name not in passed and cached.get(name) != wanted.get(name)]
+    told = [f"{_short(name)} was {_short(cached.get(name))}, is {_short(wanted.get(name))}" for name in different[:8]]
+    told += [f"{len(different) - 8} more"] if len(different) > 8 else []
+    if told:
+        raise UserError(f"teacher.cache={folder}: was made for another stream or teacher ({'; '.join(told)}); {remedy}")
+
+
+def must_fit(teacher: CachedTeacher, recipe: Recipe, loader: TrainLoader, autocast: str, warn: Callable[[str], None]) -> None:
+    """Refuses a cache that is not of this run's images and teacher; warns where other versions of packages made the images.
+
+    Raises:
+        UserError: every difference, with both values.
+    """
+    remedy = "cache this recipe into another folder, or set these as they were"
+    must_agree(teacher.folder, teacher.manifest["stream"], describe(recipe, loader, autocast), remedy)
+    ours, theirs = versions(), teacher.manifest["versions"]
+    if other := [f"{name} {_short(theirs.get(name))}, here {ours[name]}" for name in PACKAGES if ours[name] != theirs.get(name)]:
+        warn(f"teacher.cache={teacher.folder}: was made with {'; '.join(other)}, whose images may differ a little")
+
+
+def of_validation(recipe: Recipe, source: Source) -> dict[str, Any]:
+    """What a teacher's accuracy depends on beside the teacher."""
+    size, aug = recipe.data.img_size, recipe.evaluation
+    view = [size, recipe.data.mean, recipe.data.std, aug.crop_pct, aug.interpolation, *(["upright"] if source.upright else [])]
+    found = {"view": view, **of_images(source)}
+    plain: dict[str, Any] = json.loads(json.dumps(found))
+    return plain
+
+
+def _short(value: Any) -> str:
+    text = for_terminal(str(value)[:10_000])
+    return text if len(text) <= 70 else f"{text[:60]}... ({len(text)} characters)"

@@ -1,0 +1,314 @@
+"""The one loop. What is learnt is a task's business; where it runs is Accelerate's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from deit_kd.errors import UserError
+from deit_kd.training.best import Best
+from deit_kd.training.metrics import Clock, Tracker, Window
+from deit_kd.training.nonfinite import Vote
+from deit_kd.training.signals import Stop, Stopped, goes_on
+from deit_kd.training.state import RunState
+
+SKIPPED_IN_A_ROW = 3  # steps without a finite loss end the run
+
+
+class Task(Protocol):
+    """What the loop knows of what is learnt."""
+
+    module: nn.Module  # prepared; every trainable parameter behind one forward
+    student: nn.Module  # the bare part of it that is exported
+    steps_per_epoch: int
+    fingerprint: str  # of the recipe
+    layout: dict[str, Any]  # how the global batch is cut, for checkpoints
+    depends_on: dict[str, Any]  # what a run that goes on from them must find again
+
+    def train_batches(self, epoch: int, start_step: int, clock: Clock) -> Iterator[Any]:
+        """Micro-batches of an epoch, from an optimiser step within it on."""
+
+    def compute_terms(self, batch: Any, clock: Clock, detailed: bool) -> dict[str, Tensor]:
+        """0-d tensors: `loss`, each of its terms, and on detailed steps what else is worth knowing."""
+
+    def sample_names(self, indices: Tensor) -> list[str]:
+        """Where the samples of a micro-batch, its `indices`, come from, for people."""
+
+    def evaluate(self, ema: nn.Module | None) -> dict[str, float]:
+        """Metrics over the validation data, those of `ema` under names that begin with ema_."""
+
+    def is_over(self, evaluations: list[dict[str, Any]]) -> bool:
+        """Whether what was measured so far says that more steps do not help."""
+
+    def inspect(self) -> dict[str, Any]:
+        """What to record of the trainable parts beside metrics, such as the projector's spectrum."""
+
+
+@dataclass(frozen=True)
+class Loop:
+    """The plain values that the loop needs."""
+
+    total_steps: int
+    accumulation_steps: int
+    images_per_step: int
+    clip_grad: float | None
+    log_every_steps: int
+    eval_every_epochs: int
+    save_every_steps: int
+    keep_checkpoints: int
+    on_full_disk: str  # stop or go_on
+    reads_every_step: (
+        bool  # whether the host learns at each step if it counts; on a GPU it would wait, and learns when it logs or saves
+    )
+
+
+def fit(
+    task: Task,
+    accelerator: Accelerator,
+    optimizer: torch.optim.Optimizer,
+    schedule: Callable[[int], float],
+    loop: Loop,
+    tracker: Tracker,
+    folder: Path,
+    ema: ModelEmaV3 | None = None,
+    resume: Path | None = None,
+    best: Best | None = None,
+) -> bool:
+    """Trains to `loop.total_steps`, from a checkpoint if one is given.
+
+    Returns:
+        True when the run is complete, False when a signal stopped it; its state is saved either way.
+
+    Raises:
+        UserError: the loss is not finite several times in a row, the disk is full, or the checkpoint does not fit.
+    """
+    state = RunState(
+        module=accelerator.unwrap_model(task.module),
+        optimizer=optimizer,
+        ema=ema,
+        tracker=tracker,
+        accelerator=accelerator,
+        folder=folder / "checkpoints",
+        steps_per_epoch=task.steps_per_epoch,
+        recipe=task.fingerprint,
+        layout=task.layout,
+        depends_on=task.depends_on,
+        keep_checkpoints=loop.keep_checkpoints,
+        on_full_disk=loop.on_full_disk,
+        best=best,
+    )
+    step = state.restore(resume) if resume else 0
+    clock, batches, vote = Clock(accelerator.device), None, Vote(accelerator)
+    tracker.start(step)
+    if step == 0:
+        tracker.log("projector", step, task.inspect())
+    elif _evaluation_is_due(loop, task, step):  # stopped after saving, and before evaluating or after
+        evaluated = [line for line in tracker.lines("eval") if line["step"] == step]
+        _evaluate(task, tracker, step, ema, best, evaluated[-1] if evaluated else None)
+    over = _is_over(task, tracker, accelerator)
+    window, buffers, unread = Window(step), _Buffers(task.module), _Unread(task, tracker)
+    lazily = not loop.reads_every_step and _can_skip_by_itself(optimizer, accelerator)
+    task.module.train()
+
+    with Stop(alone=accelerator.num_processes == 1) as stop:
+        try:
+            while step < loop.total_steps and not over:
+                epoch, step_of_epoch = divmod(step, task.steps_per_epoch)
+                if batches is None or step_of_epoch == 0:
+                    batches = task.train_batches(epoch, step_of_epoch, clock)
+                lr = schedule(step)
+                for group in optimizer.param_groups:
+                    group["lr"] = lr * group.get("lr_scale", 1.0)
+                step += 1
+                log = step % loop.log_every_steps == 0 or step == loop.total_steps
+                buffers.keep()
+                done = _backward(task, accelerator, batches, loop.accumulation_steps, clock, log, stop, vote)
+                unread.steps.append((step, done, vote.skip))
+                due = step % loop.save_every_steps == 0 or step == loop.total_steps or vote.stopping
+                counts = lazily or unread.read()
+                with clock.span("student"):
+                    if lazily or not counts:
+                        buffers.restore(vote.skip)
+                    _update(task, accelerator, optimizer, loop, ema, vote.skip if lazily else None, counts)
+                    optimizer.zero_grad(set_to_none=True)
+                state.reached = step
+                tracker.advance()
+                if lazily and (log or due):
+                    counts = unread.read()
+
+                if log:  # beside those that save, the only steps that wait for the device
+                    means, speed = tracker.means(), window.close(step, loop.images_per_step, clock)
+                    tracker.log("train", step, {"epoch": step / task.steps_per_epoch, "lr": lr, **means, **speed})
+                with window.paused():
+                    if due and (counts or vote.stopping or step == loop.total_steps):  # a skipped one could push out a good one
+                        state.save(step)  # before evaluating, which can take long and fail
+                    if _evaluation_is_due(loop, task, step) and not vote.stopping:
+                        with stop.waiting():
+                            _evaluate(task, tracker, step, ema, best)
+                        over = _is_over(task, tracker, accelerator)
+                if vote.stopping:
+                    tracker.say(goes_on(step, folder))
+                    break
+        except Stopped as stopped:  # while it evaluated, or before the step was made, which changed buffers alone
+            buffers.restore(torch.full_like(vote.skip, step > state.reached))
+            unread.read()
+            state.save_what_is_not()
+            stopped.give_reason()
+            tracker.say(goes_on(state.reached, folder))
+            return False
+    return over or step >= loop.total_steps
+
+
+_Done = list[tuple[Tensor, dict[str, Tensor]]]  # of each micro-batch of a step its indices and its terms
+
+
+def _backward(
+    task: Task,
+    accelerator: Accelerator,
+    batches: Iterator[Any],
+    accumulation_steps: int,
+    clock: Clock,
+    detailed: bool,
+    stop: Stop,
+    vote: Vote,
+) -> _Done:
+    """The gradients of an optimiser step; its loss is put to the vote before the last backward pass, which hides the wait."""
+    done: _Done = []
+    for micro in range(1, accumulation_steps + 1):
+        with stop.waiting():
+            batch, last = next(batches), micro == accumulation_steps
+        with nullcontext() if last else accelerator.no_sync(task.module):
+            terms = task.compute_terms(batch, clock, detailed)
+            done.append((batch.indices, {name: value.detach().clone() for name, value in terms.items()}))
+            if last:
+                vote.cast(stop, torch.stack([values["loss"] for _, values in done]).sum())
+            with clock.span("student"):
+                accelerator.backward(terms["loss"] / accumulation_steps)
+    return done
+
+
+def _update(
+    task: Task,
+    accelerator: Accelerator,
+    optimizer: torch.optim.Optimizer,
+    loop: Loop,
+    ema: ModelEmaV3 | None,
+    skip: Tensor | None,
+    counts: bool,
+) -> None:
+    """The optimiser's step, unless `skip` tells it on the device, or `counts` here, that this one does not count."""
+    if loop.clip_grad is not None and counts:
+        accelerator.clip_grad_norm_(task.module.parameters(), loop.clip_grad)
+    if skip is not None:
+        bare: Any = getattr(optimizer, "optimizer", optimizer)
+        bare.found_inf = skip
+        optimizer.step()
+        del bare.found_inf
+    elif counts:
+        optimizer.step()
+    if ema is not None:  # of a step that does not count: towards weights that stayed
+        ema.update(task.student)
+
+
+def _can_skip_by_itself(optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> bool:
+    """Whether the optimiser reads on the device that a step does not count, as torch's fused ones do where no scaler uses that."""
+    bare = getattr(optimizer, "optimizer", optimizer)
+    return getattr(bare, "_step_supports_amp_scaling", False) and accelerator.scaler is None
+
+
+def _evaluation_is_due(loop: Loop, task: Task, step: int) -> bool:
+    return step % (loop.eval_every_epochs * task.steps_per_epoch) == 0 or step >= loop.total_steps
+
+
+def _evaluate(
+    task: Task, tracker: Tracker, step: int, ema: ModelEmaV3 | None, best: Best | None, done: dict[str, Any] | None = None
+) -> None:
+    """Measures, unless that is `done`, and offers the weights to `best`."""
+    metrics = done or task.evaluate(None if ema is None else ema.module)
+    if best is not None:
+        best.offer(step, metrics)
+    if done is None:
+        tracker.log("eval", step, {"epoch": step / task.steps_per_epoch, **metrics}, with_the_next=True)
+        tracker.log("projector", step, task.inspect())
+    task.module.train()
+
+
+def _is_over(task: Task, tracker: Tracker, accelerator: Accelerator) -> bool:
+    """Asks the task on the main process, which alone has all lines; all hear the answer."""
+    answer = [accelerator.is_main_process and task.is_over(tracker.lines("eval"))]
+    broadcast_object_list(answer)
+    return answer[0]
+
+
+class _Unread:
+    """Steps of which the host does not know yet whether they count. Those that do enter the means; the others are told."""
+
+    def __init__(self, task: Task, tracker: Tracker):
+        self.task, self.tracker, self.in_a_row = task, tracker, 0
+        self.steps: list[tuple[int, _Done, Tensor]] = []  # number, terms, and 1 if it does not count
+
+    def read(self) -> bool:
+        """Waits for the device. Whether the last step counts; True if there is none.
+
+        Raises:
+            UserError: too many in a row do not.
+        """
+        skipped = torch.stack([skip for *_, skip in self.steps]).tolist() if self.steps else [False]
+        for (step, done, _), skip in zip(self.steps, skipped, strict=False):
+            self.in_a_row = self.in_a_row + 1 if skip else 0
+            if skip:
+                self._tell(step, done)
+            else:
+                for _, values in done:
+                    self.tracker.add(values)
+        self.steps = []
+        return not skipped[-1]
+
+    def _tell(self, step: int, done: _Done) -> None:
+        """Tells which terms of which samples were not finite, and ends the run when that repeats."""
+        mine = []
+        for indices, values in done:
+            terms = [name for name, value in values.items() if not value.isfinite()]
+            if terms:  # `loss` is among them, and says nothing that its terms do not
+                mine.append({"terms": terms, "samples": indices.tolist(), "names": self.task.sample_names(indices)})
+        found = gather_object(mine)  # of all processes
+        terms = list(dict.fromkeys(name for each in found for name in each["terms"] if name != "loss")) or ["loss"]
+        names = [name for each in found for name in each["names"]]  # for people here; metrics.jsonl is published
+        self.tracker.log("skipped", step, {"terms": terms, "samples": [index for each in found for index in each["samples"]]})
+        fault = f"step {step}: {', '.join(terms)} not finite, for samples {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
+        if self.in_a_row < SKIPPED_IN_A_ROW:
+            self.tracker.say(
+                f"{fault} ({len(names)}; {self.tracker.file.name} has their places among the training images); the step is skipped"
+            )
+            return
+        raise UserError(
+            f"{fault}, {self.in_a_row} steps in a row; lower optim.lr, set optim.clip_grad, or use run.precision=no or teacher.precision=float32 if they were not; "
+            "with another recipe give another --output or --resume none"
+        )
+
+
+class _Buffers:
+    """Buffers as they were before a step: what a step that does not count left in batch norms and memories must not stay."""
+
+    def __init__(self, module: nn.Module):
+        stored = module.state_dict()  # what is not is constant
+        self.live = [buffer for name, buffer in module.named_buffers() if name in stored]
+        self.kept = [buffer.clone() for buffer in self.live]
+
+    def keep(self) -> None:
+        if self.live:
+            torch._foreach_copy_(self.kept, self.live)
+
+    def restore(self, skip: Tensor) -> None:
+        """Puts them back where `skip` is 1, without asking the device."""
+        for kept, live in zip(self.kept, self.live, strict=True):
+            live.copy_(torch.where(skip.bool(), kept, live))

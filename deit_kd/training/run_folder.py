@@ -1,0 +1,202 @@
+"""What a run says of itself at its start: recipe.yaml, run.json, and lines for people."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator
+
+import deit_kd
+from deit_kd import recipe as recipes
+from deit_kd.data import Source
+from deit_kd.distributed import accelerator as processes
+from deit_kd.distributed import fsdp as sharding
+from deit_kd.errors import UserError
+from deit_kd.files.documents import short
+from deit_kd.files.whole import write_json, write_text
+from deit_kd.models import CachedTeacher
+from deit_kd.models import summary as plan
+from deit_kd.recipe import Recipe
+from deit_kd.text import for_terminal, redact, redact_path, redact_words
+from deit_kd.training.run_files import plain
+from deit_kd.training.run_start import Start, compare_data, on_main
+
+if TYPE_CHECKING:
+    from deit_kd.tasks.classification import Classification
+    from deit_kd.training.acceleration import Quickened
+
+
+def describe(
+    output: Path,
+    recipe: Recipe,
+    accelerator: Accelerator,
+    task: Classification,
+    total_steps: int,
+    quickened: Quickened,
+    sources: tuple[Source, Source],
+    start: Start,
+) -> None:
+    """Compares what the run depends on, checks the disk, writes run.json and recipe.yaml, says what will happen, starts the trackers.
+
+    Raises:
+        UserError: the run depends on what is another now, or the disk is too small.
+    """
+    counted = plan.make_plan(recipe, task.num_classes)
+    needed = counted.checkpoint_bytes * (recipe.run.keep_checkpoints + 1) + 4 * counted.student_parameters
+    loader, val, cut = task.train_loader, task.val_loader.source, sharding.is_sharded(task.student)
+
+    def begin() -> None:
+        accepted = compare_data(output, task, recipe, sources, start, accelerator.print)
+        _must_hold(output, needed, recipe.run.on_full_disk, accelerator.print)
+        run = _facts(output, recipe, accelerator, task, total_steps, quickened, counted)
+        _tell_other_code(start.run, run, accelerator.print)
+        # run.json first: it makes the folder a run's.
+        before = {
+            "earlier_sessions": _earlier_sessions(start.run),
+            "accepted_changes": accepted,
+            "saved": start.checkpoint is not None,
+        }
+        write_json(output / "run.json", plain({**run, **before}))
+        write_text(output / "recipe.yaml", recipes.dump(recipe))
+
+    on_main(accelerator, begin)
+    loading = f"{accelerator.num_processes} x {loader.accumulation_steps} x {loader.micro_batch_size}"
+    accelerator.print(
+        f"train   {_counted(loader.source)} of {for_terminal(loader.source.origin)}; validation {_counted(val)}\n"
+        f"student {for_terminal(recipe.student.name)}, {counted.student_parameters:,} parameters; projector {counted.projector_parameters:,}\n"
+        + "".join(
+            f"teacher {for_terminal(name)}, {parameters:,} parameters, {for_terminal(teacher.describe()) if isinstance(teacher, CachedTeacher) else quick}\n"
+            for (name, parameters, _), teacher, quick in zip(
+                counted.teachers, dict.fromkeys(task.teachers), quickened.teachers, strict=True
+            )
+        )
+        + "".join(f"tap     {tap}\n" for tap in counted.taps)
+        + f"steps   {total_steps:,} of {loader.global_batch_size} = {loading} images "
+        f"(processes x accumulation x device), {'each with its part of the weights, ' if cut else ''}on {hardware(accelerator.device)}, precision {accelerator.mixed_precision}"
+    )
+    if recipe.run.trackers:
+        accelerator.init_trackers("deit_kd", config=dict(_for_trackers(recipe)))
+
+
+def _counted(source: Source) -> str:
+    left_out = f" (left out: {for_terminal(source.left_out)})" if source.left_out else ""
+    return f"{len(source):,} images{left_out}"
+
+
+def _tell_other_code(before: Mapping[str, Any] | None, now: Mapping[str, Any], say: Callable[[str], None]) -> None:
+    """Says what moves numbers a little and is another than in the session before."""
+    names = ("deit_kd", "commit", "versions", "hardware", "precision", "environment", "augmented_on", "decoded_on")
+    pairs = [(name, before[name], now[name]) for name in names if before and name in before and before[name] != now[name]]
+    told = [f"{name} {short(was, 300)} -> {short(new, 300)}" for name, was, new in pairs]
+    if told:
+        say(f"other than in the session before, so that numbers may differ a little: {'; '.join(told)}")
+
+
+def _must_hold(output: Path, needed: float, on_full_disk: str, say: Callable[[str], None]) -> None:
+    """Refuses a disk that is too small for the checkpoints, or says so."""
+    there = sum(file.stat().st_size for file in (output / "checkpoints").rglob("*") if file.is_file())  # new ones push these out
+    free = shutil.disk_usage(output).free + there
+    if free < needed:
+        fault = f"no space left for checkpoints in {output}: {needed / 1e6:.0f} MB are needed, {free / 1e6:.0f} MB are free"
+        if on_full_disk == "stop":
+            raise UserError(f"{fault}; free some, give another --output, or lower run.keep_checkpoints")
+        say(f"{fault}; the run goes on without those that do not fit")
+
+
+def _facts(
+    output: Path,
+    recipe: Recipe,
+    accelerator: Accelerator,
+    task: Classification,
+    total_steps: int,
+    quickened: Quickened,
+    counted: plan.Plan,
+) -> dict[str, Any]:
+    """What run.json says of this session."""
+    loader, val = task.train_loader, task.val_loader.source
+    weights = task.depends_on["starting_weights"]
+    return {
+        "name": output.resolve().name,
+        "deit_kd": deit_kd.__version__,
+        "command": shlex.join(["python", Path(sys.argv[0]).name, *redact_words(sys.argv[1:])]),
+        "commit": commit(),
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in ("torch", "torchvision", "timm", "accelerate", "safetensors", "pillow")},
+        "hardware": hardware(accelerator.device),
+        "precision": accelerator.mixed_precision,
+        "environment": processes.environment(),
+        "augmented_on": loader.augments_on,
+        "decoded_on": loader.decodes_on,
+        "processes": accelerator.num_processes,
+        "sharded": sharding.is_sharded(task.student),
+        "speed": asdict(quickened),
+        "accumulation_steps": task.accumulation_steps,
+        "micro_batch_size": loader.micro_batch_size,
+        "global_batch_size": loader.global_batch_size,
+        "total_steps": total_steps,
+        "data": {
+            "name": val.name,
+            "train_images": len(loader.source),
+            "val_images": len(val),
+            "num_classes": task.num_classes,
+        },
+        "student": {"parameters": counted.student_parameters, "gmacs": counted.student_gmacs},
+        "finetuned_from": recipe.finetune and {"source": redact_path(recipe.finetune.weights), "sha256": weights, **task.origin},
+        "held_out_images": len(task.holdout_loader.source) if task.holdout_loader else 0,
+        "projector_parameters": counted.projector_parameters,
+        "teachers": [
+            {
+                **teacher.info.told(),
+                "gmacs": gmacs,
+                "img_size": teacher.img_size or recipe.data.img_size,
+                "cache": teacher.told() if isinstance(teacher, CachedTeacher) else None,
+            }
+            for teacher, (_, _, gmacs) in zip(dict.fromkeys(task.teachers), counted.teachers, strict=True)
+        ],
+    }
+
+
+def _for_trackers(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """The recipe for a tracker, which may send it elsewhere."""
+    paths = ("name", "weights", "cache", "class_means")
+    for key, value in recipes.flatten(recipe):
+        yield key, redact_path(str(value)) if key.rpartition(".")[2] in paths else redact(str(value))
+
+
+def _earlier_sessions(before: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """What run.json said of the sessions before this one: a card must not speak of the last alone."""
+    if before is None:
+        return []
+    told = ("command", "commit", "hardware", "processes", "micro_batch_size", "precision", "augmented_on", "decoded_on", "speed")
+    return [*before.get("earlier_sessions", []), {key: before[key] for key in (*told, "environment") if key in before}]
+
+
+def commit() -> str:
+    """The commit of the code, with +changes when files differ from it."""
+    folder = Path(__file__).resolve().parent.parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def hardware(device: torch.device) -> str:
+    """The device that this process trains on, in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {os.cpu_count()} cores ({platform.machine()})"

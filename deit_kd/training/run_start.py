@@ -1,0 +1,284 @@
+"""The beginning of a run in its folder: whose it is, who is in it, which checkpoint to go on from, and whether that still fits."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from deit_kd import recipe as recipes
+from deit_kd.data import Source
+from deit_kd.errors import UserError
+from deit_kd.files.whole import clear, flush, locked, make_folder, optional
+from deit_kd.recipe import Recipe
+from deit_kd.text import redact
+from deit_kd.training import checkpoint, run_files, run_place
+from deit_kd.training import resume as resuming
+from deit_kd.training.metrics import read_metrics
+
+if TYPE_CHECKING:
+    from deit_kd.tasks.classification import Classification
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Start:
+    """How a run begins. All but the checkpoint is known to the main process alone.
+
+    Attributes:
+        checkpoint: to go on from; its files are whole.
+        state: its state.json.
+        run: run.json of the sessions before.
+        accepted: keys that may have changed, as the user says.
+    """
+
+    checkpoint: Path | None
+    state: Mapping[str, Any] = field(default_factory=dict)
+    run: Mapping[str, Any] | None = None
+    accepted: tuple[str, ...] = ()
+
+
+@contextmanager
+def entered(
+    output: Path, recipe: Recipe, resume: str, accept: str | None, data: Path | None, accelerator: Accelerator
+) -> Iterator[Start]:
+    """Makes the folder, holds it while the block runs, and finds the checkpoint to go on from.
+
+    Args:
+        output: the run folder.
+        recipe: the resolved recipe; a folder of another one is refused.
+        resume: auto, none, or the path of a checkpoint. With none an existing run is moved aside, not deleted.
+        accept: keys, with commas between them, of what may have changed; see `resume.MAY_CHANGE`.
+        data: the folder of the data.
+        accelerator: for doing this once and telling people.
+
+    Raises:
+        UserError: the folder is not of this project, of another recipe or in use, or the checkpoint is not there.
+        OSError: the folder cannot be made or moved.
+    """
+    with ExitStack() as held:
+
+        def enter() -> Start:
+            accepted = resuming.parse_accepted(accept)
+            real = Path(os.path.realpath(output))  # of a link, what it leads to is the run
+            run_place.must_be_ours(real, output, data)
+            if resume == "none" and real.is_dir() and not run_place.is_empty(real):
+                _move_aside(real, output, accelerator.print)
+            make_folder(real)
+            held.enter_context(locked(real, "train.py", shown=output))
+            for folder in (real, *(real / name for name in ("checkpoints", "student", "plots"))):
+                clear(folder)
+            run_place.must_be_of_files(real, output)
+            return _find(output, recipe, resume, accepted, accelerator.print)
+
+        start = on_main(accelerator, enter)
+        chosen: list[Path | None] = [start.checkpoint if start else None]
+        broadcast_object_list(chosen)  # one process looks, all go on from the same
+        yield start or Start(chosen[0])
+
+
+def must_fit(output: Path, recipe: Recipe, resume: str, accept: str | None, data: Path | None) -> None:
+    """Looks whether `entered` would refuse the folder for what it is, or for its recipe; changes nothing there.
+
+    Raises:
+        UserError: it would.
+    """
+    accepted, real = resuming.parse_accepted(accept), Path(os.path.realpath(output))
+    run_place.must_be_ours(real, output, data)
+    stored = None if resume == "none" else _stored_recipe(output, lambda _: None)
+    if stored is not None:
+        was = {key: value for key, value in resuming.of_recipe(stored).items() if key not in resuming.OF_DATA}
+        recorded = _accepted_before(_stored_run(output, lambda _: None))
+        fault = f"--output {output}: holds a run of another recipe"
+        resuming.refuse(fault, resuming.changes(was, resuming.of_recipe(recipe)), accepted, recorded, begun=f"--recipe {output}")
+    if resume not in ("auto", "none"):
+        checkpoint.verify(Path(resume))
+
+
+def _move_aside(real: Path, output: Path, say: Callable[[str], None]) -> None:
+    """Renames a run's folder; nobody writes there meanwhile."""
+    stamp = real.with_name(f"{real.name}.{time.strftime('%Y%m%d-%H%M%S')}")
+    aside = next(path for n in count() if not os.path.lexists(path := stamp.with_name(f"{stamp.name}{n and f'-{n}' or ''}")))
+    with locked(real, "train.py", shown=output):
+        real.rename(aside)
+    with optional(f"removing {aside / '.lock'}"):
+        (aside / ".lock").unlink(missing_ok=True)
+    flush(real.parent)
+    say(f"the run that was in {output} is now in {aside}")
+
+
+def _find(output: Path, recipe: Recipe, resume: str, accepted: tuple[str, ...], say: Callable[[str], None]) -> Start:
+    """The start in a folder that is this process's: where to go on, if what the run depends on is as it was."""
+    stored, run = _stored_recipe(output, say), _stored_run(output, say)
+    recorded = _accepted_before(run)
+    now = resuming.of_recipe(recipe)
+
+    def compare(was: Mapping[str, Any], fault: str) -> None:
+        found = resuming.changes({key: value for key, value in was.items() if key not in resuming.OF_DATA}, now)
+        resuming.refuse(fault, found, accepted, recorded, begun=f"--recipe {output}" if stored is not None else "")
+
+    if stored is not None:
+        compare(resuming.of_recipe(stored), f"--output {output}: holds a run of another recipe")
+
+    def accepts(state: Mapping[str, Any]) -> bool:
+        try:
+            compare(state.get("depends_on") or {"recipe": "unknown"}, "")
+        except UserError:
+            return False
+        return True
+
+    folder, path = output / "checkpoints", None if resume in ("auto", "none") else Path(resume)
+    fits = {recipes.fingerprint(each) for each in (recipe, stored) if each is not None}
+    if path is None:
+        path = checkpoint.newest(folder, say, accepts=lambda state: state.get("recipe") in fits or accepts(state))
+        state = {} if path is None else checkpoint.read_state(path)
+    else:
+        state = checkpoint.verify(path)  # says now what is wrong with it
+        if state.get("recipe") not in fits:
+            compare(state.get("depends_on") or {"recipe": "unknown"}, f"--resume {path}: is of another recipe")
+    if path is None:
+        worth = _of_worth(output, run)
+        if worth:
+            raise UserError(
+                f"--output {output}: holds {worth}, but no whole checkpoint to go on from; put its checkpoints back, or "
+                "begin anew with --resume none, which moves that run aside"
+            )
+        _drop_lines(output / "metrics.jsonl", say)
+    else:
+        run = run or _copied_run(path, state, say)
+        say(f"going on from {path}")
+    checkpoint.set_aside_after(folder, path, say)
+    if path is not None and path.parent == folder:
+        checkpoint.prune(folder, path, recipe.run.keep_checkpoints)  # as a save would have, had it not been killed
+    return Start(path, state, run, accepted)
+
+
+def _of_worth(output: Path, run: Mapping[str, Any] | None) -> str | None:
+    """What would be lost if a run began anew in this folder, in words; None if it is nothing."""
+    lines = read_metrics(output)
+    saved = None if run is None else run.get("saved")  # runs of before do not say
+    if lines and saved is not False:
+        return "what a run measured"
+    if run_place.holds_a_student(output / "student"):
+        return "the student of a run"
+    return "a run that was saved" if saved else None
+
+
+def _drop_lines(file: Path, say: Callable[[str], None]) -> None:
+    """Removes the metrics.jsonl of a start that saved nothing; one that holds lines of others is renamed."""
+    if not os.path.lexists(file):
+        return
+    if run_files.are_ours(run_files.read_lines(file)):
+        file.unlink()
+        return
+    names = (file.with_name(f"aside_{file.name}{number and f'.{number}' or ''}") for number in count())
+    aside = next(path for path in names if not os.path.lexists(path))
+    file.rename(aside)
+    say(f"{file} holds lines that train.py did not write; it is set aside as {aside.name}")
+
+
+def _stored_recipe(output: Path, say: Callable[[str], None]) -> Recipe | None:
+    """What recipe.yaml of a run says; None if it is not there, or damaged."""
+    file = output / "recipe.yaml"
+    try:
+        return recipes.load(file) if os.path.lexists(file) else None
+    except UserError as error:
+        say(f"{file}: cannot be read ({str(error).splitlines()[0]}); a checkpoint says what the run's recipe is")
+        return None
+
+
+def _stored_run(output: Path, say: Callable[[str], None]) -> dict[str, Any] | None:
+    """run.json; None if it is not there, or damaged."""
+    try:
+        return run_files.read_run(output) if os.path.lexists(output / "run.json") else None
+    except UserError as error:
+        say(f"{error}; a checkpoint of the run stands in for it")
+        return None
+
+
+def _copied_run(path: Path, state: Mapping[str, Any], say: Callable[[str], None]) -> dict[str, Any] | None:
+    """run.json as a checkpoint holds it."""
+    try:
+        return run_files.parse_run(state["folder"]["run.json"], str(path / "state.json"))
+    except (UserError, KeyError, TypeError):
+        say(f"{path}: does not say how the run began; its card will tell of this session alone")
+        return None
+
+
+def _accepted_before(run: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    return list((run or {}).get("accepted_changes", []))
+
+
+def compare_data(
+    output: Path, task: Classification, recipe: Recipe, sources: tuple[Source, Source], start: Start, say: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """Notes in the task what the run depends on; refuses other data, teachers or weights than the checkpoint's.
+
+    Returns:
+        All changes that were accepted so far.
+
+    Raises:
+        UserError: a change that is not accepted.
+    """
+    task.depends_on = resuming.depends_on(recipe, sources, dict.fromkeys(task.teachers))
+    recorded = _accepted_before(start.run)
+    if start.checkpoint is None:
+        return []
+    was, now = start.state.get("depends_on"), task.depends_on
+    if not was:
+        say(f"{start.checkpoint}: an earlier version wrote it; whether data, classes and teacher are the same cannot be compared")
+        names = sources[0].class_names
+        by_text = sorted(names) if recipe.data.source in ("image_folder", "imagenette") else names
+        was = resuming.of_old(recipe, start.state.get("steps_per_epoch"), by_text)
+        now = resuming.of_old(recipe, task.steps_per_epoch, names)
+    found = resuming.changes(was, now)
+    faults = [fault for source in sources for fault in resuming.unreadable(source)] if found else []
+    resuming.refuse(
+        f"--output {output}: a run continues only with the data, teachers and weights that it had",
+        found,
+        start.accepted,
+        recorded,
+        faults,
+    )
+    _must_be_reachable(start.checkpoint, start.state, recipe.epochs, task.steps_per_epoch, bool(found or recorded))
+    new = [{**change, "told": redact(resuming.tell(change)), "step": start.state["step"]} for change in found]
+    for change in new:
+        say(f"goes on with a change that was accepted, and is recorded in run.json: {resuming.tell(change)}")
+    return [*recorded, *(change for change in new if change not in recorded)]
+
+
+def _must_be_reachable(path: Path, state: Mapping[str, Any], epochs: int, steps_per_epoch: int, changed: bool) -> None:
+    """Refuses a step that the run does not have, and an epoch of other length than the same data have.
+
+    Raises:
+        UserError: the checkpoint says so.
+    """
+    then = state.get("steps_per_epoch") or steps_per_epoch
+    if then != steps_per_epoch and not changed:
+        raise UserError(f"{path}: says {then} steps an epoch, these data have {steps_per_epoch}; {checkpoint.REMEDY}")
+    if state["step"] > epochs * then:
+        raise UserError(f"{path}: says step {state['step']}, the run has {epochs * then}; {checkpoint.REMEDY}")
+
+
+def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T | None:
+    """Does it on the main process, which gets the answer; where it fails, all processes do."""
+    answer: list[Any] = [None]
+    found: T | None = None
+    if accelerator.is_main_process:
+        try:
+            found = work()
+        except (UserError, OSError) as error:
+            answer = [error]
+    broadcast_object_list(answer)
+    if answer[0] is not None:
+        raise answer[0]
+    return found
