@@ -3,27 +3,8 @@
 from __future__ import annotations
 
 from deit_kd.recipe import Recipe
+from deit_kd.recipe.objectives import FEATURE_OBJECTIVES, LOGIT_OBJECTIVES
 
-OF_LOSS = {  # a function of deit_kd.losses -> its paper
-    "logsum": "miles2024understanding",
-    "logsum_correlation": "miles2024understanding",
-    "logsum_difference": "miles2024understanding",
-    "layer_norm_smooth_l1": "miles2024vkd",
-    "norm_direction": "wang2023improving",
-    "mean_direction": "wang2023improving",
-    "mean_squared": "romero2015fitnets",
-    "attention_transfer": "zagoruyko2017paying",
-    "correlation_congruence": "peng2019correlation",
-    "noise_contrastive": "tian2020contrastive",
-    "hierarchical_context": "chen2021distilling",
-    "dense_hard_distillation": "zhao2023cumulative",
-    "kl_distillation": "hinton2015distilling",
-    "soft_distillation": "touvron2021training",
-    "hard_distillation": "touvron2021training",
-    "decoupled_distillation": "zhao2022decoupled",
-    "dist": "huang2022knowledge",
-    "normalised_distillation": "yang2023knowledge",
-}
 PAPERS = {  # key -> kind, and what BibTeX says of it
     "miles2024understanding": (
         "inproceedings",
@@ -138,8 +119,10 @@ def cited(recipe: Recipe) -> list[str]:
     keys = []
     for lesson in recipe.lessons():
         distill = lesson.distill
-        for loss, weight in ((distill.feature_loss, distill.feature_weight), (distill.kd_loss, distill.kd_weight)):
-            keys += [OF_LOSS[loss]] if loss is not None and weight else []
+        if distill.feature_loss is not None and distill.feature_weight:
+            keys.append(FEATURE_OBJECTIVES[distill.feature_loss].paper)
+        if distill.kd_loss is not None and distill.kd_weight:
+            keys.append(LOGIT_OBJECTIVES[distill.kd_loss].paper)
         keys += ["beyer2022knowledge"] if distill.kd_weight and not recipe.label_weight else []
     keys += ["touvron2021training"] if recipe.student.name.startswith("deit") else []
     return list(dict.fromkeys(keys))

@@ -19,8 +19,7 @@ from deit_kd.models.projectors.contrastive_memory import ContrastiveMemory
 from deit_kd.models.projectors.review_fusion import ReviewFusion
 from deit_kd.models.projectors.vectors import Orthonormal, build_projector, project
 from deit_kd.recipe import Lesson, Projector
-
-ANY_WIDTH = ("attention_transfer", "correlation_congruence")  # losses for which the two widths may differ
+from deit_kd.recipe.objectives import FEATURE_OBJECTIVES
 
 
 class StudentOutput(NamedTuple):
@@ -142,7 +141,8 @@ def build_lesson_projector(
     widths = ours.shape[1], theirs.shape[1]
     if config.kind == "contrastive":
         return _memory(config, widths, labels, seed)
-    if config.kind == "none" and widths[0] != widths[1] and distill.feature_loss not in ANY_WIDTH:
+    assert distill.feature_loss is not None, "checked with the recipe"
+    if config.kind == "none" and widths[0] != widths[1] and not FEATURE_OBJECTIVES[distill.feature_loss].any_width:
         raise UserError(f"{names}: with projector.kind=none the widths must be equal; use projector.kind=linear")
     return build_projector(config, *widths)
 

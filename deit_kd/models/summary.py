@@ -17,7 +17,7 @@ from deit_kd.models.cached_teacher import read_manifest
 from deit_kd.models.distiller import Distiller, shape_of
 from deit_kd.models.features import Tapped, run, take
 from deit_kd.recipe import Distill, Lesson, Recipe, Teacher
-from deit_kd.tasks.distillation import COUPLED
+from deit_kd.recipe.objectives import couples_samples
 
 
 @dataclass(frozen=True)
@@ -125,8 +125,8 @@ def _gathered(recipe: Recipe, distill: Distill, classes: int, ours: Tapped | Non
     if recipe.batch_statistics == "device":
         return 0
     heads = 2 if distill.kd_head == "both" else 1
-    logits = 2 * heads * classes if distill.kd_weight and distill.kd_loss in COUPLED else 0
-    if not (distill.feature_weight and distill.feature_loss in COUPLED):
+    logits = 2 * heads * classes if distill.kd_weight and couples_samples(distill.kd_loss) else 0
+    if not (distill.feature_weight and couples_samples(distill.feature_loss)):
         return logits
     sides = [side if isinstance(side, list) else [side] for side in (ours, theirs)]
     return logits + sum(level[0].numel() for levels in sides for level in levels if level is not None)

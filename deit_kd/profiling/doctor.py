@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from deit_kd import recipe as recipes
+from deit_kd.data.sources.fingerprint import fingerprint
 from deit_kd.data.transforms import evaluation_transform
 from deit_kd.errors import UserError
 from deit_kd.files.whole import collected
@@ -29,7 +30,6 @@ from deit_kd.profiling import machine
 from deit_kd.recipe import Recipe
 from deit_kd.tasks import ready
 from deit_kd.tasks.ready import Line
-from deit_kd.teacher_cache.class_means import fingerprint
 
 SEVERITY = {"ok": 0, "warn": 1, "fail": 2}  # the exit code is that of the worst line
 LOWEST = {"torch": "2.11", "torchvision": "0.26", "timm": "1.0.31", "accelerate": "1.15"}

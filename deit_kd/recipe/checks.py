@@ -10,6 +10,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
+from deit_kd.recipe.objectives import FEATURE_OBJECTIVES, VECTORS, keys_of
 from deit_kd.recipe.partial import FAULTY, Undecidable
 from deit_kd.recipe.schema import Lesson, Recipe, flatten
 
@@ -45,7 +46,6 @@ MOST_TOKENS = 65_536  # patches of an image: 4096 pixels a side in patches of 16
 ELSEWHERE = {"num_classes": "data.num_classes", "drop_path_rate": "student.drop_path", "img_size": "data.img_size"}
 
 # Which keys a choice reads, beside those that every choice reads. The keys of a loss are the parameters of its function.
-_TAPS = ("student_tap", "teacher_tap")
 READS: dict[str, dict[str, tuple[str, ...]]] = {
     "optim.name": dict.fromkeys(("sgd", "momentum"), ("momentum",)),  # all others: betas and eps
     "optim.schedule": {"cosine": ("min_lr",), "multistep": ("milestones", "decay_rate")},
@@ -57,42 +57,8 @@ READS: dict[str, dict[str, tuple[str, ...]]] = {
         "review_fusion": (),
         "contrastive": ("width", "negatives", "momentum", "temperature"),
     },
-    "distill.kd_loss": {
-        "kl_distillation": ("kd_head", "temperature"),
-        "soft_distillation": ("kd_head", "temperature"),
-        "hard_distillation": ("kd_head",),
-        "decoupled_distillation": ("kd_head", "temperature", "target_weight", "nontarget_weight"),
-        "dist": ("kd_head", "temperature", "inter_weight", "intra_weight"),
-        "normalised_distillation": ("kd_head", "temperature", "gamma"),
-    },
-    "distill.feature_loss": {
-        "logsum": (*_TAPS, "power", "normalisation"),
-        "logsum_correlation": (*_TAPS, "power"),
-        "logsum_difference": (*_TAPS, "power"),
-        "layer_norm_smooth_l1": _TAPS,
-        "norm_direction": (*_TAPS, "class_means"),
-        "mean_direction": (*_TAPS, "class_means"),
-        "mean_squared": _TAPS,
-        "attention_transfer": _TAPS,
-        "correlation_congruence": _TAPS,
-        "noise_contrastive": _TAPS,
-        "hierarchical_context": _TAPS,
-        "dense_hard_distillation": _TAPS,
-    },
-}  # fmt: skip
-# What a feature loss compares; those not named here take vectors, or the places of one map as so many samples.
-VECTORS = ("pooled", "class_token", "distillation_token", "prefix_tokens")
-COMPARES: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("norm_direction", "mean_direction", "correlation_congruence", "noise_contrastive"), VECTORS),
-    "attention_transfer": ("spatial", "stages", "a number"),
-    "hierarchical_context": ("stages_and_pooled",),
-    "dense_hard_distillation": ("dense_logits",),
-}
-# Projectors that belong to one loss, and losses that take the student's features as they are.
-PROJECTORS = {
-    "hierarchical_context": "review_fusion",
-    "noise_contrastive": "contrastive",
-    **dict.fromkeys(("attention_transfer", "correlation_congruence", "dense_hard_distillation"), "none"),
+    "distill.kd_loss": keys_of("kd"),
+    "distill.feature_loss": keys_of("feature"),
 }
 
 
@@ -192,8 +158,9 @@ def _projector(lesson: Lesson, prefix: str, recipe: Recipe) -> Iterator[str]:
         if kind != "none":
             yield f"{prefix}projector.kind: {kind}, but distill.feature_loss is null; set it to none"
         return
-    wanted = PROJECTORS.get(loss)
-    if (wanted and kind != wanted) or (not wanted and kind in ("review_fusion", "contrastive")):
+    wanted = FEATURE_OBJECTIVES[loss].projector
+    owned = {row.projector for row in FEATURE_OBJECTIVES.values()} - {"none", None}
+    if (wanted and kind != wanted) or (not wanted and kind in owned):
         yield f"{prefix}projector.kind: {loss} {f'needs {wanted}' if wanted else 'cannot use it'}, got {kind}"
 
 
@@ -203,7 +170,7 @@ def _taps(lesson: Lesson, prefix: str, recipe: Recipe) -> Iterator[str]:
         return
     taps = {"student_tap": distill.student_tap, "teacher_tap": distill.teacher_tap}
     for key, tap in taps.items():
-        allowed = COMPARES.get(loss, (*VECTORS, "spatial", "a number"))
+        allowed = FEATURE_OBJECTIVES[loss].taps
         if tap is not None and ("a number" if isinstance(tap, int) else tap) not in allowed:
             faults += 1
             yield f"{prefix}distill.{key}: {loss} compares {', '.join(allowed)}, got {tap}"

@@ -1,6 +1,6 @@
 """The sections of a recipe: plain frozen dataclasses. Keys that move a number have no default; only `run` has defaults.
 
-A key whose default is None belongs to some choices of another key only (`READS` in deit_kd/recipe/checks.py says to which): it must be
+A key whose default is None belongs to some choices of another key only (a loss's row in deit_kd/recipe/objectives.py, or `READS` in checks.py, says to which): it must be
 stated where it is read, and may not be stated where it is not.
 """
 
@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import ConfigDict
+
+from deit_kd.recipe.objectives import FEATURE_OBJECTIVES, LOGIT_OBJECTIVES
 
 if TYPE_CHECKING:  # what everything reads: `deit_kd.models.build.resolve` puts the first teacher's value in the place of auto
     Three = tuple[float, float, float]
@@ -92,13 +94,12 @@ class Finetune(Section):
     patience_epochs: int | None  # without a better top-1 on the held out images, after which training stops; null: never
 
 
-KdLoss = Literal[
-    "kl_distillation", "soft_distillation", "hard_distillation", "decoupled_distillation", "dist", "normalised_distillation",
-]  # fmt: skip
-FeatureLoss = Literal[
-    "logsum", "logsum_correlation", "logsum_difference", "layer_norm_smooth_l1", "norm_direction", "mean_direction", "mean_squared",
-    "attention_transfer", "correlation_congruence", "noise_contrastive", "hierarchical_context", "dense_hard_distillation",
-]  # fmt: skip
+if TYPE_CHECKING:
+    KdLoss = str
+    FeatureLoss = str
+else:
+    KdLoss = Literal[tuple(LOGIT_OBJECTIVES)]
+    FeatureLoss = Literal[tuple(FEATURE_OBJECTIVES)]
 # A vector [B,D]: pooled (mean patch token; of a CNN its pooled features), class_token, distillation_token, prefix_tokens (their mean).
 # A map [B,C,H,W]: spatial (the last one), a number (that stage of a CNN, or block of a ViT). Several maps: stages (the last four),
 # stages_and_pooled. dense_logits: the classifier at each place.

@@ -15,11 +15,9 @@ from deit_kd.data import Batch
 from deit_kd.distributed.global_batch import GlobalBatch
 from deit_kd.models import AnyTeacher, StudentOutput, TeacherOutput
 from deit_kd.models.projectors.contrastive_memory import ContrastiveMemory
-from deit_kd.recipe import READS, Lesson, Recipe
+from deit_kd.recipe import Lesson, Recipe
+from deit_kd.recipe.objectives import FEATURE_OBJECTIVES, LOGIT_OBJECTIVES, couples_samples
 from deit_kd.seed import derive_seed
-
-TENSORS = ("kd_head", "student_tap", "teacher_tap", "class_means")  # keys that choose tensors; all others are a loss's parameters
-COUPLED = ("dist", "logsum", "logsum_correlation", "logsum_difference", "correlation_congruence")  # no means over samples
 
 
 class Terms:
@@ -79,7 +77,7 @@ class Terms:
             self.distill.kd_loss if self.distill.kd_weight else None,
             self.distill.feature_loss if self.tap is not None else None,
         )
-        return "noise_contrastive" in losses or (self.whole and any(name in COUPLED for name in losses))
+        return "noise_contrastive" in losses or (self.whole and any(couples_samples(name) for name in losses))
 
     def teaches_tokens(self, epoch: int) -> bool:
         """Whether a distillation head learns from this teacher alone, so that labels are for the class head."""
@@ -92,8 +90,8 @@ class Terms:
         dist_logits = student.dist_logits
         own = dist_logits[self.token] if dist_logits else student.logits
         heads = {"class": [student.logits], "distillation": [own], "both": [student.logits, own]}[head or "class"]
-        arguments = self._parameters("kd", name)
-        if name in ("decoupled_distillation", "normalised_distillation"):
+        arguments = self._parameters(LOGIT_OBJECTIVES[name].keys)
+        if LOGIT_OBJECTIVES[name].reads_labels:
             arguments["labels"] = batch.targets.argmax(dim=1)  # under mixing the class with the larger share
         values = [self._loss(name, f"logits {n}", logits, teacher.logits, **arguments) for n, logits in enumerate(heads)]
         return sum(values[1:], values[0]) / len(values)
@@ -122,7 +120,7 @@ class Terms:
             return losses.dense_hard_distillation(student, teacher, batch.epoch / self.epochs)
         if name == "attention_transfer":
             return losses.attention_transfer(student, teacher)
-        if name in ("norm_direction", "mean_direction"):
+        if FEATURE_OBJECTIVES[name].reads_class_means:
             assert self.class_means is not None
             # Mixed like the labels. Their smoothing lets the other classes' means in as well, as in the authors' DeiT code, where
             # they are those of the batch.
@@ -134,12 +132,12 @@ class Terms:
             )
         if student.ndim == 4:
             student, teacher = (rearrange(each, "b c h w -> (b h w) c") for each in _one_size(student, teacher))
-        return self._loss(name, f"features {stage}", student, teacher, **self._parameters("feature", name))
+        return self._loss(name, f"features {stage}", student, teacher, **self._parameters(FEATURE_OBJECTIVES[name].keys))
 
     def _loss(self, name: str, where: str, student: Tensor, teacher: Tensor, **parameters: Any) -> Tensor:
         """A function of `deit_kd.losses`, over all rows of the global batch if it couples samples."""
         function = self.functions[name]
-        if not (self.whole and name in COUPLED):
+        if not (self.whole and couples_samples(name)):
             return function(student, teacher, **parameters)
         student, teacher = (
             self.global_batch.complete(f"{self.number} {where} {side}", rows)
@@ -147,9 +145,9 @@ class Terms:
         )
         return self.global_batch.share(function(student, teacher, **parameters))
 
-    def _parameters(self, term: str, name: str) -> dict[str, Any]:
-        """What the recipe states of a loss beside its tensors, as its arguments."""
-        return {key: getattr(self.distill, key) for key in READS[f"distill.{term}_loss"][name] if key not in TENSORS}
+    def _parameters(self, keys: tuple[str, ...]) -> dict[str, Any]:
+        """What the recipe states of a loss, as arguments of its function."""
+        return {key: getattr(self.distill, key) for key in keys}
 
     def _contrastive(self, memory: ContrastiveMemory, student: Tensor, teacher: Tensor, batch: Batch) -> Tensor:
         """CRD. The memory is one for all processes, and changes once a step, whatever `batch_statistics` says."""

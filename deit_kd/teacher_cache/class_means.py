@@ -7,7 +7,6 @@ passes give one file.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -15,7 +14,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
@@ -24,6 +22,7 @@ from tqdm import tqdm
 
 from deit_kd.data import EvaluationLoader, Placement, Source
 from deit_kd.data.loader import SKIPPED
+from deit_kd.data.sources.fingerprint import fingerprint
 from deit_kd.data.transforms import train_transform
 from deit_kd.errors import UserError
 from deit_kd.files.documents import MEGABYTE, Document, must_be_a_file, parse_json
@@ -109,19 +108,6 @@ def _identity(recipe: Recipe, teacher: AnyTeacher, source: Source) -> dict[str, 
         "images": fingerprint(source),
         "view": json.loads(json.dumps([recipe.data.img_size, teacher.img_size, aug.interpolation, *crop])),
     }
-
-
-def fingerprint(source: Source) -> str:
-    """The number of images, and a hash over all labels and 512 images anywhere among them: tells data apart, in seconds."""
-    digest = hashlib.sha256(source.labels.astype("<i8").tobytes())
-    some = np.random.default_rng(0).permutation(len(source))[:512]
-    for index in some.tolist():
-        try:
-            image, label = source[index]
-        except Exception:  # an unreadable image, which the loader will name or skip
-            continue
-        digest.update(f"{label} {image.size} ".encode() + image.tobytes())
-    return f"{len(source)} {digest.hexdigest()}"
 
 
 class _Told(Document):

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from deit_kd.data import Source, TrainLoader
-from deit_kd.data.sources.catalog import PartSource
-from deit_kd.data.sources.folder_source import FolderSource
-from deit_kd.data.sources.shards import ShardSource
+from deit_kd.data.sources.fingerprint import of_images
 from deit_kd.errors import UserError
 from deit_kd.files.whole import sha256
 from deit_kd.models import CachedTeacher
 from deit_kd.models.loading import file_of
 from deit_kd.recipe import Recipe, flatten
-from deit_kd.teacher_cache.class_means import fingerprint
 from deit_kd.text import for_terminal
 
 # Where data come from and how labels are smoothed changes no image; the data themselves are compared.
@@ -60,27 +54,6 @@ def describe(recipe: Recipe, loader: TrainLoader, autocast: str) -> dict[str, An
     }
     plain: dict[str, Any] = json.loads(json.dumps(found))
     return plain
-
-
-def of_images(source: Source) -> dict[str, Any]:
-    """What tells data apart wherever they lie: their number, classes, labels, sizes of files, and some images."""
-    of_files = sizes(source)
-    return {
-        "number of images": len(source),
-        "classes": list(source.class_names),
-        "hash of labels and of 512 images": fingerprint(source).partition(" ")[2],
-        "hash of the sizes of files": None if of_files is None else hashlib.sha256(of_files.astype("<i8").tobytes()).hexdigest(),
-    }
-
-
-def sizes(source: Source) -> np.ndarray | None:
-    """[N] bytes of each image's file, which a folder and shards that were packed of it have in common; None of data without files."""
-    if isinstance(source, PartSource):
-        whole = sizes(source.whole)
-        return None if whole is None else whole[source.indices]
-    if isinstance(source, FolderSource):
-        return np.asarray([Path(path).stat().st_size for path in source.paths])
-    return source.size if isinstance(source, ShardSource) else None
 
 
 def versions() -> dict[str, str]:

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 
 from deit_kd.data import Source
+from deit_kd.data.sources.fingerprint import sizes
 from deit_kd.errors import UserError
 from deit_kd.files.documents import short
 from deit_kd.files.whole import sha256
 from deit_kd.models import AnyTeacher
 from deit_kd.models.loading import file_of
 from deit_kd.recipe import Recipe, flatten
-from deit_kd.teacher_cache.identity import sizes
 from deit_kd.training.run_files import plain
 
 TRAINING, VALIDATION = "training_images", "validation_images"

@@ -1,0 +1,47 @@
+"""What tells data apart, wherever they lie."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deit_kd.data.sources.catalog import PartSource, Source
+from deit_kd.data.sources.folder_source import FolderSource
+from deit_kd.data.sources.shards import ShardSource
+
+
+def fingerprint(source: Source) -> str:
+    """The number of images, and a hash over all labels and 512 images anywhere among them: tells data apart, in seconds."""
+    digest = hashlib.sha256(source.labels.astype("<i8").tobytes())
+    some = np.random.default_rng(0).permutation(len(source))[:512]
+    for index in some.tolist():
+        try:
+            image, label = source[index]
+        except Exception:  # an unreadable image, which the loader will name or skip
+            continue
+        digest.update(f"{label} {image.size} ".encode() + image.tobytes())
+    return f"{len(source)} {digest.hexdigest()}"
+
+
+def of_images(source: Source) -> dict[str, Any]:
+    """What tells data apart wherever they lie: their number, classes, labels, sizes of files, and some images."""
+    of_files = sizes(source)
+    return {
+        "number of images": len(source),
+        "classes": list(source.class_names),
+        "hash of labels and of 512 images": fingerprint(source).partition(" ")[2],
+        "hash of the sizes of files": None if of_files is None else hashlib.sha256(of_files.astype("<i8").tobytes()).hexdigest(),
+    }
+
+
+def sizes(source: Source) -> np.ndarray | None:
+    """[N] bytes of each image's file, which a folder and shards that were packed of it have in common; None of data without files."""
+    if isinstance(source, PartSource):
+        whole = sizes(source.whole)
+        return None if whole is None else whole[source.indices]
+    if isinstance(source, FolderSource):
+        return np.asarray([Path(path).stat().st_size for path in source.paths])
+    return source.size if isinstance(source, ShardSource) else None

@@ -1,0 +1,59 @@
+"""Each row of the objectives' table is true of the function that it names."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+from conftest import ROOT
+from test_global_batch import COUPLED as TRIED_OVER_LAYOUTS
+
+from deit_kd import losses
+from deit_kd.recipe.objectives import FEATURE_OBJECTIVES, LOGIT_OBJECTIVES, VECTORS, couples_samples
+
+ROWS = {**LOGIT_OBJECTIVES, **FEATURE_OBJECTIVES}
+# Compared elsewhere: a memory over steps, maps of several levels, and a schedule over epochs.
+OTHER_SHAPES = ("noise_contrastive", "hierarchical_context", "dense_hard_distillation")
+VALUES = {
+    "temperature": 2.0, "target_weight": 1.0, "nontarget_weight": 8.0, "inter_weight": 1.0, "intra_weight": 1.0, "gamma": 1.5,
+    "power": 4.0, "normalisation": "batch",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(ROWS))
+def test_the_keys_of_a_loss_are_parameters_of_its_function(name: str) -> None:
+    parameters = inspect.signature(getattr(losses, name)).parameters
+    assert set(ROWS[name].keys) <= set(parameters)
+    if name in LOGIT_OBJECTIVES:
+        assert LOGIT_OBJECTIVES[name].reads_labels == ("labels" in parameters)
+
+
+@pytest.mark.parametrize("name", sorted(set(ROWS) - set(OTHER_SHAPES)))
+def test_couples_samples_is_true(name: str) -> None:
+    """The mean of the losses of two halves is the loss of the batch, unless it couples samples."""
+    generator = torch.Generator().manual_seed(0)
+    maps = name in FEATURE_OBJECTIVES and not set(FEATURE_OBJECTIVES[name].taps) & set(VECTORS)
+    student, teacher, means = torch.randn(3, 8, 6, *([4, 4] if maps else []), generator=generator, dtype=torch.float64)
+    arguments = {key: VALUES[key] for key in ROWS[name].keys}
+    labels = torch.arange(8) % 6
+
+    def loss(rows: slice) -> torch.Tensor:
+        tensors = [student[rows], teacher[rows]]
+        if name in FEATURE_OBJECTIVES and FEATURE_OBJECTIVES[name].reads_class_means:
+            tensors = [student[rows], means[rows]] if name == "mean_direction" else [*tensors, means[rows]]
+        given = {"labels": labels[rows]} if name in LOGIT_OBJECTIVES and LOGIT_OBJECTIVES[name].reads_labels else {}
+        return getattr(losses, name)(*tensors, **arguments, **given)
+
+    halves = (loss(slice(0, 4)) + loss(slice(4, 8))) / 2
+    assert torch.isclose(loss(slice(0, 8)), halves, rtol=1e-9) != couples_samples(name)
+
+
+def test_every_loss_that_couples_samples_is_tried_over_layouts() -> None:
+    short = {"dist": "dist", "correlation_congruence": "cc", "logsum": "logsum none"}
+    assert {short.get(name, name) for name in ROWS if couples_samples(name)} <= set(TRIED_OVER_LAYOUTS)
+
+
+def test_every_loss_has_a_row_in_the_table_for_people() -> None:
+    table = (ROOT / "deit_kd" / "losses" / "README.md").read_text()
+    assert [name for name in ROWS if f"| `{name}` |" not in table] == []
