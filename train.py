@@ -138,34 +138,31 @@ def train(recipe: recipes.Recipe, options: argparse.Namespace, output: Path) -> 
 def train_in(
     output: Path, recipe: recipes.Recipe, options: argparse.Namespace, accelerator: Accelerator, sharded: bool, start: Start
 ) -> bool:
-    from deit_kd.models import build
-    from deit_kd.tasks import classification, outcome, ready
-    from deit_kd.training import acceleration as speed
-    from deit_kd.training import loop as engine
-    from deit_kd.training import metrics as tracking
-    from deit_kd.training import optim, run_folder
-    from deit_kd.training import setup as spread
+    from deit_kd.models.build import build_teachers, example_images
+    from deit_kd.tasks import outcome, ready
+    from deit_kd.tasks.classification import Classification
+    from deit_kd.training import acceleration, metrics, optim, run_folder, setup
     from deit_kd.training.best import Best
+    from deit_kd.training.loop import fit
+    from deit_kd.training.task import Loop
 
     say, resume = accelerator.print, start.checkpoint
 
     with accelerator.main_process_first():  # one process downloads, the others find it
         sources = ready.must_start(recipe, options.data, accelerator, options.device_batch_size)
-    teachers = [teacher.to(accelerator.device) for teacher in build.build_teachers(recipe, sources[0].class_names)]
-    quickened = speed.prepare(recipe.run, teachers, partial(build.example_images, recipe, sources[1]), accelerator, sharded)
-    task = classification.Classification(
-        recipe, accelerator, sources, teachers, output, options.device_batch_size, say, quickened.compiled
-    )
-    optimizer, ema = spread.prepare(task, recipe, accelerator, sharded)
+    teachers = [teacher.to(accelerator.device) for teacher in build_teachers(recipe, sources[0].class_names)]
+    quickened = acceleration.prepare(recipe.run, teachers, partial(example_images, recipe, sources[1]), accelerator, sharded)
+    task = Classification(recipe, accelerator, sources, teachers, output, options.device_batch_size, say, quickened.compiled)
+    optimizer, ema = setup.prepare(task, recipe, accelerator, sharded)
 
     total_steps = recipe.epochs * task.steps_per_epoch
     stop_at = min(total_steps, options.max_steps or total_steps)
     run_folder.describe(output, recipe, accelerator, task, total_steps, quickened, sources, start)
-    tracker = tracking.Tracker(accelerator, output, stop_at, goes_on=recipe.run.on_full_disk == "go_on")
+    tracker = metrics.Tracker(accelerator, output, stop_at, goes_on=recipe.run.on_full_disk == "go_on")
     if resume is None and any(task.knows_labels):
         tracker.log("teacher", 0, task.evaluate_teachers())
     task.warn_of_poor_teachers(tracker)
-    loop = engine.Loop(
+    loop = Loop(
         total_steps=stop_at,
         accumulation_steps=task.accumulation_steps,
         images_per_step=task.train_loader.global_batch_size,
@@ -179,9 +176,9 @@ def train_in(
     )
     schedule = optim.build_schedule(recipe, task.steps_per_epoch)
     best = Best(accelerator, task.student, ema, task.holdout_loader is not None) if recipe.run.keep_best else None
-    complete = engine.fit(task, accelerator, optimizer, schedule, loop, tracker, output, ema, resume, best)
+    complete = fit(task, accelerator, optimizer, schedule, loop, tracker, output, ema, resume, best)
     if quickened.compiled and not tracker.lines("compiled"):
-        tracker.log("compiled", stop_at, speed.compiled_graphs())
+        tracker.log("compiled", stop_at, acceleration.compiled_graphs())
     if complete:
         outcome.write(task, output, ema, best, sources[0].class_names, tracker)
     tracker.close()

@@ -54,6 +54,7 @@ from deit_kd.training import optim
 from deit_kd.training.metrics import Clock
 from deit_kd.training.nonfinite import Vote
 from deit_kd.training.signals import Stop
+from deit_kd.training.task import Loop
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMITS = {"float32": (1e-5, 1e-4, 1e-4), "bfloat16": (2e-2, 3e-2, 3e-1)}  # loss, gradient, teacher features; relative
@@ -93,7 +94,7 @@ def ours(recipe: recipes.Recipe, accelerator: Accelerator, start: dict[str, Tens
     task.module, optimizer = accelerator.prepare(task.module, optim.build_optimizer(recipe, task.module))
     task.module.train()
     values: dict[str, Any] = {"clip_grad": recipe.optim.clip_grad, "accumulation_steps": 1, "reads_every_step": False}
-    loop = engine.Loop(
+    loop = Loop(
         **values, total_steps=1, images_per_step=len(images), log_every_steps=1, eval_every_epochs=1, save_every_steps=1,
         keep_checkpoints=1, on_full_disk="stop",
     )  # fmt: skip

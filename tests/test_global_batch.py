@@ -30,6 +30,7 @@ from deit_kd.training import loop as engine
 from deit_kd.training.metrics import Tracker, read_metrics
 from deit_kd.training.optim import build_schedule
 from deit_kd.training.setup import prepare
+from deit_kd.training.task import Loop
 
 LAYOUTS = [(1, 1), (2, 1), (4, 1), (1, 4), (2, 2)]  # processes, accumulation steps
 COUPLED = ["logsum_correlation", "logsum_difference", "logsum none", "logsum l2", "dist", "cc", "crd", "nd", "kl"]
@@ -102,7 +103,7 @@ def train(
             gradients.setdefault(name, sharding.gather({name: parameter.grad.clone()})[name])
 
     optimizer.optimizer.register_step_pre_hook(keep)
-    loop = engine.Loop(
+    loop = Loop(
         total_steps=until,
         accumulation_steps=task.accumulation_steps,
         images_per_step=256,

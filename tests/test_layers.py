@@ -9,170 +9,42 @@ import pytest
 from conftest import ROOT
 
 PACKAGE = ROOT / "deit_kd"
-STANDARD = {"errors", "seed", "text", "documents", "files", "outputs"}  # anyone may import them
-# module or folder -> what of the package it may import; standard ones go without saying
-MAY_IMPORT = {
-    "__init__": {"models", "models.students", "recipe", "losses"},
+STANDARD = {"errors", "seed", "text", "files"}  # anyone may import them
+# From the bottom up: a folder, or a file at the top of the package -> what of the package it may import beside the standard ones.
+LAYERS: dict[str, set[str]] = {
     "errors": set(),
     "seed": set(),
     "text": set(),
-    "documents": set(),
     "files": set(),
-    "outputs": set(),
-    "recipe": {"recipe"},
-    "losses": {"losses"},
-    "data": {"data", "recipe"},
-    "models": {"models", "recipe"},
-    "optim": {"recipe"},
-    "sharding": set(),
-    "checkpoint": {"sharding"},
-    "run_files": set(),
-    "tracking": {"run_files"},
-    "stop": set(),
-    "streams": set(),
-    "vote": {"stop"},
-    "processes": {"recipe"},
-    "speed": {"models", "recipe"},
-    "best": {"run_files", "sharding", "tracking"},
-    "run_state": {"best", "checkpoint", "run_files", "sharding", "tracking"},
-    "engine": {"best", "run_state", "stop", "tracking", "vote"},
-    "build": {"data", "models", "recipe"},
-    "collective": set(),
-    "closeness": {"recipe"},
-    "terms": {"collective", "data", "losses", "models", "recipe"},
-    "class_means": {"checkpoint", "data", "models", "recipe"},
-    "stream": {"checkpoint", "class_means", "data", "models", "recipe"},
-    "teacher_cache": {"build", "checkpoint", "data", "evaluation", "models", "recipe", "stream"},
-    "ready": {"build", "class_means", "data", "models", "optim", "plan", "recipe", "release", "run_start", "stream"},
-    "classification": {
-        "build",
-        "class_means",
-        "closeness",
-        "collective",
-        "data",
-        "evaluation",
-        "models",
-        "ready",
-        "recipe",
-        "sharding",
-        "stream",
-        "terms",
-        "tracking",
+    "recipe": set(),
+    "losses": set(),
+    "distributed": {"recipe"},
+    "data": {"recipe"},
+    "models": {"data", "recipe"},
+    "__init__": {"models", "recipe", "losses"},
+    "training": {"__init__", "data", "distributed", "models", "recipe"},
+    "plots": {"recipe", "training"},
+    "evaluation": {"data", "models", "plots", "recipe"},
+    "teacher_cache": {"data", "evaluation", "models", "recipe"},
+    "export": {"__init__", "models", "recipe", "training"},
+    "tasks": {
+        "data", "distributed", "evaluation", "export", "losses", "models", "plots", "recipe", "teacher_cache", "training",
     },
-    "plan": {"build", "models", "recipe", "terms"},
-    "work": {"build", "models", "recipe"},
-    "devices": {"recipe"},
-    "roofline": {"build", "devices", "plan", "recipe", "work"},
-    "bench": {
-        "__init__",
-        "build",
-        "classification",
-        "data",
-        "engine",
-        "optim",
-        "plan",
-        "processes",
-        "recipe",
-        "sharding",
-        "speed",
-        "spread",
-        "tracking",
-    },
-    "verdict": {"bench", "recipe"},
-    "forecast": {"__init__", "bench", "build", "data", "devices", "plan", "recipe", "roofline", "work"},
-    "evaluation": {"data", "models"},
-    "grid": {"analysis", "best", "recipe", "tracking"},
-    "machine": {"data", "ready"},
-    "doctor": {"build", "class_means", "data", "machine", "plan", "ready", "recipe"},
-    "counts": set(),
-    "report": {"analysis", "counts", "data", "models"},
-    "predict": {"data", "models"},
-    "command_line": set(),
+    "profiling": {"data", "distributed", "models", "recipe", "tasks", "training"},
+    "sweep": {"plots", "recipe", "training"},
     "cli": {
-        "__init__",
-        "bench",
-        "build",
-        "class_means",
-        "command_line",
-        "data",
-        "doctor",
-        "forecast",
-        "grid",
-        "models",
-        "predict",
-        "processes",
-        "recipe",
-        "release",
-        "report",
-        "speed",
-        "streams",
-        "teacher_cache",
-        "verdict",
+        "__init__", "data", "distributed", "evaluation", "export", "models", "profiling", "recipe", "sweep", "teacher_cache", "training",
     },
     "__main__": {"cli"},
-    "release": {"__init__", "best", "release", "checkpoint", "models", "recipe", "run_files", "tracking"},
-    "analysis": {"recipe", "tracking"},
-    "resume": {"data", "models", "recipe", "run_files", "stream"},
-    "run_place": {"__init__", "checkpoint", "recipe", "run_files"},
-    "run_start": {"__init__", "checkpoint", "classification", "data", "recipe", "resume", "run_files", "run_place", "tracking"},
-    "run_folder": {
-        "models",
-        "plan",
-        "processes",
-        "sharding",
-        "speed",
-        "recipe",
-        "classification",
-        "data",
-        "run_files",
-        "run_start",
-        "__init__",
-    },
-    "spread": {"classification", "optim", "recipe", "sharding"},
-    "outcome": {"__init__", "analysis", "best", "classification", "release", "tracking"},
-}
+}  # fmt: skip
 # third-party packages that only these may import
 ONLY = {
-    "accelerate": {
-        "best",
-        "build",
-        "ready",
-        "collective",
-        "processes",
-        "engine",
-        "run_state",
-        "vote",
-        "evaluation",
-        "tracking",
-        "classification",
-        "class_means",
-        "teacher_cache",
-        "run_folder",
-        "run_start",
-        "cli",
-        "doctor",
-        "bench",
-        "speed",
-        "spread",
-    },
-    "timm": {
-        "best",
-        "predict",
-        "report",
-        "data",
-        "models",
-        "optim",
-        "engine",
-        "outcome",
-        "run_state",
-        "spread",
-        "release",
-        "classification",
-    },
+    "accelerate": {"cli", "distributed", "evaluation", "models", "profiling", "tasks", "teacher_cache", "training"},
+    "timm": {"data", "evaluation", "export", "models", "tasks", "training"},
     "torchvision": {"data"},
-    "matplotlib": {"analysis"},
-    "huggingface_hub": {"models", "release"},
-    "pydantic": {"checkpoint", "data", "documents", "models", "recipe", "run_files", "run_state"},
+    "matplotlib": {"plots"},
+    "huggingface_hub": {"export", "models"},
+    "pydantic": {"data", "files", "models", "recipe", "training"},
     "yaml": {"recipe"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -197,14 +69,25 @@ def imports(file: Path) -> set[str]:
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
 def test_imports_go_down(file: Path) -> None:
     part = part_of(file)
-    assert part in MAY_IMPORT, "a new part: say here what it may import"
+    assert part in LAYERS, "a new folder: say here what it may import"
     for name in imports(file):
         root, _, rest = name.partition(".")
         if root == "deit_kd":
             target = rest.partition(".")[0] or "__init__"
-            assert target in MAY_IMPORT[part] | STANDARD, f"{part} may not import {name}"
+            assert target in LAYERS[part] | STANDARD | {part}, f"{part} may not import {name}"
         elif root in ONLY:
             assert part in ONLY[root], f"{part} may not import {name}"
+
+
+def test_no_layer_imports_one_above_it() -> None:
+    names = list(LAYERS)
+    for number, name in enumerate(names):
+        assert LAYERS[name] <= set(names[:number]), name
+
+
+def test_the_top_of_the_package_is_small() -> None:
+    shown = {file.name for file in PACKAGE.iterdir()} - {"__init__.py", "__main__.py", "__pycache__", "py.typed"}
+    assert len(shown) <= 18, sorted(shown)
 
 
 def test_nothing_goes_past_the_wrapper() -> None:
@@ -212,7 +95,7 @@ def test_nothing_goes_past_the_wrapper() -> None:
     for file in [*FILES, ROOT / "train.py"]:
         tree = ast.parse(file.read_text())
         names = imports(file)
-        assert file.stem == "sharding" or not any(name.startswith("torch.distributed") for name in names), file
+        assert file.stem == "fsdp" or not any(name.startswith("torch.distributed") for name in names), file
         for node in ast.walk(tree):
             if isinstance(node, ast.Attribute) and node.attr == "module":
                 owner = ast.unparse(node.value)
@@ -228,22 +111,32 @@ def test_the_path_to_backward_is_short() -> None:
         "losses/logits": {"kl_distillation"},
         "losses/precision": {"full_precision", "pair"},
         "models/distiller": {"StudentOutput", "Distiller", "_project"},
-        "models/projectors": {"project"},
-        "models/taps": {"Hidden", "run", "take", "pooled_features"},
+        "models/projectors/vectors": {"project"},
+        "models/features": {"Hidden", "run", "take", "pooled_features"},
         "models/teacher": {"TeacherOutput", "Teacher"},
     }
     lines = sum(
         len(file.read_text().splitlines())
         for file in (
             ROOT / "train.py",
-            *(PACKAGE / f"{name}.py" for name in ("engine", "vote", "classification", "collective", "terms")),
+            *(
+                PACKAGE / f"{name}.py"
+                for name in (
+                    "training/loop",
+                    "training/task",
+                    "training/nonfinite",
+                    "tasks/classification",
+                    "tasks/distillation",
+                    "distributed/global_batch",
+                )  # fmt: skip
+            ),
         )
     )
     for leaf, names in leaves.items():
         nodes = [node for node in ast.parse((PACKAGE / f"{leaf}.py").read_text()).body if getattr(node, "name", None) in names]
         assert len(nodes) == len(names)
         lines += sum((node.end_lineno or 0) - node.lineno + 1 for node in nodes)
-    assert lines <= 1400, lines
+    assert lines <= 1391, lines  # only lowered, never raised
 
 
 def test_the_project_names_no_machine() -> None:

@@ -31,7 +31,7 @@ from deit_kd.models.folding import fold_batch_norms
 from deit_kd.recipe import Run
 from deit_kd.tasks.classification import Classification
 from deit_kd.training import acceleration as speed
-from deit_kd.training import loop as engine
+from deit_kd.training import task as training_task
 from deit_kd.training.metrics import read_metrics
 
 RANDOM_TEACHER = ("teacher.name=resnet18", "teacher.weights=random")  # knows no names of classes
@@ -274,8 +274,8 @@ def test_steps_that_are_not_logged_read_nothing_from_the_device(
     train_cli: Cli, fashion_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a GPU, with mixing, erasing, clipping, EMA and a coupled loss; and a step asks its teacher once."""
-    loop, original, asked, seen = engine.Loop, Classification.compute_terms, Counter[str](), []
-    monkeypatch.setattr(engine, "Loop", lambda **values: loop(**{**values, "reads_every_step": False}))
+    loop, original, asked, seen = training_task.Loop, Classification.compute_terms, Counter[str](), []
+    monkeypatch.setattr(training_task, "Loop", lambda **values: loop(**{**values, "reads_every_step": False}))
     forward = Teacher.forward
 
     def teach(teacher: Teacher, images: Tensor) -> Any:

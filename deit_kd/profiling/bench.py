@@ -33,6 +33,7 @@ from deit_kd.training import loop as engine
 from deit_kd.training import optim
 from deit_kd.training import setup as spread
 from deit_kd.training.metrics import Tracker
+from deit_kd.training.task import Loop
 
 NEVER = 1 << 40  # steps
 
@@ -166,7 +167,7 @@ class Rig:
         task: Any = self.task
         same = list(itertools.islice(self.loader.epoch(0), self.task.accumulation_steps)) if same_batch else None
         task.train_loader, task.steps_per_epoch = _Endless(self.loader.epoch, same), steps
-        loop = engine.Loop(
+        loop = Loop(
             total_steps=NEVER,
             accumulation_steps=task.accumulation_steps,
             images_per_step=self.loader.global_batch_size,

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -23,22 +22,21 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from deit_kd.data import Batch, Source
 from deit_kd.distributed import fsdp as sharding
 from deit_kd.distributed.global_batch import GlobalBatch
-from deit_kd.errors import UserError
-from deit_kd.evaluation.metrics import measure, measure_student, near_chance
-from deit_kd.models import AnyTeacher, CachedTeacher, Distiller, StudentOutput, TeacherOutput, build_student
+from deit_kd.evaluation.metrics import measure_student, near_chance
+from deit_kd.models import AnyTeacher, CachedTeacher, Distiller, StudentOutput, TeacherOutput
 from deit_kd.models.build import build_distiller, tokens
 from deit_kd.models.features import TimmModel
-from deit_kd.models.projectors.vectors import first_matrix
+from deit_kd.models.statistics import frozen_statistics
 from deit_kd.recipe import Lesson, Recipe, fingerprint
 from deit_kd.tasks.closeness import closeness
 from deit_kd.tasks.distillation import Terms
+from deit_kd.tasks.measure import in_one_piece, measure_teachers, spectrum
 from deit_kd.tasks.ready import make_loaders
-from deit_kd.teacher_cache import identity as stream
+from deit_kd.tasks.teacher_ahead import keep_for_this_stream
 from deit_kd.teacher_cache.class_means import load_or_compute, must_fit
 from deit_kd.training.metrics import Clock, Tracker
 
@@ -46,7 +44,7 @@ _Taught = dict[AnyTeacher, TeacherOutput]
 
 
 class Classification:
-    """The task that `deit_kd.training.loop.fit` trains: see `engine.Task`.
+    """The task that `deit_kd.training.loop.fit` trains: see `deit_kd.training.task.Task`.
 
     Args:
         recipe: what to train.
@@ -119,7 +117,7 @@ class Classification:
         self._stream = torch.cuda.Stream() if overlaps else None
 
     def train_batches(self, epoch: int, start_step: int, clock: Clock) -> Iterator[Batch]:
-        """See `engine.Task`. Accumulates rows first, where a term couples samples: the student then runs twice, teachers once."""
+        """See `Task`. Accumulates rows first, where a term couples samples: the student then runs twice, teachers once."""
         stream = self.train_loader.epoch(epoch, start_step)
         looks_ahead = self.accumulation_steps > 1 and any(terms.needs_whole_batch() for terms in self.terms)
         while True:
@@ -131,9 +129,9 @@ class Classification:
             if not batches:
                 return
             if self._stream:
-                _used_here(batches, self._ahead)
+                keep_for_this_stream(batches, self._ahead)
             if looks_ahead:
-                with torch.no_grad(), self.global_batch.recording(), _frozen_statistics(self.module):
+                with torch.no_grad(), self.global_batch.recording(), frozen_statistics(self.module):
                     for batch, taught in zip(batches, self._ahead, strict=True):
                         self._equation(batch, taught, clock, detailed=False)
             yield from batches
@@ -156,7 +154,7 @@ class Classification:
         return terms
 
     def sample_names(self, indices: Tensor) -> list[str]:
-        """See `engine.Task`."""
+        """See `Task`."""
         return [self.train_loader.source.where(index) for index in indices.tolist()]
 
     def _ask(self, batch: Batch, clock: Clock) -> _Taught:
@@ -197,12 +195,8 @@ class Classification:
         return {"loss": loss, **values}
 
     def whole(self, student: nn.Module) -> TimmModel:
-        """The student, or its EMA; of one that is cut over processes a copy in one piece, on every process."""
-        if not sharding.is_sharded(student):
-            return cast(TimmModel, student)
-        copy = build_student(self.recipe.student, self.num_classes, self.recipe.data.img_size)
-        copy.load_state_dict(sharding.gather(student.state_dict()))
-        return copy.to(self.accelerator.device)
+        """See `Task`."""
+        return in_one_piece(student, self.recipe, self.num_classes, self.accelerator.device)
 
     @torch.no_grad()
     def evaluate(self, ema: nn.Module | None = None) -> dict[str, float]:
@@ -225,76 +219,21 @@ class Classification:
         return metrics
 
     def is_over(self, evaluations: list[dict[str, Any]]) -> bool:
-        """See `engine.Task`: the held out images have not been told better for `patience_epochs`."""
+        """See `Task`: the held out images have not been told better for `patience_epochs`."""
         if not (self.patience and evaluations):
             return False
         best = max(evaluations, key=lambda line: line["holdout_top1"])  # the first of equals
         return bool(evaluations[-1]["epoch"] - best["epoch"] >= self.patience)
 
-    @torch.no_grad()  # a compiled teacher sees the kind of tensors that it sees in training
     def evaluate_teachers(self) -> dict[str, float]:
-        """top1 and top5 over the same images of each teacher that knows their labels.
-
-        Raises:
-            UserError: logits that are not finite.
-        """
-        metrics: dict[str, float] = {}
-        for number, teacher in enumerate(dict.fromkeys(self.teachers)):
-            if isinstance(teacher, CachedTeacher):  # it was measured when it was cached, on what was then evaluated
-                same = teacher.manifest["validation"] == stream.of_validation(self.recipe, self.val_loader.source)
-                metrics |= teacher.manifest["accuracy"] if same else {}
-            elif self.knows_labels[self.teachers.index(teacher)]:
-                prefix = f"teacher_{number}_" if number else "teacher_"
-                overflown = torch.zeros(1, device=self.accelerator.device)
-                logits = partial(_teacher_logits, teacher, overflown)
-                metrics |= measure(logits, self.val_loader, self.accelerator, prefix)
-                if self.accelerator.reduce(overflown).item():  # in any process
-                    raise UserError(
-                        f"teacher {teacher.info.name}: logits of validation images are not finite in {teacher.dtype}; "
-                        "set teacher.precision=float32"
-                    )
-        return metrics
+        """See `measure_teachers`."""
+        return measure_teachers(self.teachers, self.knows_labels, self.recipe, self.val_loader, self.accelerator)
 
     def warn_of_poor_teachers(self, tracker: Tracker) -> None:
         """Says loudly which teachers were measured to know next to nothing."""
         for line in near_chance(self.teachers, tracker.lines("teacher"), self.val_loader.source.labels, self.num_classes):
             tracker.say(line)
 
-    @torch.no_grad()
     def inspect(self) -> dict[str, Any]:
-        """The first projector's singular values, and its effective rank exp(entropy of their shares): a collapse shows at once."""
-        weight = first_matrix(self.projectors[0]) if self.projectors else None
-        if weight is None or not weight.isfinite().all():
-            return {}
-        (weight,) = sharding.gather({"": weight}).values()
-        values = torch.linalg.svdvals(weight.float())
-        share = values / values.sum()
-        rank = torch.special.entr(share).sum().exp()
-        return {"projector_norm": values.norm().item(), "effective_rank": rank.item(), "singular_values": values.tolist()}
-
-
-def _used_here(batches: Sequence[Batch], taught: Sequence[_Taught]) -> None:
-    """Keeps the memory of tensors of another stream until this one has done with them."""
-    made = [[each.images, each.targets, each.labels, each.indices, each.remembered] for each in batches]
-    for tensor in tree_leaves([made, [list(each.values()) for each in taught]]):
-        if isinstance(tensor, Tensor):
-            tensor.record_stream(torch.cuda.current_stream())
-
-
-@contextmanager
-def _frozen_statistics(module: nn.Module) -> Iterator[None]:
-    """Batch norms still take the batch's statistics inside, but do not move their running ones: the batch will come again."""
-    norms = [each for each in module.modules() if isinstance(each, nn.modules.batchnorm._BatchNorm) and each.track_running_stats]
-    for norm in norms:
-        norm.track_running_stats = False
-    try:
-        yield
-    finally:
-        for norm in norms:
-            norm.track_running_stats = True
-
-
-def _teacher_logits(teacher: AnyTeacher, overflown: Tensor, images: Tensor) -> dict[str, Tensor]:
-    logits = teacher(images).logits
-    overflown += (~logits.isfinite()).any()
-    return {"": logits}
+        """The first projector's `spectrum`."""
+        return spectrum(self.projectors[0]) if self.projectors else {}

@@ -10,14 +10,14 @@ from timm.utils import ModelEmaV3
 from deit_kd import export as release
 from deit_kd import plots as analysis
 from deit_kd.files.whole import warn
-from deit_kd.tasks.classification import Classification
 from deit_kd.text import for_terminal
 from deit_kd.training.best import Best
 from deit_kd.training.metrics import Tracker
+from deit_kd.training.task import Task
 
 
 def write(
-    task: Classification, output: Path, ema: ModelEmaV3 | None, best: Best | None, class_names: Sequence[str], tracker: Tracker
+    task: Task, output: Path, ema: ModelEmaV3 | None, best: Best | None, class_names: Sequence[str], tracker: Tracker
 ) -> None:
     """Exports the student, on the main process; a card or plots that fail are a warning, because the student is there.
 

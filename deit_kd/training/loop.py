@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -20,55 +19,9 @@ from deit_kd.training.metrics import Clock, Tracker, Window
 from deit_kd.training.nonfinite import Vote
 from deit_kd.training.signals import Stop, Stopped, goes_on
 from deit_kd.training.state import RunState
+from deit_kd.training.task import Loop, Task
 
 SKIPPED_IN_A_ROW = 3  # steps without a finite loss end the run
-
-
-class Task(Protocol):
-    """What the loop knows of what is learnt."""
-
-    module: nn.Module  # prepared; every trainable parameter behind one forward
-    student: nn.Module  # the bare part of it that is exported
-    steps_per_epoch: int
-    fingerprint: str  # of the recipe
-    layout: dict[str, Any]  # how the global batch is cut, for checkpoints
-    depends_on: dict[str, Any]  # what a run that goes on from them must find again
-
-    def train_batches(self, epoch: int, start_step: int, clock: Clock) -> Iterator[Any]:
-        """Micro-batches of an epoch, from an optimiser step within it on."""
-
-    def compute_terms(self, batch: Any, clock: Clock, detailed: bool) -> dict[str, Tensor]:
-        """0-d tensors: `loss`, each of its terms, and on detailed steps what else is worth knowing."""
-
-    def sample_names(self, indices: Tensor) -> list[str]:
-        """Where the samples of a micro-batch, its `indices`, come from, for people."""
-
-    def evaluate(self, ema: nn.Module | None) -> dict[str, float]:
-        """Metrics over the validation data, those of `ema` under names that begin with ema_."""
-
-    def is_over(self, evaluations: list[dict[str, Any]]) -> bool:
-        """Whether what was measured so far says that more steps do not help."""
-
-    def inspect(self) -> dict[str, Any]:
-        """What to record of the trainable parts beside metrics, such as the projector's spectrum."""
-
-
-@dataclass(frozen=True)
-class Loop:
-    """The plain values that the loop needs."""
-
-    total_steps: int
-    accumulation_steps: int
-    images_per_step: int
-    clip_grad: float | None
-    log_every_steps: int
-    eval_every_epochs: int
-    save_every_steps: int
-    keep_checkpoints: int
-    on_full_disk: str  # stop or go_on
-    reads_every_step: (
-        bool  # whether the host learns at each step if it counts; on a GPU it would wait, and learns when it logs or saves
-    )
 
 
 def fit(

@@ -33,15 +33,15 @@ from deit_kd.training.run_files import plain
 from deit_kd.training.run_start import Start, compare_data, on_main
 
 if TYPE_CHECKING:
-    from deit_kd.tasks.classification import Classification
     from deit_kd.training.acceleration import Quickened
+    from deit_kd.training.task import Task
 
 
 def describe(
     output: Path,
     recipe: Recipe,
     accelerator: Accelerator,
-    task: Classification,
+    task: Task,
     total_steps: int,
     quickened: Quickened,
     sources: tuple[Source, Source],
@@ -118,7 +118,7 @@ def _facts(
     output: Path,
     recipe: Recipe,
     accelerator: Accelerator,
-    task: Classification,
+    task: Task,
     total_steps: int,
     quickened: Quickened,
     counted: plan.Plan,

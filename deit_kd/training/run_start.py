@@ -25,7 +25,7 @@ from deit_kd.training import resume as resuming
 from deit_kd.training.metrics import read_metrics
 
 if TYPE_CHECKING:
-    from deit_kd.tasks.classification import Classification
+    from deit_kd.training.task import Task
 
 T = TypeVar("T")
 
@@ -219,7 +219,7 @@ def _accepted_before(run: Mapping[str, Any] | None) -> list[dict[str, Any]]:
 
 
 def compare_data(
-    output: Path, task: Classification, recipe: Recipe, sources: tuple[Source, Source], start: Start, say: Callable[[str], None]
+    output: Path, task: Task, recipe: Recipe, sources: tuple[Source, Source], start: Start, say: Callable[[str], None]
 ) -> list[dict[str, Any]]:
     """Notes in the task what the run depends on; refuses other data, teachers or weights than the checkpoint's.
 

@@ -8,11 +8,11 @@ from torch.optim import Optimizer
 
 from deit_kd.distributed import fsdp as sharding
 from deit_kd.recipe import Recipe
-from deit_kd.tasks.classification import Classification
 from deit_kd.training import optim
+from deit_kd.training.task import Task
 
 
-def prepare(task: Classification, recipe: Recipe, accelerator: Accelerator, sharded: bool) -> tuple[Optimizer, ModelEmaV3 | None]:
+def prepare(task: Task, recipe: Recipe, accelerator: Accelerator, sharded: bool) -> tuple[Optimizer, ModelEmaV3 | None]:
     """Puts the task's module on its device and spreads it over processes, by DDP or by FSDP2; gives optimiser and EMA of it."""
     task.module.to(accelerator.device)
     ema = ModelEmaV3(task.student, decay=recipe.ema_decay) if recipe.ema_decay else None
