@@ -140,7 +140,14 @@ def test_the_path_to_backward_is_short() -> None:
 
 
 def test_the_project_names_no_machine() -> None:
-    for file in [*FILES, ROOT / "train.py", *(ROOT / "recipes").iterdir(), *(ROOT / "launch").iterdir(), ROOT / "README.md"]:
+    for file in [
+        *FILES,
+        ROOT / "train.py",
+        *(ROOT / "recipes").iterdir(),
+        *(ROOT / "launch").iterdir(),
+        *(ROOT / "docs").glob("*.md"),
+        ROOT / "README.md",
+    ]:
         text = file.read_text()
         for word in ("/home/", "/Users/", "/mnt/"):
             assert word not in text, f"{file}: {word}"

@@ -16,9 +16,11 @@ from PIL import Image
 from deit_kd import recipe as recipes
 
 README = (ROOT / "README.md").read_text()
+PAGES = [README, *(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))]
 BASH = [
     line.split("#")[0].strip()
-    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    for page in PAGES
+    for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL)
     for line in block.splitlines()
     if line.split("#")[0].strip()
 ]
@@ -67,7 +69,7 @@ def test_quick_start_and_what_follows_it(copy: Path, quick_start: str) -> None:
     with Image.open(copy / "runs/quickstart/plots/contact_sheet.png") as sheet:
         assert sheet.size[0] > 800
     assert "is now in" in bash(copy / "launch" / "quickstart.sh", "--max-steps", "1"), "a second run keeps the first"
-    for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
+    for code in (code for page in PAGES for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL)):
         done = subprocess.run([sys.executable, "-c", code], cwd=copy, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{code}\n{done.stderr}"
 
@@ -96,6 +98,20 @@ def test_what_is_done_with_students(copy: Path, fashion_folder: Path) -> None:
     assert (copy / "runs/quickstart/student/model.onnx").exists()
 
 
+def test_the_front_page_is_short() -> None:
+    assert len(README.splitlines()) <= 160
+
+
+def test_the_map_of_the_code_is_true() -> None:
+    rows = re.findall(r"^\| .* \| `(deit_kd/\w+/)`(?:: (.*?)(?:;|\|))?", README.partition("## Map of the code")[2], re.MULTILINE)
+    assert {folder.split("/")[1] for folder, _ in rows} == {
+        path.name for path in (ROOT / "deit_kd").iterdir() if (path / "__init__.py").exists()
+    } - {"files"}
+    for folder, files in rows:
+        for name in re.findall(r"`(\w+\.py)`", files):
+            assert (ROOT / folder / name).exists(), name
+
+
 def test_the_test_command_finds_the_tests(copy: Path) -> None:
     assert re.search(
         r"test_losses.py: [1-9]\d*", bash(copy / "launch" / "test.sh", "--collect-only", "-q", "-n0", "tests/test_losses.py")
@@ -115,7 +131,7 @@ def test_other_commands_name_recipes_and_keys_that_exist() -> None:
 def test_verbs_name_recipes_and_keys_that_exist() -> None:
     from deit_kd.sweep import _cells
 
-    documents = [README, *(path.read_text() for path in (ROOT / "results").glob("*.md"))]
+    documents = [*PAGES, *(path.read_text() for path in (ROOT / "results").glob("*.md"))]
     commands = [shlex.split(line) for text in documents for line in re.findall(r"^`?(deit-kd [^`#\n]+)", text, re.MULTILINE)]
     assert {command[1] for command in commands} == {
         "grid",
@@ -134,6 +150,6 @@ def test_verbs_name_recipes_and_keys_that_exist() -> None:
 
 
 def test_files_and_links_exist() -> None:
-    for document in (*ROOT.glob("*.md"), *ROOT.glob("*/README.md"), *ROOT.glob("deit_kd/*/README.md")):
+    for document in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("*/README.md"), *ROOT.glob("deit_kd/*/README.md")):
         for link in re.findall(r"\]\((?!https?://)([^)#]+)\)", document.read_text()):
             assert (document.parent / link).exists(), f"{document}: {link}"
