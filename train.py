@@ -103,32 +103,23 @@ def fail(message: str) -> NoReturn:
 
 
 def dry_run(recipe: recipes.Recipe, options: argparse.Namespace, output: Path) -> None:
-    from deit_kd.distributed import accelerator as processes
+    from deit_kd.distributed.accelerator import make_accelerator
     from deit_kd.tasks import ready
 
-    accelerator = processes.make_accelerator(recipe, options.device, output)
-    ready.rehearse(
-        ready.Checks(
-            recipe,
-            options.data,
-            accelerator,
-            options.device_batch_size,
-            reads_weights=True,
-            output=output,
-            resume=options.resume,
-            accept=options.accept_changes,
-        ),
-        accelerator.print,
+    accelerator = make_accelerator(recipe, options.device, output)
+    checks = ready.Checks(
+        recipe, options.data, accelerator, options.device_batch_size, True, output, options.resume, options.accept_changes
     )
+    ready.rehearse(checks, accelerator.print)
 
 
 def train(recipe: recipes.Recipe, options: argparse.Namespace, output: Path) -> None:
-    from deit_kd.distributed import accelerator as processes
-    from deit_kd.distributed import fsdp as sharding
+    from deit_kd.distributed import fsdp
+    from deit_kd.distributed.accelerator import make_accelerator
     from deit_kd.training import run_start
 
-    sharded = sharding.take_over()
-    accelerator = processes.make_accelerator(recipe, options.device, output)
+    sharded = fsdp.take_over()
+    accelerator = make_accelerator(recipe, options.device, output)
     with run_start.entered(output, recipe, options.resume, options.accept_changes, options.data, accelerator) as start:
         complete = train_in(output, recipe, options, accelerator, sharded, start)
     if not complete:

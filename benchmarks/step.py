@@ -42,7 +42,7 @@ from torch import Tensor, nn
 from benchmarks.paired import cuda_rounds, facts, paired_rounds, ratio
 from deit_kd import recipe as recipes
 from deit_kd.data import Batch
-from deit_kd.data.sources.catalog import ArraySource
+from deit_kd.data.sources.base import ArraySource
 from deit_kd.models import build
 from deit_kd.profiling.devices import Device
 from deit_kd.profiling.operations import count_work

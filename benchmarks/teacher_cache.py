@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.paired import facts, paired_rounds, ratio
 from deit_kd import recipe as recipes
-from deit_kd.data.sources.catalog import ArraySource
+from deit_kd.data.sources.base import ArraySource
 from deit_kd.models import CachedTeacher, Teacher, build
 from deit_kd.tasks.classification import Classification
 from deit_kd.teacher_cache.write import write_cache

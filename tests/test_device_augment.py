@@ -23,8 +23,9 @@ from deit_kd.data.decode import MOST_ELONGATED, as_pixels, decode, decode_image
 from deit_kd.data.loader import _seeded
 from deit_kd.data.on_device.augment import Finish, OnDevice, choose_augmentation
 from deit_kd.data.on_device.draws import Drawn, _record, make_plan
-from deit_kd.data.sources.catalog import PartSource, open_source, pixels
-from deit_kd.data.sources.shards import pack
+from deit_kd.data.sources.base import PartSource, pixels
+from deit_kd.data.sources.catalog import open_source
+from deit_kd.data.sources.pack import pack
 from deit_kd.data.transforms import _keep_one_bit, augment_operations, train_transform
 from deit_kd.errors import UserError
 from deit_kd.recipe import Recipe

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from deit_kd import plots as analysis
 from deit_kd.cli import main
 from deit_kd.data import open_source
-from deit_kd.data.sources.catalog import ArraySource
+from deit_kd.data.sources.base import ArraySource
 from deit_kd.errors import UserError
 from deit_kd.evaluation import report
 from deit_kd.evaluation.imagenet_benchmarks import Examination, open_benchmark

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import deit_kd
 from deit_kd import recipe as recipes
 from deit_kd.data import open_source
-from deit_kd.data.sources.catalog import hold_out
+from deit_kd.data.sources.base import hold_out
 from deit_kd.errors import UserError
 from deit_kd.models.build import build_distiller, resolve
 from deit_kd.training.metrics import read_metrics

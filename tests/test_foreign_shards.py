@@ -27,7 +27,7 @@ from deit_kd.data import open_source
 from deit_kd.data.on_device.augment import OnDevice, choose_augmentation
 from deit_kd.data.sources import shards
 from deit_kd.data.sources.hf_datasets import open_rows
-from deit_kd.data.sources.shards import pack
+from deit_kd.data.sources.pack import pack
 from deit_kd.errors import UserError
 
 Member = tuple[str, bytes]

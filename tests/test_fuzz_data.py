@@ -20,11 +20,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from deit_kd.data.decode import FORMATS, as_jpeg, decode, decode_image, orientation
-from deit_kd.data.sources.catalog import Source, open_source, pixels
+from deit_kd.data.sources.base import Source, pixels
+from deit_kd.data.sources.catalog import open_source
 from deit_kd.data.sources.folder_source import FolderSource
 from deit_kd.data.sources.folders import CLASS_ORDER, read_class_names
 from deit_kd.data.sources.idx import read_idx
-from deit_kd.data.sources.shards import pack
+from deit_kd.data.sources.pack import pack
 from deit_kd.text import printable
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (12, 10, 3), np.uint8)

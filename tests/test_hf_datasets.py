@@ -22,7 +22,7 @@ from timm.data import ImageNetInfo
 
 from deit_kd.data import open_source
 from deit_kd.data.sources.hf_datasets import _synsets
-from deit_kd.data.sources.shards import pack
+from deit_kd.data.sources.pack import pack
 from deit_kd.errors import UserError
 
 

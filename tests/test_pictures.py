@@ -24,8 +24,8 @@ from PIL import Image, ImageDraw, ImageOps
 from deit_kd import recipe as recipes
 from deit_kd.cli import main
 from deit_kd.data import EvaluationLoader, Placement, decode, open_source
-from deit_kd.data.sources.catalog import hold_out, pixels, pixels_or_jpeg, turned
-from deit_kd.data.sources.shards import pack
+from deit_kd.data.sources.base import hold_out, pixels, pixels_or_jpeg, turned
+from deit_kd.data.sources.pack import pack
 from deit_kd.data.transforms import evaluation_transform
 from deit_kd.errors import UserError
 from deit_kd.models.build import open_data

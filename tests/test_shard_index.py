@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from deit_kd.data import open_source
-from deit_kd.data.sources.shards import pack
+from deit_kd.data.sources.pack import pack
 from deit_kd.errors import UserError
 
 Columns = dict[str, Any]

@@ -17,7 +17,7 @@ from test_data import stream
 
 from deit_kd.cli import main
 from deit_kd.data import open_source
-from deit_kd.data.sources.shards import pack
+from deit_kd.data.sources.pack import pack
 from deit_kd.errors import UserError
 
 

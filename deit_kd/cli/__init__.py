@@ -344,7 +344,7 @@ def grid(options: argparse.Namespace) -> None:
 
 def pack(options: argparse.Namespace) -> None:
     """Makes shards of an image folder."""
-    from deit_kd.data.sources.shards import pack
+    from deit_kd.data.sources.pack import pack
 
     before = (
         "is there already, whole; " if pack(options.data, options.output, options.short_side, options.shard_mb * 1_000_000) else ""

@@ -19,7 +19,7 @@ from deit_kd.data.mixing import mix, smooth_one_hot
 from deit_kd.data.on_device.augment import OnDevice
 from deit_kd.data.on_device.draws import Crop, Drawn, Plan, Worker, make_plan
 from deit_kd.data.on_device.jpegs import UndecodedError
-from deit_kd.data.sources.catalog import Source, pixels, pixels_or_jpeg
+from deit_kd.data.sources.base import Source, pixels, pixels_or_jpeg
 from deit_kd.data.transforms import Transform
 from deit_kd.data.workers import Batches, count_bytes, stack
 from deit_kd.errors import UserError

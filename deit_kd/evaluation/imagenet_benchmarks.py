@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from timm.data import ImageNetInfo
 
-from deit_kd.data.sources.catalog import Source
+from deit_kd.data.sources.base import Source
 from deit_kd.data.sources.folder_source import FolderSource
 from deit_kd.errors import UserError
 from deit_kd.recipe import nearest

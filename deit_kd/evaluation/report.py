@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 from deit_kd.data import EvaluationLoader, Placement, open_source
 from deit_kd.data.loader import SKIPPED
-from deit_kd.data.sources.catalog import Split, open_folder_to_evaluate
+from deit_kd.data.sources.base import Split
+from deit_kd.data.sources.catalog import open_folder_to_evaluate
 from deit_kd.data.sources.folders import order_in_doubt
 from deit_kd.data.transforms import MOST_RESIZED, own_transform
 from deit_kd.errors import UserError

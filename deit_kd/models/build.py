@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from deit_kd.data import Placement, Source, open_source
-from deit_kd.data.sources.catalog import turned
+from deit_kd.data.sources.base import turned
 from deit_kd.data.sources.folders import order_in_doubt
 from deit_kd.data.transforms import evaluation_transform
 from deit_kd.errors import UserError

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 
 from deit_kd.data import EvaluationLoader, Source, TrainLoader
 from deit_kd.data.on_device.augment import choose_augmentation
-from deit_kd.data.sources.catalog import hold_out
+from deit_kd.data.sources.base import hold_out
 from deit_kd.data.transforms import evaluation_transform
 from deit_kd.errors import UserError
 from deit_kd.export.student import PERMISSIVE

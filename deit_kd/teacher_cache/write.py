@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from deit_kd.data import EvaluationLoader, Placement, Source, TrainLoader
 from deit_kd.data.on_device.augment import choose_augmentation
-from deit_kd.data.sources.catalog import hold_out
+from deit_kd.data.sources.base import hold_out
 from deit_kd.data.transforms import evaluation_transform
 from deit_kd.errors import UserError
 from deit_kd.evaluation.metrics import measure

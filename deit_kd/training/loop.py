@@ -1,4 +1,4 @@
-"""The one loop. What is learnt is a task's business; where it runs is Accelerate's."""
+"""The training loop, for any `Task`."""
 
 from __future__ import annotations
 
@@ -9,19 +9,16 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list
 from timm.utils import ModelEmaV3
-from torch import Tensor, nn
+from torch import Tensor
 
-from deit_kd.errors import UserError
 from deit_kd.training.best import Best
 from deit_kd.training.metrics import Clock, Tracker, Window
-from deit_kd.training.nonfinite import Vote
+from deit_kd.training.nonfinite import Buffers, PendingSteps, StepTerms, Vote, can_skip_by_itself
 from deit_kd.training.signals import Stop, Stopped, goes_on
 from deit_kd.training.state import RunState
 from deit_kd.training.task import Loop, Task
-
-SKIPPED_IN_A_ROW = 3  # steps without a finite loss end the run
 
 
 def fit(
@@ -68,8 +65,8 @@ def fit(
         evaluated = [line for line in tracker.lines("eval") if line["step"] == step]
         _evaluate(task, tracker, step, ema, best, evaluated[-1] if evaluated else None)
     over = _is_over(task, tracker, accelerator)
-    window, buffers, unread = Window(step), _Buffers(task.module), _Unread(task, tracker)
-    lazily = not loop.reads_every_step and _can_skip_by_itself(optimizer, accelerator)
+    window, buffers, unread = Window(step), Buffers(task.module), PendingSteps(task, tracker)
+    lazily = not loop.reads_every_step and can_skip_by_itself(optimizer, accelerator)
     task.module.train()
 
     with Stop(alone=accelerator.num_processes == 1) as stop:
@@ -121,9 +118,6 @@ def fit(
     return over or step >= loop.total_steps
 
 
-_Done = list[tuple[Tensor, dict[str, Tensor]]]  # of each micro-batch of a step its indices and its terms
-
-
 def _backward(
     task: Task,
     accelerator: Accelerator,
@@ -133,9 +127,9 @@ def _backward(
     detailed: bool,
     stop: Stop,
     vote: Vote,
-) -> _Done:
+) -> StepTerms:
     """The gradients of an optimiser step; its loss is put to the vote before the last backward pass, which hides the wait."""
-    done: _Done = []
+    done: StepTerms = []
     for micro in range(1, accumulation_steps + 1):
         with stop.waiting():
             batch, last = next(batches), micro == accumulation_steps
@@ -172,12 +166,6 @@ def _update(
         ema.update(task.student)
 
 
-def _can_skip_by_itself(optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> bool:
-    """Whether the optimiser reads on the device that a step does not count, as torch's fused ones do where no scaler uses that."""
-    bare = getattr(optimizer, "optimizer", optimizer)
-    return getattr(bare, "_step_supports_amp_scaling", False) and accelerator.scaler is None
-
-
 def _evaluation_is_due(loop: Loop, task: Task, step: int) -> bool:
     return step % (loop.eval_every_epochs * task.steps_per_epoch) == 0 or step >= loop.total_steps
 
@@ -200,68 +188,3 @@ def _is_over(task: Task, tracker: Tracker, accelerator: Accelerator) -> bool:
     answer = [accelerator.is_main_process and task.is_over(tracker.lines("eval"))]
     broadcast_object_list(answer)
     return answer[0]
-
-
-class _Unread:
-    """Steps of which the host does not know yet whether they count. Those that do enter the means; the others are told."""
-
-    def __init__(self, task: Task, tracker: Tracker):
-        self.task, self.tracker, self.in_a_row = task, tracker, 0
-        self.steps: list[tuple[int, _Done, Tensor]] = []  # number, terms, and 1 if it does not count
-
-    def read(self) -> bool:
-        """Waits for the device. Whether the last step counts; True if there is none.
-
-        Raises:
-            UserError: too many in a row do not.
-        """
-        skipped = torch.stack([skip for *_, skip in self.steps]).tolist() if self.steps else [False]
-        for (step, done, _), skip in zip(self.steps, skipped, strict=False):
-            self.in_a_row = self.in_a_row + 1 if skip else 0
-            if skip:
-                self._tell(step, done)
-            else:
-                for _, values in done:
-                    self.tracker.add(values)
-        self.steps = []
-        return not skipped[-1]
-
-    def _tell(self, step: int, done: _Done) -> None:
-        """Tells which terms of which samples were not finite, and ends the run when that repeats."""
-        mine = []
-        for indices, values in done:
-            terms = [name for name, value in values.items() if not value.isfinite()]
-            if terms:  # `loss` is among them, and says nothing that its terms do not
-                mine.append({"terms": terms, "samples": indices.tolist(), "names": self.task.sample_names(indices)})
-        found = gather_object(mine)  # of all processes
-        terms = list(dict.fromkeys(name for each in found for name in each["terms"] if name != "loss")) or ["loss"]
-        names = [name for each in found for name in each["names"]]  # for people here; metrics.jsonl is published
-        self.tracker.log("skipped", step, {"terms": terms, "samples": [index for each in found for index in each["samples"]]})
-        fault = f"step {step}: {', '.join(terms)} not finite, for samples {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
-        if self.in_a_row < SKIPPED_IN_A_ROW:
-            self.tracker.say(
-                f"{fault} ({len(names)}; {self.tracker.file.name} has their places among the training images); the step is skipped"
-            )
-            return
-        raise UserError(
-            f"{fault}, {self.in_a_row} steps in a row; lower optim.lr, set optim.clip_grad, or use run.precision=no or teacher.precision=float32 if they were not; "
-            "with another recipe give another --output or --resume none"
-        )
-
-
-class _Buffers:
-    """Buffers as they were before a step: what a step that does not count left in batch norms and memories must not stay."""
-
-    def __init__(self, module: nn.Module):
-        stored = module.state_dict()  # what is not is constant
-        self.live = [buffer for name, buffer in module.named_buffers() if name in stored]
-        self.kept = [buffer.clone() for buffer in self.live]
-
-    def keep(self) -> None:
-        if self.live:
-            torch._foreach_copy_(self.kept, self.live)
-
-    def restore(self, skip: Tensor) -> None:
-        """Puts them back where `skip` is 1, without asking the device."""
-        for kept, live in zip(self.kept, self.live, strict=True):
-            live.copy_(torch.where(skip.bool(), kept, live))

@@ -21,7 +21,7 @@ from torch import Tensor
 from torchvision.transforms import CenterCrop, ColorJitter, InterpolationMode, Normalize, RandomCrop, RandomHorizontalFlip, Resize
 
 from deit_kd.data.decode import Jpeg
-from deit_kd.data.sources.catalog import pixels, pixels_or_jpeg
+from deit_kd.data.sources.base import pixels, pixels_or_jpeg
 from deit_kd.data.transforms import MustFit, augment_operations, train_transform
 from deit_kd.recipe import Recipe
 

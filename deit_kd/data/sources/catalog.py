@@ -3,122 +3,26 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import numpy as np
-from PIL import Image
-from torch import Tensor
 
-from deit_kd.data.decode import SUFFIXES, Jpeg, as_jpeg, as_pixels, decode, orientation
+from deit_kd.data.decode import SUFFIXES
 from deit_kd.data.sources import folders
+from deit_kd.data.sources.base import ArraySource, Source, Split
 from deit_kd.data.sources.folder_source import FolderSource, label_space
+from deit_kd.data.sources.hf_datasets import open_rows
 from deit_kd.data.sources.idx import read_idx
+from deit_kd.data.sources.shards import open_shards
 from deit_kd.errors import UserError
 from deit_kd.recipe import nearest
 
-Split = Literal["train", "val"]
 EMBEDDED = Path(__file__).resolve().parent.parent / "fashion_mnist" / "fashion_mnist_12k.npz"
 FASHION_CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 )  # fmt: skip
-
-
-class Source(Protocol):
-    """Images and labels of one split."""
-
-    class_names: tuple[str, ...]
-    labels: np.ndarray  # [N] int
-    name: str  # what this is, as a card may say it
-    origin: str  # where it lies, for messages
-    left_out: str  # what of the files there is not read, as `3 .heic`; empty for nothing
-    upright: bool  # images are turned as their EXIF orientation says
-
-    def __len__(self) -> int: ...
-
-    def where(self, index: int) -> str:
-        """A path, or another way to find image `index`, for messages."""
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        """An RGB image and its label."""
-
-    def encoded(self, index: int) -> bytes | None:
-        """The file of an image; None where pixels are held."""
-
-
-def pixels(source: Source, index: int) -> Tensor:
-    """[3,H,W] uint8 of an image, which `source[index]` would give as an image of Pillow's."""
-    content = source.encoded(index)
-    return as_pixels(source[index][0]) if content is None else decode(content, source.upright)
-
-
-def pixels_or_jpeg(source: Source, index: int) -> Tensor | Jpeg:
-    """The file of an image that the device can decode; else its `pixels`."""
-    content = source.encoded(index)
-    if content is None:
-        return as_pixels(source[index][0])
-    return as_jpeg(content, source.upright) or decode(content, source.upright)
-
-
-class ArraySource:
-    """Images held in memory: uint8 [N,H,W] or [N,H,W,3]."""
-
-    left_out, upright = "", False
-
-    def __init__(self, images: np.ndarray, labels: np.ndarray, class_names: Sequence[str], name: str, origin: str):
-        self.images, self.labels, self.class_names = images, labels, tuple(class_names)
-        self.name, self.origin = name, origin
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def where(self, index: int) -> str:  # noqa: D102
-        return f"image {index} of {self.origin}"
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return Image.fromarray(self.images[index]).convert("RGB"), int(self.labels[index])
-
-    def encoded(self, index: int) -> None:  # noqa: D102
-        return None
-
-
-class PartSource:
-    """Some images of another source."""
-
-    def __init__(self, whole: Source, indices: np.ndarray):
-        self.whole, self.indices = whole, indices
-        self.class_names, self.labels, self.name, self.origin = whole.class_names, whole.labels[indices], whole.name, whole.origin
-        self.left_out, self.upright = whole.left_out, whole.upright
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def where(self, index: int) -> str:  # noqa: D102
-        return self.whole.where(int(self.indices[index]))
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return self.whole[int(self.indices[index])]
-
-    def encoded(self, index: int) -> bytes | None:  # noqa: D102
-        return self.whole.encoded(int(self.indices[index]))
-
-
-def hold_out(source: Source, share: float, seed: int) -> tuple[Source, Source]:
-    """(the rest, the held out): of each class the rounded share, but never all; drawn by the seed.
-
-    Raises:
-        UserError: nothing would be held out.
-    """
-    rng, held = np.random.default_rng(seed), []
-    for label in np.unique(source.labels):
-        own = rng.permutation(np.flatnonzero(source.labels == label))
-        held += own[: min(round(share * len(own)), len(own) - 1)].tolist()
-    if not held:
-        raise UserError(f"{source.origin}: holding out {share:g} of each class is less than an image; raise finetune.holdout")
-    chosen = np.zeros(len(source), dtype=bool)
-    chosen[held] = True
-    return PartSource(source, np.flatnonzero(~chosen)), PartSource(source, np.flatnonzero(chosen))
 
 
 def _image_folder(data: Path | None, split: Split) -> Source:
@@ -207,18 +111,6 @@ def _imagenette(data: Path | None, split: Split) -> Source:
     return _image_folder(folder, split)
 
 
-def _shards(data: Path | None, split: Split, label_column: str | None = None) -> Source:
-    from deit_kd.data.sources.shards import open_shards  # which packs folders, and so imports this file
-
-    return open_shards(data, split, label_column)
-
-
-def _hf_datasets(data: Path | None, split: Split, label_column: str | None = None) -> Source:
-    from deit_kd.data.sources.hf_datasets import open_rows
-
-    return open_rows(data, split, label_column)
-
-
 def _download(name: str, data: Path, files: str, **kwargs: Any) -> Any:
     """The torchvision dataset in `data`, downloaded when it is not there; a download that fails leaves nothing behind.
 
@@ -254,8 +146,8 @@ SOURCES: dict[str, Callable[..., Source]] = {
     "cifar10": _cifar("CIFAR10"),
     "cifar100": _cifar("CIFAR100"),
     "imagenette": _imagenette,
-    "shards": _shards,
-    "hf_datasets": _hf_datasets,
+    "shards": open_shards,
+    "hf_datasets": open_rows,
 }
 WITH_COLUMNS = ("shards", "hf_datasets")  # whose images may have several labels each
 
@@ -282,16 +174,3 @@ def open_source(name: str, data: Path | None, split: Split, *, upright: bool = F
     source = SOURCES[name](data, split, **({"label_column": label_column} if name in WITH_COLUMNS else {}))
     source.upright = upright
     return source
-
-
-def turned(source: Source, most: int = 64) -> int:
-    """How many of some images, drawn from all, have an EXIF orientation by which viewers turn them."""
-    some = np.random.default_rng(0).permutation(len(source))[:most]
-    found = 0
-    for index in some.tolist():
-        try:
-            content = source.encoded(index)
-            found += content is not None and orientation(content) in range(2, 9)
-        except Exception:  # the loader names what cannot be read
-            continue
-    return found

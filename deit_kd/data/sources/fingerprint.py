@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from deit_kd.data.sources.catalog import PartSource, Source
+from deit_kd.data.sources.base import PartSource, Source
 from deit_kd.data.sources.folder_source import FolderSource
 from deit_kd.data.sources.shards import ShardSource
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from deit_kd.data.decode import read_picture
 from deit_kd.data.sources import folders
-from deit_kd.data.sources.catalog import Source, Split
+from deit_kd.data.sources.base import Source, Split
 from deit_kd.data.sources.folder_source import FileSource
 from deit_kd.errors import UserError
 from deit_kd.files.whole import warn

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from deit_kd.data.sources.catalog import Source, Split
+from deit_kd.data.sources.base import Source, Split
 from deit_kd.data.sources.folder_source import FolderSource
 from deit_kd.errors import UserError
 from deit_kd.files.documents import MEGABYTE, Document, read_json
