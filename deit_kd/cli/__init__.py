@@ -204,7 +204,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     verb = verbs.add_parser(
         "bench",
-        help="seconds of a step in data, teacher, student, communication; which is the wall, and what to change",
+        help="seconds of a step in data, teacher, student, communication; the bottleneck, and what to change",
         epilog="under a launcher: torchrun --nproc_per_node 2 -m deit_kd bench deit_ti --data DIR",
     )
     _recipe_options(verb)

@@ -1,4 +1,4 @@
-"""What a bench says: which part is the wall, and what to change about it."""
+"""What a benchmark shows: which part is the bottleneck, and what to change."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def wall_of(bench: Bench) -> str:
 
 
 def advise(recipe: Recipe, bench: Bench, machine: Machine) -> list[str]:
-    """What would move the wall, the most promising first; only what this run does not do already."""
+    """Changes that would relieve the bottleneck, the most promising first; only those that this run does not have yet."""
     advice = {"data": _on_data, "communication": _on_communication, "teacher": _on_teacher, "student": _on_student}
     given = advice[wall_of(bench)](recipe, bench, machine)
     if bench.device == "cuda" and bench.processes < machine.gpus:

@@ -128,7 +128,7 @@ def _backward(
     stop: Stop,
     vote: Vote,
 ) -> StepTerms:
-    """The gradients of an optimiser step; its loss is put to the vote before the last backward pass, which hides the wait."""
+    """The gradients of an optimizer step. All processes agree on isfinite(loss) before the last backward pass, which overlaps it."""
     done: StepTerms = []
     for micro in range(1, accumulation_steps + 1):
         with stop.waiting():
