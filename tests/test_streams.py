@@ -20,7 +20,7 @@ from deit_kd import cli
 TALK = """
 import logging, os, sys, warnings
 from tqdm import tqdm
-from deit_kd import streams
+from deit_kd.cli import streams
 streams.forgive()
 logging.basicConfig()
 held = open(sys.argv[1], "w")
@@ -76,7 +76,7 @@ def test_closed_streams(closed: str, tmp_path: Path) -> None:
 
 
 def test_what_an_encoding_lacks_is_escaped() -> None:
-    script = "from deit_kd import streams; streams.forgive(); print('caf\\u00e9 \\udcff')"
+    script = "from deit_kd.cli import streams; streams.forgive(); print('caf\\u00e9 \\udcff')"
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, check=True, env={**os.environ, "PYTHONIOENCODING": "ascii"}
     )
