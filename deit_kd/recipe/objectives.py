@@ -1,4 +1,4 @@
-"""The objectives: one row a loss says what it reads, what it compares, and whether it couples samples.
+"""The objectives. The row of a loss says what it reads, what it compares, and whether it couples samples.
 
 Schema, checks, the distillation terms, the forecast and the model card's citations all read these rows. The functions themselves
 are in `deit_kd.losses`; reading a recipe imports no torch, so a row names its function by its key.
