@@ -52,7 +52,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--accept-changes", metavar="KEYS", help="go on although what these name is another now; a refusal says which to give")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one")
     add("--device-batch-size", type=bounded(int, 1, 10**6), help="most images on a device at once; more are accumulated")
-    add("--max-steps", type=bounded(int, 1, 10**12), help="stop after so many optimiser steps; the schedule stays that of the run")
+    add("--max-steps", type=bounded(int, 1, 10**12), help="stop after so many optimizer steps; the schedule stays that of the run")
     add("--dry-run", action="store_true", help="print networks, shapes, memory and compute; train nothing")
     add("--version", action="version", version=f"deit_kd {__version__}")
     add("overrides", nargs="*", metavar="key=value", help="changes to the recipe, such as optim.lr=1e-3 epochs=3")
@@ -118,7 +118,7 @@ def train(recipe: recipes.Recipe, options: argparse.Namespace, output: Path) -> 
     from deit_kd.distributed.accelerator import make_accelerator
     from deit_kd.training import run_start
 
-    sharded = fsdp.take_over()
+    sharded = fsdp.fsdp_requested()
     accelerator = make_accelerator(recipe, options.device, output)
     with run_start.entered(output, recipe, options.resume, options.accept_changes, options.data, accelerator) as start:
         complete = train_in(output, recipe, options, accelerator, sharded, start)
@@ -142,15 +142,15 @@ def train_in(
     with accelerator.main_process_first():  # one process downloads, the others find it
         sources = ready.must_start(recipe, options.data, accelerator, options.device_batch_size)
     teachers = [teacher.to(accelerator.device) for teacher in build_teachers(recipe, sources[0].class_names)]
-    quickened = acceleration.prepare(recipe.run, teachers, partial(example_images, recipe, sources[1]), accelerator, sharded)
-    task = Classification(recipe, accelerator, sources, teachers, output, options.device_batch_size, say, quickened.compiled)
+    accelerated = acceleration.prepare(recipe.run, teachers, partial(example_images, recipe, sources[1]), accelerator, sharded)
+    task = Classification(recipe, accelerator, sources, teachers, output, options.device_batch_size, say, accelerated.compiled)
     optimizer, ema = setup.prepare(task, recipe, accelerator, sharded)
 
     total_steps = recipe.epochs * task.steps_per_epoch
     stop_at = min(total_steps, options.max_steps or total_steps)
-    run_folder.describe(output, recipe, accelerator, task, total_steps, quickened, sources, start)
+    run_folder.describe(output, recipe, accelerator, task, total_steps, accelerated, sources, start)
     tracker = metrics.Tracker(accelerator, output, stop_at, goes_on=recipe.run.on_full_disk == "go_on")
-    if resume is None and any(task.knows_labels):
+    if resume is None and any(task.distills_logits):
         tracker.log("teacher", 0, task.evaluate_teachers())
     task.warn_of_poor_teachers(tracker)
     loop = Loop(
@@ -168,7 +168,7 @@ def train_in(
     schedule = optim.build_schedule(recipe, task.steps_per_epoch)
     best = Best(accelerator, task.student, ema, task.holdout_loader is not None) if recipe.run.keep_best else None
     complete = fit(task, accelerator, optimizer, schedule, loop, tracker, output, ema, resume, best)
-    if quickened.compiled and not tracker.lines("compiled"):
+    if accelerated.compiled and not tracker.lines("compiled"):
         tracker.log("compiled", stop_at, acceleration.compiled_graphs())
     if complete:
         outcome.write(task, output, ema, best, sources[0].class_names, tracker)

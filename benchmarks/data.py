@@ -4,7 +4,7 @@
 
 Real photos as JPEGs of 500x375 pixels, the recipe deit_ti (random resized crops, RandAugment, erasing). One thread, CPU time of this process,
 arms in random order in each round; ratios are medians over rounds with bootstrapped 95 % intervals. timm's arm is that of its prefetcher, which
-leaves normalisation and erasing to the GPU; its Posterize is kept from raising (Pillow 13 refuses its 0 bits). It is run twice: where the two
+leaves normalization and erasing to the GPU; its Posterize is kept from raising (Pillow 13 refuses its 0 bits). It is run twice: where the two
 differ by more than 3 %, the machine was too busy. Writes results/speed_data.json.
 """
 
@@ -37,7 +37,7 @@ from deit_kd import recipe as recipes
 from deit_kd.data.decode import as_pixels, decode, decode_image
 from deit_kd.data.loader import _collate, _Item, _seeded
 from deit_kd.data.on_device.augment import OnDevice, choose_augmentation
-from deit_kd.data.on_device.draws import Drawn, make_plan
+from deit_kd.data.on_device.draws import AugmentParams, make_plan
 from deit_kd.data.transforms import _keep_one_bit, augment_operations, train_transform
 
 CPU = torch.device("cpu")
@@ -142,7 +142,7 @@ def collating(rounds: int, batch: int = 64) -> dict[str, Any]:
     plain = [(each.numpy(), 0) for each in pixels]
     floats = [_Item(each.float(), 0, None) for each in pixels]
     operations: list[tuple[str, Sequence[float]]] = [("bicubic", (1.0,) * 6), ("color", (1.5,))]
-    drawn = [_Item(Drawn(each, operations, (1, 1, 50, 50), 0), 0, None) for each in pixels]
+    drawn = [_Item(AugmentParams(each, operations, (1, 1, 50, 50), 0), 0, None) for each in pixels]
     mixed = FastCollateMixup(mixup_alpha=0.8, cutmix_alpha=1.0, num_classes=1000)
     arms: dict[str, Callable[[], None]] = {
         "timm, fast_collate": lambda: sent(fast_collate(plain)),
@@ -166,7 +166,7 @@ def decoding(files: list[bytes], views: int, rounds: int) -> dict[str, Any]:
 
 
 def levels(images: Tensor) -> Tensor:
-    """Back from normalised images to grey levels."""
+    """Back from normalized images to gray levels."""
     mean, std = (torch.tensor(each).view(3, 1, 1) for each in (RECIPE.data.mean, RECIPE.data.std))
     return (images * std + mean) * 255
 
@@ -205,9 +205,9 @@ def parity(files: list[bytes]) -> dict[str, Any]:
 
 
 def one(operation: AugmentOp, squares: list[Image.Image], on_device: OnDevice) -> dict[str, float]:
-    """Largest difference in grey levels, and the share of values that differ at all, at magnitudes drawn from [0, 10]."""
-    number = next(n for n, step in enumerate(on_device.worker.colours) if augment_operations(step))
-    recorder = next(each for each in augment_operations(on_device.worker.colours[number]) if each.name == operation.name)
+    """Largest difference in gray levels, and the share of values that differ at all, at magnitudes drawn from [0, 10]."""
+    number = next(n for n, step in enumerate(on_device.worker.colors) if augment_operations(step))
+    recorder = next(each for each in augment_operations(on_device.worker.colors[number]) if each.name == operation.name)
     theirs, drawn = [], []
     for each in (operation, recorder):
         each.prob, each.magnitude, each.magnitude_std = 1.0, 10, float("inf")
@@ -215,7 +215,7 @@ def one(operation: AugmentOp, squares: list[Image.Image], on_device: OnDevice) -
         with _seeded(seed):
             theirs.append(as_pixels(operation(image)))
         with _seeded(seed):
-            drawn.append(Drawn(as_pixels(image), recorder([]), None, 0))
+            drawn.append(AugmentParams(as_pixels(image), recorder([]), None, 0))
     cropped = torch.stack([cast(Tensor, each.image) for each in drawn])
     ours = levels(on_device.finish(cropped, make_plan(drawn)))
     difference = (ours - torch.stack(theirs)).abs().round()
@@ -243,7 +243,7 @@ def main() -> None:
         results[name] = {"pipelines": pipelines, "decoding": decoding(files, views, rounds)}
     print("collating a batch of 64")
     results["collate"] = collating(rounds)
-    print("parity; in grey levels where nothing else is said")
+    print("parity; in gray levels where nothing else is said")
     results["parity"] = parity(photos(*SIZES["500x375 q90"]))
     command = "python benchmarks/data.py" + (" --quick" if options.quick else "")
     options.output.write_text(json.dumps({"command": command, **facts(), "rounds": rounds, "results": results}, indent=2) + "\n")

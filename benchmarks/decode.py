@@ -70,7 +70,7 @@ def by_the_clock(arms: dict[str, Callable[[], Any]], rounds: int, images: int, d
 
 
 def parity(files: list[bytes], device: torch.device, sends: Any, holds: Any, chosen: OnDevice) -> dict[str, float]:
-    """Grey levels between this decoder's pixels and libjpeg's, and decibels between the crops of both ways."""
+    """Gray levels between this decoder's pixels and libjpeg's, and decibels between the crops of both ways."""
     contents = [as_jpeg(content) for content in files]
     ours = decode_jpeg([each.content for each in contents if each], ImageReadMode.RGB, device)
     differences = [(a.cpu().int() - decode(b).int()).abs() for a, b in zip(ours, files, strict=True)]
@@ -116,7 +116,7 @@ def main() -> None:
     if on_gpu:
         holds, sends = (torch.utils.data._utils.pin_memory.pin_memory(each) for each in (holds, sends))
     assert given.finish.decoder is not None
-    print("parity, in grey levels and decibels")
+    print("parity, in gray levels and decibels")
     results["parity"] = parity(files, device, sends, holds, given)
     print("  " + "  ".join(f"{key} {value:.4g}" for key, value in results["parity"].items()))
     listed = list(sends[1].jpegs.content.split(sends[1].jpegs.table[0].tolist()))

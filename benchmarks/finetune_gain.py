@@ -1,4 +1,4 @@
-"""Does what a student learnt from a teacher help it on other data? Fine-tuned from distilled weights, from weights trained alone, from none.
+"""Does what a student learned from a teacher help it on other data? Fine-tuned from distilled weights, from weights trained alone, from none.
 
     python benchmarks/emoji9.py emoji9
     python benchmarks/finetune_gain.py --emoji9 emoji9 --seeds 0 1 2

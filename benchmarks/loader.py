@@ -3,8 +3,8 @@
     python benchmarks/loader.py [--quick] [--workers 0 1 2 16] [--batch 256]
 
 Real photos as JPEGs of 500x375 pixels in a folder, the recipe deit_ti without mixing; every loader is read through once before it is timed, then in
-random order in each round, by the clock. On a GPU batches are what a step sees there: moved, normalised, augmented. Without one the device's
-part (normalising and erasing; of ours RandAugment too) is left out, and what counts is what workers, queues and collating deliver; only
+random order in each round, by the clock. On a GPU batches are what a step sees there: moved, normalized, augmented. Without one the device's
+part (normalizing and erasing; of ours RandAugment too) is left out, and what counts is what workers, queues and collating deliver; only
 "ours, cpu" does all of it anyway. Writes results/speed_loader.json.
 """
 
@@ -34,7 +34,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.data import SIZES, photos
 from benchmarks.paired import facts
 from deit_kd import recipe as recipes
-from deit_kd.data import Placement, TrainLoader, open_source
+from deit_kd.data import LoaderConfig, TrainLoader, open_source
 from deit_kd.data.on_device.augment import choose_augmentation
 from deit_kd.data.transforms import _keep_one_bit, augment_operations
 
@@ -89,7 +89,7 @@ def ours(root: Path, batch: int, workers: int, mode: str, decodes: str = "worker
         open_source("image_folder", root, "train"),
         choose_augmentation(recipe, DEVICE),
         recipe.augmentation,
-        Placement(DEVICE, 1, 0, workers, "refuse", print),
+        LoaderConfig(DEVICE, 1, 0, workers, "refuse", print),
         num_classes=10,
         seed=0,
         global_batch_size=batch,

@@ -27,10 +27,9 @@ from tqdm import tqdm
 
 from deit_kd import losses
 from deit_kd import recipe as recipes
-from deit_kd.models import build
-from deit_kd.models import summary as plan
+from deit_kd.models import build, summary
 from deit_kd.profiling import roofline
-from deit_kd.profiling.operations import count_work
+from deit_kd.profiling.operations import count_operations
 from deit_kd.training import optim
 from deit_kd.training.run_folder import commit, hardware
 
@@ -38,7 +37,7 @@ ORDERS = ("teacher first", "student first")
 
 
 def step(name: str, batch: int, order: str, device: torch.device) -> float:
-    """Bytes at the peak of two steps (the first makes the optimiser's moments)."""
+    """Bytes at the peak of two steps (the first makes the optimizer's moments)."""
     recipe = recipes.load(name, ["teacher.weights=random"])
     (teacher,) = build.build_teachers(recipe, 1000)
     distiller = build.build_distiller(recipe, 1000, [teacher]).to(device).train()
@@ -79,7 +78,7 @@ def in_a_process(name: str, batch: int, order: str, device: str) -> float:
 def measure(name: str, batches: list[int], device: str) -> dict[str, Any]:
     """Peaks of both orders at each batch, bytes an image, and the plan's."""
     recipe = recipes.load(name)
-    counted, work = plan.make_plan(recipe, None), count_work(recipe, None, half=device == "cuda")
+    counted, work = summary.make_plan(recipe, None), count_operations(recipe, None, half=device == "cuda")
     rows = [
         {
             "batch": batch,

@@ -59,7 +59,7 @@ def direction(batch: int, width: int, rounds: int) -> dict[str, float]:
     lists, means, on_device = table.tolist(), table.to(DEVICE), labels.to(DEVICE)
     student.requires_grad_()
 
-    def vectorised() -> None:
+    def vectorized() -> None:
         losses.norm_direction(student, teacher, means[on_device]).backward()
         student.grad = None
 
@@ -71,7 +71,7 @@ def direction(batch: int, width: int, rounds: int) -> dict[str, float]:
         (total / batch).backward()
         student.grad = None
 
-    return compare(vectorised, loop, rounds)
+    return compare(vectorized, loop, rounds)
 
 
 def orthonormal(batch: int, rounds: int) -> dict[str, float]:
@@ -115,7 +115,7 @@ def main() -> None:
     options = parser.parse_args()
     results: dict[str, dict[str, float]] = {}
     for width in (64, 256, 2048, 3024):
-        results[f"norm_direction, batch 1024, width {width}: vectorised / loop"] = direction(1024, width, options.rounds)
+        results[f"norm_direction, batch 1024, width {width}: vectorized / loop"] = direction(1024, width, options.rounds)
     results[f"DeiT-Ti step, batch {options.batch}: orthonormal / linear projector"] = orthonormal(options.batch, options.rounds)
     for name, values in results.items():
         print(f"{name:<66}" + "  ".join(f"{key} {value:.4g}" for key, value in values.items()))

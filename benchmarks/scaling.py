@@ -28,15 +28,14 @@ sys.path.insert(0, str(ROOT))
 from deit_kd import losses
 from deit_kd import recipe as recipes
 from deit_kd.distributed.global_batch import GlobalBatch
-from deit_kd.models import Distiller, build_student
-from deit_kd.models import summary as plan
+from deit_kd.models import Distiller, build_student, summary
 from deit_kd.models.projectors.vectors import build_projector
 from deit_kd.training.run_folder import commit, hardware
 
 WIDTH = 3024  # RegNetY-160's
 LOCAL_BATCH = 128  # of the model below; images a GPU
 STEP_SECONDS = (
-    0.020  # student and teacher for LOCAL_BATCH images on one current datacentre GPU in bf16: an estimate, not a measurement
+    0.020  # student and teacher for LOCAL_BATCH images on one current datacenter GPU in bf16: an estimate, not a measurement
 )
 INSIDE, BETWEEN = 150e9, 25e9  # bytes a second of a GPU to others of its machine, and of other machines: 400 Gbit/s for two GPUs
 IMAGE_BYTES = 110e3  # of a JPEG of ImageNet-1k
@@ -61,8 +60,8 @@ def worker(batch: int, rounds: int, file: str) -> None:
         output = model(images, [teacher])
         pair = output.projected[0], teacher
         if whole:
-            student_rows, teacher_rows = (rows.complete(str(n), each) for n, each in enumerate(pair))
-            feature = rows.share(losses.logsum_correlation(student_rows, teacher_rows))
+            student_rows, teacher_rows = (rows.gather_rows(str(n), each) for n, each in enumerate(pair))
+            feature = rows.rescale_for_mean(losses.logsum_correlation(student_rows, teacher_rows))
         else:
             feature = losses.logsum_correlation(*pair)
         accelerator.backward(feature + output.logits.mean() + output.dist_logits[0].mean())
@@ -85,7 +84,7 @@ def worker(batch: int, rounds: int, file: str) -> None:
 
 def model() -> list[dict[str, Any]]:
     """Milliseconds of a step by part, were nothing hidden behind anything."""
-    counted = plan.make_plan(recipes.load("deit_ti"), 1000)
+    counted = summary.make_plan(recipes.load("deit_ti"), 1000)
     rows = []
     for gpus in (8, 64, 512):
         speed = INSIDE if gpus <= 8 else BETWEEN

@@ -45,12 +45,11 @@ from deit_kd.data import Batch
 from deit_kd.data.sources.base import ArraySource
 from deit_kd.models import build
 from deit_kd.profiling.devices import Device
-from deit_kd.profiling.operations import count_work
+from deit_kd.profiling.operations import count_operations
 from deit_kd.profiling.roofline import seconds_of
 from deit_kd.tasks.classification import Classification
-from deit_kd.training import acceleration as speed
-from deit_kd.training import loop as engine
-from deit_kd.training import optim
+from deit_kd.training import acceleration, optim
+from deit_kd.training.loop import _backward, _update
 from deit_kd.training.metrics import Clock
 from deit_kd.training.nonfinite import Vote
 from deit_kd.training.signals import Stop
@@ -84,9 +83,9 @@ def ours(recipe: recipes.Recipe, accelerator: Accelerator, start: dict[str, Tens
     teachers[0].model.load_state_dict(
         {name.removeprefix("teacher."): value for name, value in start.items() if name.startswith("teacher.")}
     )
-    quickened = speed.prepare(recipe.run, teachers, lambda: images[:4], accelerator)
+    accelerated = acceleration.prepare(recipe.run, teachers, lambda: images[:4], accelerator)
     with tempfile.TemporaryDirectory() as folder:
-        task = Classification(recipe, accelerator, (source, source), teachers, Path(folder), None, print, quickened.compiled)
+        task = Classification(recipe, accelerator, (source, source), teachers, Path(folder), None, print, accelerated.compiled)
     task.student.load_state_dict(
         {name.removeprefix("student."): value for name, value in start.items() if name.startswith("student.")}
     )
@@ -102,8 +101,8 @@ def ours(recipe: recipes.Recipe, accelerator: Accelerator, start: dict[str, Tens
     vote, clock, stop = Vote(accelerator), Clock(accelerator.device), Stop()
 
     def step() -> Tensor:
-        done = engine._backward(task, accelerator, iter([batch]), 1, clock, False, stop, vote)
-        engine._update(task, accelerator, optimizer, loop, None, vote.skip, True)
+        done = _backward(task, accelerator, iter([batch]), 1, clock, False, stop, vote)
+        _update(task, accelerator, optimizer, loop, None, vote.skip, True)
         optimizer.zero_grad(set_to_none=True)
         clock._spans.clear()
         return done[0][1]["loss"]
@@ -267,7 +266,7 @@ def measure(options: argparse.Namespace, batch_size: int, device: torch.device, 
     else:
         times = paired_rounds({name: partial(faulted, name) for name in steps}, options.rounds, before=ready)
     rows: dict[str, dict[str, float]] = {}
-    work = count_work(recipe, CLASSES, half=on_gpu)
+    work = count_operations(recipe, CLASSES, half=on_gpu)
     for name, seconds in times.items():
         middle, low, high = ratio(times[BASE], seconds)
         rows[name] = {"seconds": float(np.median(seconds)), "images_per_second": batch_size / float(np.median(seconds))}
@@ -298,7 +297,7 @@ def use_memory(kept: bool) -> None:
         libc.mallopt(what, value)
     libc.malloc_trim(0)
     if kept:
-        speed.keep_memory()
+        acceleration.keep_memory()
 
 
 def _on_gpu(step: Callable[[], Tensor]) -> dict[str, float]:

@@ -34,7 +34,7 @@ from deit_kd.data.sources.base import ArraySource
 from deit_kd.models import CachedTeacher, Teacher, build
 from deit_kd.tasks.classification import Classification
 from deit_kd.teacher_cache.write import write_cache
-from deit_kd.training import acceleration as speed
+from deit_kd.training import acceleration
 from deit_kd.training.metrics import Clock
 from deit_kd.training.optim import build_optimizer
 
@@ -59,13 +59,13 @@ def make_arm(
     words += ["data.train_images=auto", f"teacher.cache={json.dumps(cache and str(cache))}"]
     recipe = recipes.load("deit_ti_plain", words)
     teachers = build.build_teachers(recipe, sources[0].class_names)
-    quickened = speed.prepare(recipe.run, teachers, partial(build.example_images, recipe, sources[0]), accelerator)
+    accelerated = acceleration.prepare(recipe.run, teachers, partial(build.example_images, recipe, sources[0]), accelerator)
     if not FORMATS.keys() <= {path.name for path in folder.iterdir()}:
         (teacher,) = teachers
         assert isinstance(teacher, Teacher)
         for name, formats in FORMATS.items():
             write_cache(
-                recipe, teacher, sources, folder / name, accelerator, views=1, formats=formats, ran=f"{quickened.teachers[0]}"
+                recipe, teacher, sources, folder / name, accelerator, views=1, formats=formats, ran=f"{accelerated.teachers[0]}"
             )
     task = Classification(recipe, accelerator, sources, teachers, folder, None, print)
     optimizer, clock = build_optimizer(recipe, task.module), Clock(CPU)
@@ -77,7 +77,7 @@ def make_arm(
         number = (number + 1) % STEPS
         batch = batches[number]
         if isinstance(asked, CachedTeacher):
-            batch = replace(batch, remembered=asked.read(0, number * BATCH, BATCH))
+            batch = replace(batch, cached_teacher=asked.read(0, number * BATCH, BATCH))
         terms = task.compute_terms(batch, clock, False)
         terms["loss"].backward()  # type: ignore[no-untyped-call]
         optimizer.step()

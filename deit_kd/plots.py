@@ -85,10 +85,10 @@ def _in_nats(folder: Path) -> set[str]:
     """Terms that are a cross-entropy or a KL divergence, of the recipe that the run stored."""
     found = {"ce"}
     with suppress(UserError):  # of an earlier version, or not there
-        lessons = recipe.load(folder).lessons()
-        for number, distill in enumerate(lesson.distill for lesson in lessons):
+        distillations = recipe.load(folder).distillations()
+        for number, distill in enumerate(distillation.distill for distillation in distillations):
             if distill.kd_loss == "hard_distillation" or (distill.kd_loss == "kl_distillation" and distill.temperature == 1):
-                found.add(f"kd_{number}" if len(lessons) > 1 else "kd")  # another temperature squared multiplies the KL
+                found.add(f"kd_{number}" if len(distillations) > 1 else "kd")  # another temperature squared multiplies the KL
     return found
 
 
@@ -198,7 +198,7 @@ def plot_report(report: Mapping[str, Any], names: Sequence[str], file: Path) -> 
             )
             left.text(0.5, 0.5, told, ha="center", va="center")
     points = report["reliability"]
-    right.plot([0, 1], [0, 1], color="grey", linestyle=":")
+    right.plot([0, 1], [0, 1], color="gray", linestyle=":")
     sizes = [20 + 300 * point["images"] / report["images"] for point in points]
     right.scatter([point["confidence"] for point in points], [point["accuracy"] for point in points], s=sizes)
     right.set(

@@ -148,13 +148,13 @@ def for_file_name(text: object, most: int = 100) -> str:
     return f"_{name}" if reserved else name or "unnamed"
 
 
-def licence_name(stated: object) -> str:
-    """What a configuration says of a licence, which may be of any type, as one short line; `unknown` if nothing that names one."""
+def license_name(stated: object) -> str:
+    """What a configuration says of a license, which may be of any type, as one short line; `unknown` if nothing that names one."""
     if isinstance(stated, (list, tuple)):
-        names = [licence_name(each) for each in stated if isinstance(each, str)]
+        names = [license_name(each) for each in stated if isinstance(each, str)]
         return ", ".join(dict.fromkeys(names))[:100] or "unknown"
     if isinstance(stated, Mapping):
-        return licence_name(stated.get("name") or stated.get("id") or stated.get("license"))
+        return license_name(stated.get("name") or stated.get("id") or stated.get("license"))
     return printable(" ".join(redact(stated).split()), 100) or "unknown" if isinstance(stated, str) else "unknown"
 
 

@@ -49,9 +49,9 @@ def test_fusion_starts_and_is_as_wide_as_published(width: int) -> None:
 
 
 def written_out(fusion: ReviewFusion, stages: list[Tensor], sizes: list[tuple[int, int]]) -> list[Tensor]:
-    """Place by place, with fresh batch normalisation (scale 1, shift 0) over the batch and its places."""
+    """Place by place, with fresh batch normalization (scale 1, shift 0) over the batch and its places."""
 
-    def normalise(x: Tensor) -> Tensor:
+    def normalize(x: Tensor) -> Tensor:
         channels = x.transpose(0, 1).flatten(1)
         mean, variance = channels.mean(1), channels.var(1, correction=0)
         return (x - mean.view(1, -1, 1, 1)) / (variance.view(1, -1, 1, 1) + 1e-5).sqrt()
@@ -64,7 +64,7 @@ def written_out(fusion: ReviewFusion, stages: list[Tensor], sizes: list[tuple[in
     residual: Tensor | None = None
     for level in (2, 1, 0):
         first, last = (layers[level][0].weight for layers in (fusion.inputs, fusion.outputs))
-        x = normalise(torch.einsum("oi,bihw->bohw", first[:, :, 0, 0], stages[level]))
+        x = normalize(torch.einsum("oi,bihw->bohw", first[:, :, 0, 0], stages[level]))
         if residual is not None:
             deeper = nearest(residual, (x.shape[2], x.shape[3]))
             attention = fusion.attention[level][0]
@@ -77,7 +77,7 @@ def written_out(fusion: ReviewFusion, stages: list[Tensor], sizes: list[tuple[in
             x = mixed
         residual = nearest(x, sizes[level])
         patches = F.unfold(residual, 3, padding=1)
-        fused.insert(0, normalise((last.flatten(1) @ patches).view(len(x), -1, *sizes[level])))
+        fused.insert(0, normalize((last.flatten(1) @ patches).view(len(x), -1, *sizes[level])))
     return fused
 
 
@@ -100,7 +100,7 @@ def memory(**more: int) -> ContrastiveMemory:
 def scored(contrast: ContrastiveMemory, student: Tensor, teacher: Tensor, indices: Tensor, seed: int) -> Tensor:
     """Of a batch that is whole."""
     scores = contrast.scores(student, teacher, indices, seed)
-    return contrast.normalise(scores, scores.mean(dim=(1, 2)))
+    return contrast.normalize(scores, scores.mean(dim=(1, 2)))
 
 
 def test_first_memory_is_the_seeds_alone() -> None:
@@ -114,9 +114,9 @@ def test_first_memory_is_the_seeds_alone() -> None:
         assert not torch.equal(first, getattr(memory(width=48, seed=1), name))
         assert 0.95 * bound < first.abs().max() <= bound
     assert not torch.equal(contrast.memory_student, contrast.memory_teacher)
-    assert (contrast.normalisers < 0).all()
+    assert (contrast.normalizers < 0).all()
     embeddings = {f"embed_{side}.{part}" for side in ("student", "teacher") for part in ("weight", "bias")}
-    assert set(contrast.state_dict()) == embeddings | {"memory_student", "memory_teacher", "normalisers"}
+    assert set(contrast.state_dict()) == embeddings | {"memory_student", "memory_teacher", "normalizers"}
 
 
 def test_negatives_are_of_other_classes_and_the_seeds_alone() -> None:
@@ -136,7 +136,7 @@ def test_scores_and_loss_of_the_published_code_written_out() -> None:
     expected = torch.zeros(())
     for anchor, remembered in zip(anchors, (contrast.memory_teacher, contrast.memory_student), strict=True):
         raw = torch.stack([torch.stack([(anchor[b] @ remembered[i] / 0.07).exp() for i in drawn[b]]) for b in range(2)])
-        p = raw / (raw.mean().detach() * len(LABELS))  # nothing flows through the normaliser
+        p = raw / (raw.mean().detach() * len(LABELS))  # nothing flows through the normalizer
         noise = 6 / len(LABELS)
         positive, negatives = torch.log(p[:, 0] / (p[:, 0] + noise + 1e-7)), torch.log(noise / (p[:, 1:] + noise + 1e-7))
         expected = expected - (positive.sum() + negatives.sum()) / 2

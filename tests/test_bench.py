@@ -13,8 +13,8 @@ from conftest import SMALL, FakeClock, run_script
 from deit_kd import cli
 from deit_kd import recipe as recipes
 from deit_kd.models import Teacher
-from deit_kd.profiling.advice import Machine, advise, describe, wall_of
-from deit_kd.profiling.bench import Bench, Rig, bench
+from deit_kd.profiling.advice import Machine, advise, bottleneck_of, describe
+from deit_kd.profiling.bench import Bench, StepBenchmark, bench
 
 MACHINE = Machine(cores=16, threads=1, gpus=1)
 
@@ -57,12 +57,12 @@ def test_a_run_that_waits_for_slow_images_is_bound_by_data(
 
     monkeypatch.setattr(FolderSource, "__getitem__", slow)
     recipe = recipes.load("quickstart", [*SMALL, "teacher.weights=random"])
-    found = bench(Rig(recipe, fashion_folder, "cpu"), steps=4)
+    found = bench(StepBenchmark(recipe, fashion_folder, "cpu"), steps=4)
     assert found.wait > 0.24
     assert found.data_only > 0.24
     assert found.step_only < found.whole - 0.2
     assert found.read > 0.01
-    assert wall_of(found) == "data"
+    assert bottleneck_of(found) == "data"
     advice = advise(recipe, found, Machine(cores=2, threads=1, gpus=0))
     assert advice[0].startswith("run.workers="), advice
 
@@ -78,11 +78,11 @@ def test_a_run_with_a_slow_teacher_is_bound_by_it(
 
     monkeypatch.setattr(Teacher, "forward", slow)
     recipe = recipes.load("quickstart", [*SMALL, "teacher.weights=random"])
-    found = bench(Rig(recipe, fashion_folder, "cpu"), steps=3)
+    found = bench(StepBenchmark(recipe, fashion_folder, "cpu"), steps=3)
     assert found.teacher > 0.3
     assert found.student < 0.3
     assert found.all_reduce == found.gather == 0
-    assert wall_of(found) == "teacher"
+    assert bottleneck_of(found) == "teacher"
     printed = describe(recipe, found, Machine(cores=2, threads=1, gpus=0))
     assert "The wall is the teacher" in printed
     assert "teacher.cache" in printed
@@ -90,13 +90,13 @@ def test_a_run_with_a_slow_teacher_is_bound_by_it(
 
 
 def test_the_verdict_follows_the_numbers() -> None:
-    assert wall_of(timed()) == "student"
-    assert wall_of(timed(teacher=0.06, student=0.039)) == "teacher"
-    assert wall_of(timed(whole=0.2, wait=0.1)) == "data"
-    assert wall_of(timed(processes=8, all_reduce=0.05)) == "communication"
+    assert bottleneck_of(timed()) == "student"
+    assert bottleneck_of(timed(teacher=0.06, student=0.039)) == "teacher"
+    assert bottleneck_of(timed(whole=0.2, wait=0.1)) == "data"
+    assert bottleneck_of(timed(processes=8, all_reduce=0.05)) == "communication"
     # workers on the cores that compute slow a CPU's step, but not by more than they work
-    assert wall_of(timed(device="cpu", whole=0.3, workers=1)) == "data"
-    assert wall_of(timed(device="cpu", whole=0.3, workers=1, read=1e-5, transform=1e-5)) == "student"
+    assert bottleneck_of(timed(device="cpu", whole=0.3, workers=1)) == "data"
+    assert bottleneck_of(timed(device="cpu", whole=0.3, workers=1, read=1e-5, transform=1e-5)) == "student"
 
 
 def test_advice_fits_the_measurement() -> None:

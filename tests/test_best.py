@@ -17,7 +17,7 @@ from deit_kd.export.publish import _same_numbers
 from deit_kd.training.metrics import read_metrics
 
 Cli = Callable[..., tuple[int, str]]
-# A learning rate that ruins what the first epochs learnt: the best evaluation is not the last.
+# A learning rate that ruins what the first epochs learned: the best evaluation is not the last.
 WORSE = ["optim.lr=0.003", "optim.schedule=multistep", "optim.min_lr=null", "optim.milestones=[2]", "optim.decay_rate=300"]
 OPTIONS = [*SMALL, *WORSE, "epochs=4", "run.keep_best=true", "run.keep_checkpoints=9", "run.save_every_steps=10"]
 

@@ -22,7 +22,7 @@ from deit_kd.export import write_card
 from deit_kd.export.card import what
 from deit_kd.export.citations import PAPERS, bibtex, cited
 from deit_kd.export.publish import must_be_clean
-from deit_kd.export.student import licence
+from deit_kd.export.student import license
 from deit_kd.recipe.objectives import FEATURE_OBJECTIVES, LOGIT_OBJECTIVES
 from deit_kd.training.run_files import plain
 
@@ -82,11 +82,11 @@ def rows(card: str) -> dict[str, str]:
         ("a\nlicense: mit\nb", "other", r"a license: mit b"),
     ],
 )
-def test_a_licence_of_any_type(stated: object, front: str, shown: str, tmp_path: Path) -> None:
+def test_a_license_of_any_type(stated: object, front: str, shown: str, tmp_path: Path) -> None:
     folder = make_run(tmp_path, ["cat", "dog"], teachers=[TEACHER | {"license": stated}])
     card = card_of(folder)
-    assert ModelCard(card).data.license == front == licence([stated])
-    assert f"| Licence | {shown} |" in card
+    assert ModelCard(card).data.license == front == license([stated])
+    assert f"| License | {shown} |" in card
 
 
 @pytest.mark.parametrize("number", range(0, len(NASTY), 9))

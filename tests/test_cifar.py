@@ -148,7 +148,7 @@ def test_arguments_that_the_networks_do_not_know(wrong: dict[str, Any]) -> None:
         timm.create_model("cifar_resnet8x4", **wrong)
 
 
-def test_initialisation_is_the_authors() -> None:
+def test_initialization_is_the_authors() -> None:
     torch.manual_seed(0)
     for name in ("cifar_resnet8x4", "cifar_wrn_16_2", "cifar_vgg8", "cifar_mobilenetv2"):
         model = timm.create_model(name)

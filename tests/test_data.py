@@ -15,7 +15,7 @@ from timm.data.auto_augment import rand_augment_transform
 from timm.data.mixup import Mixup
 
 from deit_kd import recipe as recipes
-from deit_kd.data import EvaluationLoader, Placement, TrainLoader, open_source
+from deit_kd.data import EvaluationLoader, LoaderConfig, TrainLoader, open_source
 from deit_kd.data.mixing import mix, partner, smooth_one_hot
 from deit_kd.data.on_device.augment import choose_augmentation
 from deit_kd.data.sources.catalog import EMBEDDED
@@ -49,7 +49,7 @@ def train_loader(
         open_source(source, folder, "train"),
         choose_augmentation(recipe, CPU),
         recipe.augmentation,
-        Placement(CPU, processes, process, workers, bad, print),
+        LoaderConfig(CPU, processes, process, workers, bad, print),
         num_classes=10,
         seed=5,
         global_batch_size=24,
@@ -97,7 +97,7 @@ def test_evaluation_counts_each_image_once_for_any_number_of_processes(fashion_f
             label
             for process in range(processes)
             for _, batch in EvaluationLoader(
-                source, transform, Placement(CPU, processes, process, 0, "refuse", print), batch_size=9
+                source, transform, LoaderConfig(CPU, processes, process, 0, "refuse", print), batch_size=9
             )
             for label in batch.tolist()
         ]
@@ -204,7 +204,7 @@ def test_broken_images_are_skipped_when_the_recipe_says_so(
     assert str(victims[1]) in printed
 
 
-def test_augmentation_survives_full_magnitude_posterise() -> None:
+def test_augmentation_survives_full_magnitude_posterize() -> None:
     """timm's own transform raises here: PosterizeIncreasing asks for 0 bits at magnitude 10, which Pillow 13 refuses."""
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8))
     recipe = recipes.load("quickstart", ["augmentation.auto_augment=rand-m10-inc1", "data.img_size=28"])
@@ -213,15 +213,15 @@ def test_augmentation_survives_full_magnitude_posterise() -> None:
     assert operations
     for operation in operations:
         operation.prob = 1.0
-        posterised = np.asarray(operation(image))
-        assert set(np.unique(posterised)) == {0, 128}
+        posterized = np.asarray(operation(image))
+        assert set(np.unique(posterized)) == {0, 128}
     theirs = next(op for op in rand_augment_transform("rand-m10-inc1", {}).ops if op.name == "PosterizeIncreasing")
     theirs.prob = 1.0
     try:
         black = np.asarray(theirs(image)).max() == 0
     except ValueError:
         black = True
-    assert black, "timm posterises without harm now: the guard can go"
+    assert black, "timm posterizes without harm now: the guard can go"
 
 
 @pytest.mark.parametrize("mode", ["I;16", "RGBA", "P", "LA", "CMYK", "1"])

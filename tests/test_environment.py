@@ -13,7 +13,7 @@ from conftest import SMALL
 from torch import nn
 
 from deit_kd import recipe as recipes
-from deit_kd.distributed import accelerator as processes
+from deit_kd.distributed.accelerator import environment, make_accelerator, must_agree, on_cpu, plain_accelerator
 from deit_kd.errors import UserError
 
 Cli = Callable[..., tuple[int, str]]
@@ -28,7 +28,7 @@ def _forgotten() -> Iterator[None]:
 
 def make(tmp_path: Path, *overrides: str) -> object:
     recipe = recipes.load("quickstart_alone", ["optim.clip_grad=1.0", *overrides])
-    return processes.make_accelerator(recipe, "cpu", tmp_path)
+    return make_accelerator(recipe, "cpu", tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -66,14 +66,14 @@ def test_what_agrees_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setenv(*f"ACCELERATE_{setting}".split("="))
     make(tmp_path)
     half = recipes.load("quickstart", ["run.precision=bf16", "optim.clip_grad=1"])
-    processes.must_agree(half, "bf16")
+    must_agree(half, "bf16")
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    processes.must_agree(half, "bf16")
+    must_agree(half, "bf16")
 
 
 def test_no_variable_scales_a_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     def gradient() -> float:
-        accelerator = processes.plain_accelerator(cpu=True)
+        accelerator = plain_accelerator(cpu=True)
         weight = nn.Parameter(torch.ones(()))
         accelerator.backward(3 * weight)
         assert weight.grad is not None
@@ -92,16 +92,16 @@ def test_what_moves_roundings_is_said_and_kept(
     monkeypatch.setenv("ONEDNN_DEFAULT_FPMATH_MODE", "BF16")
     make(tmp_path)
     assert "NVIDIA_TF32_OVERRIDE=1, ONEDNN_DEFAULT_FPMATH_MODE=BF16: read, moves roundings" in capsys.readouterr().out
-    assert processes.environment() == {"NVIDIA_TF32_OVERRIDE": "1", "ONEDNN_DEFAULT_FPMATH_MODE": "BF16"}
+    assert environment() == {"NVIDIA_TF32_OVERRIDE": "1", "ONEDNN_DEFAULT_FPMATH_MODE": "BF16"}
 
 
 def test_the_launcher_may_choose_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert not processes.on_cpu("auto")
+    assert not on_cpu("auto")
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    assert processes.on_cpu("auto")
+    assert on_cpu("auto")
     with pytest.raises(UserError, match="ACCELERATE_USE_CPU"):
-        processes.on_cpu("cuda")
+        on_cpu("cuda")
 
 
 def test_a_run_keeps_what_it_read_and_refuses_what_contradicts(

@@ -22,7 +22,7 @@ from test_text import NASTY
 from torch import nn
 from torch.nn import functional as F
 
-from deit_kd import plots as analysis
+from deit_kd import plots
 from deit_kd.cli import main
 from deit_kd.data import open_source
 from deit_kd.data.sources.base import ArraySource
@@ -48,7 +48,7 @@ def student(fashion_folder: Path) -> nn.Module:
 def test_numbers_are_those_counted_by_hand(student: nn.Module, fashion_folder: Path) -> None:
     source = open_source("image_folder", fashion_folder, "val")
     teacher = load_teacher("resnet10t", 10, weights="random", image_mean=(0.5,) * 3, image_std=(0.5,) * 3)
-    found = report.examine(student, Examination(source), CPU, batch_size=7, teacher=teacher)
+    found = report.evaluate_model(student, Examination(source), CPU, batch_size=7, teacher=teacher)
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(student))
     images = torch.stack([transform(source[index][0]) for index in range(len(source))])
     labels = torch.from_numpy(source.labels)
@@ -89,12 +89,12 @@ def test_a_network_that_knows_gets_everything_right(fashion_folder: Path) -> Non
     teacher = load_student("quickstart_teacher")
     source = open_source("fashion_mnist", None, "val")
     source.images, source.labels = source.images[:200], source.labels[:200]  # type: ignore[attr-defined]
-    first = report.examine(teacher, Examination(source), CPU)
+    first = report.evaluate_model(teacher, Examination(source), CPU)
     assert first["top1"] > 85
     order = np.arange(10)[::-1]
     source.class_names = tuple(source.class_names[place] for place in order)
     source.labels = np.argsort(order)[source.labels]
-    second = report.examine(teacher, Examination(source), CPU)
+    second = report.evaluate_model(teacher, Examination(source), CPU)
     assert second["top1"] == first["top1"]
     assert [row["class"] for row in second["per_class"]] == list(source.class_names)
     assert [row["recall"] for row in second["per_class"]] == [row["recall"] for row in first["per_class"]][::-1]
@@ -104,7 +104,7 @@ def test_a_network_that_knows_gets_everything_right(fashion_folder: Path) -> Non
     assert all(pairs[0].get(pair, number) == number for pair, number in pairs[1].items())
     source.class_names = (*source.class_names[:9], "Hat")
     with pytest.raises(UserError, match="'Hat' is none of the network's 10 classes"):
-        report.examine(teacher, Examination(source), CPU)
+        report.evaluate_model(teacher, Examination(source), CPU)
 
 
 def test_memory_does_not_grow_with_the_square_of_the_classes(tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ def test_memory_does_not_grow_with_the_square_of_the_classes(tmp_path: Path) -> 
     labels = np.array([0, 1, 2, 5, 1, 29_999])
     source = ArraySource(images, labels, [f"c{number}" for number in range(30_000)], "many", "many")
     with limited():
-        found = report.examine(network, Examination(source), CPU)  # type: ignore[arg-type]
+        found = report.evaluate_model(network, Examination(source), CPU)  # type: ignore[arg-type]
         report.write(tmp_path, "many", found, source.class_names)
     assert found["top1"] == pytest.approx(400 / 6)
     assert found["confusions"] == [{"class": a, "answer": b, "images": 1} for a, b in (("c2", "c29999"), ("c5", "c0"))]
@@ -127,12 +127,12 @@ def test_names_of_others_in_a_report(tmp_path: Path) -> None:
     names = [name for name in NASTY if name]
     labels = np.arange(len(names)) % len(names)
     source = ArraySource(np.full((len(names), 8, 8), 0, np.uint8), labels, names, "x", "x")
-    found = report.examine(Answers([0], num_classes=len(names)), Examination(source), CPU)  # type: ignore[arg-type]
+    found = report.evaluate_model(Answers([0], num_classes=len(names)), Examination(source), CPU)  # type: ignore[arg-type]
     for few in (names[:28], names[28:56], names[56:]):
-        analysis.plot_report({**found, "confusion": np.eye(len(few)).tolist(), "answers": few}, few, tmp_path / "picture.png")
+        plots.plot_report({**found, "confusion": np.eye(len(few)).tolist(), "answers": few}, few, tmp_path / "picture.png")
     few = ["$\\frac{1}$", os.fsdecode(b"caf\xe9"), "a\nb", "\U0001f431\u732b", "\x1b[31m", "y" * 1000]
-    analysis.contact_sheet([Image.new("L", (8, 8))] * 6, few, few[::-1], [0.5] * 6, tmp_path / "sheet.png")
-    analysis.plot_grid(["student.name", "seed$x$"], {(name, "$1$"): [1.0, 2.0] for name in few}, tmp_path / "grid.png")
+    plots.contact_sheet([Image.new("L", (8, 8))] * 6, few, few[::-1], [0.5] * 6, tmp_path / "sheet.png")
+    plots.plot_grid(["student.name", "seed$x$"], {(name, "$1$"): [1.0, 2.0] for name in few}, tmp_path / "grid.png")
     report.write(tmp_path, f"{few[0]} on $x$ <b>", found, names)
     tokens = MarkdownIt("commonmark").enable("table").parse((tmp_path / "report.md").read_text(encoding="utf-8"))
     opened = [place for place, token in enumerate(tokens) if token.type == "tr_open"]
@@ -222,18 +222,18 @@ class Answers(nn.Module):
         return logits
 
 
-def grey(path: Path, value: int) -> None:
+def gray(path: Path, value: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("L", (8, 8), value).save(path)
 
 
 def folders(names: list[str]) -> Callable[[Path], None]:
-    return lambda root: [grey(root / name / f"{number}.png", number) for number, name in enumerate(names)] and None
+    return lambda root: [gray(root / name / f"{number}.png", number) for number, name in enumerate(names)] and None
 
 
 def exam(root: Path, benchmark: str, order: list[int], second: int = 0) -> dict[str, Any]:
     parts = open_benchmark(benchmark, root)
-    return {name: report.examine(Answers(order, second), each, CPU) for name, each in parts.items()}  # type: ignore[arg-type]
+    return {name: report.evaluate_model(Answers(order, second), each, CPU) for name, each in parts.items()}  # type: ignore[arg-type]
 
 
 def test_imagenet_and_sketch_keep_all_classes(tmp_path: Path) -> None:
@@ -264,12 +264,12 @@ def test_real_takes_any_of_several_answers(tmp_path: Path) -> None:
     several = next(number for number, labels in enumerate(table) if len(labels) > 1)
     nothing = next(number for number, labels in enumerate(table) if not labels)
     for brightness, image in enumerate((several, nothing)):
-        grey(tmp_path / f"val/{SYNSETS[0]}/ILSVRC2012_val_{image + 1:08d}.png", brightness)
+        gray(tmp_path / f"val/{SYNSETS[0]}/ILSVRC2012_val_{image + 1:08d}.png", brightness)
     for label in table[several]:
         found = exam(tmp_path, "imagenet-real", [label, label])[""]
         assert (found["images"], found["top1"]) == (1, 100)
     assert exam(tmp_path, "imagenet-real", [next(n for n in range(9) if n not in table[several]), 0])[""]["top1"] == 0
-    grey(tmp_path / f"val/{SYNSETS[0]}/photo.png", 3)
+    gray(tmp_path / f"val/{SYNSETS[0]}/photo.png", 3)
     with pytest.raises(UserError, match="ReaL's labels go by the names"):
         open_benchmark("imagenet-real", tmp_path)
 

@@ -54,16 +54,16 @@ def test_every_recipe_trains_two_steps(name: str, train_cli: Cli, fashion_folder
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     trained = [line for line in lines if line["kind"] == "train"]
     expected = {"ce"} if recipe.label_weight else set()
-    several = len(recipe.lessons()) > 1
-    for number, lesson in enumerate(recipe.lessons()):
+    several = len(recipe.distillations()) > 1
+    for number, distillation in enumerate(recipe.distillations()):
         suffix = f"_{number}" if several else ""
-        expected |= {f"kd{suffix}"} if lesson.distill.kd_weight else set()
-        expected |= {f"feature{suffix}"} if lesson.distill.feature_weight else set()
+        expected |= {f"kd{suffix}"} if distillation.distill.kd_weight else set()
+        expected |= {f"feature{suffix}"} if distillation.distill.feature_weight else set()
     assert {key for key in trained[0] if re.fullmatch(r"(ce|kd|feature)(_\d)?", key)} == expected
     assert len(trained) == 2
     card = (tmp_path / "run" / "student" / "README.md").read_text()
-    for lesson in recipe.lessons():
-        assert lesson.teacher.name in card
+    for distillation in recipe.distillations():
+        assert distillation.teacher.name in card
 
 
 def header(name: str) -> str:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import deit_kd
 from deit_kd import recipe as recipes
 from deit_kd.data import open_source
-from deit_kd.data.sources.base import hold_out
+from deit_kd.data.sources.base import split_holdout
 from deit_kd.errors import UserError
 from deit_kd.models.build import build_distiller, resolve
 from deit_kd.training.metrics import read_metrics
@@ -133,17 +133,17 @@ def test_frozen_batch_norms_keep_their_statistics() -> None:
 
 def test_held_out_images_are_of_every_class_and_not_trained_on(fashion_folder: Path) -> None:
     source = open_source("image_folder", fashion_folder, "train")
-    rest, held = hold_out(source, 0.25, 7)
+    rest, held = split_holdout(source, 0.25, 7)
     assert (len(rest), len(held)) == (180, 60)
     assert all((held.labels == label).sum() == 6 for label in range(10))
     names = [{each.where(index) for index in range(len(each))} for each in (rest, held)]
     assert not names[0] & names[1]
     assert names[0] | names[1] == {source.where(index) for index in range(240)}
     assert rest[3][1] == rest.labels[3]
-    again = hold_out(source, 0.25, 7)[1]
+    again = split_holdout(source, 0.25, 7)[1]
     assert names[1] == {again.where(index) for index in range(60)}
     with pytest.raises(UserError, match="less than an image"):
-        hold_out(source, 0.001, 7)
+        split_holdout(source, 0.001, 7)
 
 
 def test_training_stops_where_held_out_images_are_told_no_better(
@@ -164,7 +164,7 @@ def test_training_stops_where_held_out_images_are_told_no_better(
 
 
 def test_the_command(weights: Path, fashion_folder: Path, tmp_path: Path) -> None:
-    """Size and normalisation are those of the weights; overrides of the user win."""
+    """Size and normalization are those of the weights; overrides of the user win."""
     command = [sys.executable, "-m", "deit_kd", "finetune", weights, "--data", fashion_folder, "--output", tmp_path / "run"]
     command += [
         "--device",

@@ -128,7 +128,7 @@ def test_classes_that_are_none(classes: Any, message: str, tmp_path: Path) -> No
         open_source("shards", folder(tmp_path / "s", GOOD["number"], classes), "train")
 
 
-def labelled(label: bytes, kind: str = "cls") -> Callable[[str, int], list[Any]]:
+def labeled(label: bytes, kind: str = "cls") -> Callable[[str, int], list[Any]]:
     return lambda key, _: [(f"{key}.png", png(0)), (f"{key}.{kind}", label)]
 
 
@@ -137,29 +137,29 @@ BAD: dict[str, tuple[Callable[[str, int], list[Any]], str]] = {
         lambda key, _: [(f"{key}.jpg", png(0)), (f"{key}.png", png(1)), (f"{key}.cls", b"0")],
         r"a key has two pictures, 00000.jpg and 00000.png",
     ),
-    "beyond": (labelled(b"2"), "00000: .cls: label 2 is none of the 2 classes of classes.json, 0 to 1"),
-    "far beyond": (labelled(b"1000000000"), ".cls holds '1000000000'; needed is a number from 0 to 1"),
-    "below": (labelled(b"-1"), ".cls holds '-1'; needed is a number from 0 to 1"),
-    "long": (labelled(b"9" * 100_000), r".cls holds '9+\.\.\.; needed is a number"),
-    "no number": (labelled(b"\xff\x00"), ".cls holds"),
-    "empty": (labelled(b""), ".cls holds ''"),
-    "no such class": (labelled(b"bird", "txt"), ".txt holds 'bird'; needed is a number from 0 to 1, or the name of a class"),
-    "float": (labelled(b'{"label": 1.5}', "json"), "label of .json holds 1.5"),
-    "true": (labelled(b'{"label": true}', "json"), "label of .json holds True"),
-    "list": (labelled(b'{"label": [1]}', "json"), r"label of .json holds \[1\]"),
-    "other keys": (labelled(b'{"category": 1}', "json"), r"has the keys \['category'\], not label or .*data.label_column=KEY"),
+    "beyond": (labeled(b"2"), "00000: .cls: label 2 is none of the 2 classes of classes.json, 0 to 1"),
+    "far beyond": (labeled(b"1000000000"), ".cls holds '1000000000'; needed is a number from 0 to 1"),
+    "below": (labeled(b"-1"), ".cls holds '-1'; needed is a number from 0 to 1"),
+    "long": (labeled(b"9" * 100_000), r".cls holds '9+\.\.\.; needed is a number"),
+    "no number": (labeled(b"\xff\x00"), ".cls holds"),
+    "empty": (labeled(b""), ".cls holds ''"),
+    "no such class": (labeled(b"bird", "txt"), ".txt holds 'bird'; needed is a number from 0 to 1, or the name of a class"),
+    "float": (labeled(b'{"label": 1.5}', "json"), "label of .json holds 1.5"),
+    "true": (labeled(b'{"label": true}', "json"), "label of .json holds True"),
+    "list": (labeled(b'{"label": [1]}', "json"), r"label of .json holds \[1\]"),
+    "other keys": (labeled(b'{"category": 1}', "json"), r"has the keys \['category'\], not label or .*data.label_column=KEY"),
     "two keys": (
-        labelled(b'{"label": 1, "fine_label": 0}', "json"),
+        labeled(b'{"label": 1, "fine_label": 0}', "json"),
         "several labels, label, fine_label; choose .*data.label_column=label",
     ),
-    "deep": (labelled(b"[" * 100_000, "json"), ".json: cannot be read"),
-    "no JSON": (labelled(b"{", "json"), ".json: cannot be read"),
+    "deep": (labeled(b"[" * 100_000, "json"), ".json: cannot be read"),
+    "no JSON": (labeled(b"{", "json"), ".json: cannot be read"),
     "no label": (lambda key, _: [(f"{key}.png", png(0))], "00000: has no .cls beside it"),
     "no picture": (
         lambda key, y: [(f"{key}.cls", b"0"), (f"{key}.rgb.png", png(y))],
         "no shard has a picture KEY.jpg beside its label",
     ),
-    "large label": (labelled(bytes(1_000_001)), "has 1,000,001 bytes, which is no label"),
+    "large label": (labeled(bytes(1_000_001)), "has 1,000,001 bytes, which is no label"),
 }
 
 

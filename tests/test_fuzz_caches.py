@@ -26,9 +26,8 @@ from deit_kd.errors import UserError
 from deit_kd.evaluation import report
 from deit_kd.files.whole import sha256
 from deit_kd.models import CachedTeacher, cached_teacher, teacher_formats
-from deit_kd.teacher_cache import class_means
-from deit_kd.teacher_cache import identity as stream
-from deit_kd.training import acceleration as speed
+from deit_kd.teacher_cache import class_means, identity
+from deit_kd.training import acceleration
 
 WIDTH, CLASSES, BATCH, STEPS, VIEWS = 6, 5, 4, 3, 2
 MANIFEST: dict[str, Any] = {
@@ -109,7 +108,7 @@ def test_manifests(cache: Path, data: st.DataObject) -> None:
         survives(lambda: read(cache))
 
         def agree() -> None:
-            stream.must_agree(cache, cached_teacher.read_manifest(cache)["stream"], right["stream"], "cache it anew")
+            identity.must_agree(cache, cached_teacher.read_manifest(cache)["stream"], right["stream"], "cache it anew")
 
         survives(agree)
     finally:
@@ -272,7 +271,7 @@ def test_forged_class_means(means: Path, tmp_path: Path) -> None:
 def test_remembered_layouts(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
     file = tmp_path_factory.getbasetemp() / "teacher_layout.json"
     file.write_bytes(content)
-    assert set(speed._known_layouts(file).values()) <= set(speed.FORMATS)
+    assert set(acceleration._known_layouts(file).values()) <= set(acceleration.FORMATS)
 
 
 ASKED = {"short_side": None, "shard_bytes": 1000, "images": "0" * 64}
@@ -306,8 +305,8 @@ def test_reports_and_runs_of_a_grid(tmp_path_factory: pytest.TempPathFactory, co
 
 def test_layouts_are_remembered(tmp_path: Path) -> None:
     file = tmp_path / "teacher_layout.json"
-    assert speed._known_layouts(file) == {}
+    assert acceleration._known_layouts(file) == {}
     file.write_text('{"a": "channels_last"}')
-    assert speed._known_layouts(file) == {"a": "channels_last"}
+    assert acceleration._known_layouts(file) == {"a": "channels_last"}
     file.write_text('{"a": "channels_last", "b": 5}')
-    assert speed._known_layouts(file) == {}
+    assert acceleration._known_layouts(file) == {}

@@ -21,12 +21,12 @@ from torch import Tensor, nn
 
 from deit_kd import recipe as recipes
 from deit_kd.data import Batch
-from deit_kd.distributed import fsdp as sharding
+from deit_kd.distributed import fsdp
 from deit_kd.models import build
 from deit_kd.recipe import Recipe
 from deit_kd.tasks.classification import Classification
 from deit_kd.training import checkpoint
-from deit_kd.training import loop as engine
+from deit_kd.training.loop import fit
 from deit_kd.training.metrics import Tracker, read_metrics
 from deit_kd.training.optim import build_schedule
 from deit_kd.training.setup import prepare
@@ -52,7 +52,7 @@ class Double(Classification):
     def evaluate(self, ema: nn.Module | None = None) -> dict[str, float]:
         for model in (self.student, ema):
             assert model is not None
-            if not sharding.is_sharded(model):
+            if not fsdp.is_sharded(model):
                 model.float()
         return super().evaluate(ema)
 
@@ -100,7 +100,7 @@ def train(
 
     def keep(*_: object) -> None:
         for name, parameter in bare.named_parameters():
-            gradients.setdefault(name, sharding.gather({name: parameter.grad.clone()})[name])
+            gradients.setdefault(name, fsdp.gather({name: parameter.grad.clone()})[name])
 
     optimizer.optimizer.register_step_pre_hook(keep)
     loop = Loop(
@@ -117,7 +117,7 @@ def train(
     )
     tracker, schedule = Tracker(accelerator, folder, until), build_schedule(recipe, task.steps_per_epoch)
     resume = checkpoint.newest(folder / "checkpoints", print)
-    assert engine.fit(task, accelerator, optimizer, schedule, loop, tracker, folder, ema, resume)
+    assert fit(task, accelerator, optimizer, schedule, loop, tracker, folder, ema, resume)
     return gradients
 
 
@@ -135,7 +135,7 @@ def run(
 def difference(one: Path, other: Path) -> float:
     """The largest, over all tensors of a file, relative to the size of the tensor's numbers.
 
-    A bias before a batch normalisation has a gradient of zero, and of rounding: sizes below a millionth of the largest count as that.
+    A bias before a batch normalization has a gradient of zero, and of rounding: sizes below a millionth of the largest count as that.
     """
     ours, theirs = load_file(one), load_file(other)
     assert ours.keys() == theirs.keys()

@@ -17,7 +17,7 @@ import killing
 import pytest
 from conftest import ROOT, SMALL
 
-from deit_kd import plots as analysis  # noqa: F401  # here, not in each forked child
+from deit_kd import plots  # noqa: F401  # here, not in each forked child
 from deit_kd import recipe as recipes
 from deit_kd import sweep as grid
 from deit_kd.cli import main
@@ -60,7 +60,7 @@ def test_the_axes() -> None:
 
 
 def test_the_papers_ablations_are_one_grid() -> None:
-    axes = ["distill.normalisation=none,l2,batch", "projector.depth=1,2,3", "distill.power=1,2,4,5", "seed=0,1,2"]
+    axes = ["distill.normalization=none,l2,batch", "projector.depth=1,2,3", "distill.power=1,2,4,5", "seed=0,1,2"]
     cells = _cells(axes)
     assert len(cells) == 108
     assert len({_name(cell, cells) for cell in cells}) == 108

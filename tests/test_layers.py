@@ -91,7 +91,7 @@ def test_the_top_of_the_package_is_small() -> None:
 
 
 def test_nothing_goes_past_the_wrapper() -> None:
-    """`.module` calls inside DDP skip its gradient synchronisation; torch.distributed belongs to Accelerate, but for FSDP2."""
+    """`.module` calls inside DDP skip its gradient synchronization; torch.distributed belongs to Accelerate, but for FSDP2."""
     for file in [*FILES, ROOT / "train.py"]:
         tree = ast.parse(file.read_text())
         names = imports(file)
@@ -107,12 +107,12 @@ def test_nothing_goes_past_the_wrapper() -> None:
 def test_the_path_to_backward_is_short() -> None:
     """Own lines that a reader of one step passes: whole files of entry, loop and task, and the parts of leaves that they call."""
     leaves = {
-        "losses/features": {"_batch_standardise", "_log_sum_of_powers", "logsum_correlation"},
+        "losses/features": {"_batch_standardize", "_log_sum_of_powers", "logsum_correlation"},
         "losses/logits": {"kl_distillation"},
         "losses/precision": {"full_precision", "pair"},
         "models/distiller": {"StudentOutput", "Distiller", "_project"},
         "models/projectors/vectors": {"project"},
-        "models/features": {"Hidden", "run", "take", "pooled_features"},
+        "models/features": {"Intermediates", "run", "take", "pooled_features"},
         "models/teacher": {"TeacherOutput", "Teacher"},
     }
     lines = sum(

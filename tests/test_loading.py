@@ -56,7 +56,7 @@ def by_authors(student: nn.Module, head: str) -> dict[str, Tensor]:
 
 
 def simple_recipe(student: nn.Module, folder: Path) -> Path:
-    """As the projector paper's code saves it: pickled settings, the optimiser's state, its loss module."""
+    """As the projector paper's code saves it: pickled settings, the optimizer's state, its loss module."""
     model = by_authors(student, "head_conv.")
     loss = {
         "embed.weight": torch.ones(3024, 192),
@@ -239,7 +239,7 @@ def test_files_that_are_no_weights(conv_stem: nn.Module, tmp_path: Path) -> None
     refuse("norm.weight is not finite in float32", tmp_path / "large.pth")
     for name, value in {"meta": torch.ones(192, device="meta"), "sparse": torch.ones(192).to_sparse()}.items():
         torch.save({**tensors, "norm.weight": value}, tmp_path / f"{name}.pth")
-        refuse("norm.weight is a sparse, quantised or empty", tmp_path / f"{name}.pth")
+        refuse("norm.weight is a sparse, quantized or empty", tmp_path / f"{name}.pth")
     torch.save(tensors, tmp_path / "new.pth", pickle_protocol=4)
     refuse("no torch checkpoint of pickle protocol 2", tmp_path / "new.pth")
     (tmp_path / "page.pth").write_text("<html>not found</html>")
@@ -278,7 +278,7 @@ def test_other_networks_are_refused(conv_stem: nn.Module, tmp_path: Path) -> Non
         deit_kd.load_student("hf-hub:nobody/nothing")
 
 
-def test_licences_are_those_that_are_stated(conv_stem: nn.Module, tmp_path: Path) -> None:
+def test_licenses_are_those_that_are_stated(conv_stem: nn.Module, tmp_path: Path) -> None:
     """Not that of timm's own weights of the architecture."""
     assert deit_kd.load_student(simple_recipe(conv_stem, tmp_path)).pretrained_cfg["license"] == "unknown"
     save_for_hf(

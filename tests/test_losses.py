@@ -25,10 +25,10 @@ def project(e: dict[str, Tensor]) -> Tensor:
 
 
 def means(e: dict[str, Tensor]) -> Tensor:
-    centres = e["class_means"][e["labels"]]
+    centers = e["class_means"][e["labels"]]
     if "lam" in e:
-        centres = e["lam"] * centres + (1 - e["lam"]) * centres.flip(0)
-    return centres
+        centers = e["lam"] * centers + (1 - e["lam"]) * centers.flip(0)
+    return centers
 
 
 def deit(e: dict[str, Tensor], weight: float, distillation: Tensor) -> Tensor:
@@ -47,7 +47,7 @@ CASES: dict[str, Callable[[dict[str, Any]], Tensor]] = {
     "nd_mixup_lam0.3_factor1.5": lambda e: 1.5 * losses.norm_direction(e["emb_s"], e["emb_t"], means(e)),
     "dist_T1": lambda e: losses.dist(e["logits_s"], e["logits_t"]),
     "dist_T4": lambda e: losses.dist(e["logits_s"], e["logits_t"], 4.0),
-    "nkd_gamma1.5_T1": lambda e: losses.normalised_distillation(e["logits_s"], e["logits_t"], e["labels"]),
+    "nkd_gamma1.5_T1": lambda e: losses.normalized_distillation(e["logits_s"], e["logits_t"], e["labels"]),
     "at_p2": lambda e: losses.attention_transfer(e["map_s"], e["map_t"]),
     "deit_hard_alpha0.5_tau1": lambda e: deit(e, 0.5, losses.hard_distillation(e["logits_dist"], e["logits_t"])),
     "deit_soft_alpha0.1_tau3": lambda e: deit(e, 0.1, losses.soft_distillation(e["logits_dist"], e["logits_t"], 3.0)),
@@ -170,7 +170,7 @@ def test_every_loss_has_values_to_be_compared_with() -> None:
     from_authors |= {
         "norm_direction",
         "dist",
-        "normalised_distillation",
+        "normalized_distillation",
         "attention_transfer",
         "hard_distillation",
         "soft_distillation",
@@ -191,7 +191,7 @@ def as_map(features: Tensor) -> Tensor:
 
 VECTOR_LOSSES: dict[str, Loss] = {
     **{name: getattr(losses, name) for name in ("logsum_correlation", "logsum_difference", "logsum", "layer_norm_smooth_l1")},
-    **{f"logsum {kind}": partial(losses.logsum, normalisation=kind) for kind in ("none", "l2", "layer")},
+    **{f"logsum {kind}": partial(losses.logsum, normalization=kind) for kind in ("none", "l2", "layer")},
     **{name: getattr(losses, name) for name in ("mean_squared", "correlation_congruence")},
     "norm_direction": lambda s, t: losses.norm_direction(s, t, MEANS.to(s.dtype)[: len(s)]),
     "mean_direction": lambda s, _: losses.mean_direction(s, MEANS.to(s.dtype)[: len(s)]),
@@ -203,7 +203,7 @@ VECTOR_LOSSES: dict[str, Loss] = {
 LOGIT_LOSSES: dict[str, Loss] = {
     **{name: getattr(losses, name) for name in ("kl_distillation", "soft_distillation", "hard_distillation", "dist")},
     "decoupled_distillation": lambda s, t: losses.decoupled_distillation(s, t, LABELS[: len(s)]),
-    "normalised_distillation": lambda s, t: losses.normalised_distillation(s, t, LABELS[: len(s)]),
+    "normalized_distillation": lambda s, t: losses.normalized_distillation(s, t, LABELS[: len(s)]),
     "dense_hard_distillation": lambda s, t: losses.dense_hard_distillation(s[:, :, None, None], t[:, :, None, None], 0.3),
     "noise_contrastive": lambda s, _: losses.noise_contrastive(s.softmax(1), 50),
 }
@@ -274,7 +274,7 @@ def test_correlation_has_the_hand_computed_value() -> None:
 def test_difference_is_the_batch_member_of_the_family() -> None:
     student, teacher = torch.randn(2, 8, 5, generator=torch.Generator().manual_seed(2))
     assert losses.logsum_difference(student, teacher) == losses.logsum(student, teacher, 4.0, "batch", eps=0.0, norm_eps=1e-4)
-    plain = losses.logsum(student, teacher, power=2.0, normalisation="none", eps=0.0)
+    plain = losses.logsum(student, teacher, power=2.0, normalization="none", eps=0.0)
     assert plain.item() == pytest.approx(math.log((student - teacher).square().sum().item()), rel=1e-6)
 
 
@@ -282,7 +282,7 @@ def test_mismatched_widths_and_unknown_names_are_refused() -> None:
     with pytest.raises(ValueError, match="project the student first"):
         losses.logsum_correlation(torch.randn(4, 3), torch.randn(4, 5))
     with pytest.raises(ValueError, match="must be batch, l2, layer or none"):
-        losses.logsum(torch.randn(4, 3), torch.randn(4, 3), normalisation="instance")  # type: ignore[arg-type]
+        losses.logsum(torch.randn(4, 3), torch.randn(4, 3), normalization="instance")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="at least 3 classes"):
         losses.decoupled_distillation(torch.randn(4, 2), torch.randn(4, 2), torch.zeros(4, dtype=torch.long))
 
@@ -344,9 +344,9 @@ def test_no_power_overflows(power: float) -> None:
     """In float32, where features of 1e4 to the tenth exceed what it holds: the value and gradient are float64's."""
     student, teacher = (1e4 * torch.randn(8, 16, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
     student.requires_grad_()
-    value = losses.logsum(student, teacher, power, normalisation="none")
+    value = losses.logsum(student, teacher, power, normalization="none")
     (gradient,) = torch.autograd.grad(value, student)
-    exact = losses.logsum(student.double(), teacher.double(), power, normalisation="none")
+    exact = losses.logsum(student.double(), teacher.double(), power, normalization="none")
     (wanted,) = torch.autograd.grad(exact, student)
     torch.testing.assert_close(value.double(), exact, rtol=1e-6, atol=0)
     torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-9)

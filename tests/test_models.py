@@ -136,7 +136,7 @@ def lite() -> Teacher:
 def test_real_teacher_knows_imagenet_photos(lite: Teacher, photos: list[tuple[Path, int]]) -> None:
     transform = create_transform(**{**resolve_model_data_config(lite.model), "mean": (0, 0, 0), "std": (1, 1, 1), "crop_pct": 1.0})
     images = torch.stack([transform(Image.open(file).convert("RGB")) for file, _ in photos])
-    output = lite(images)  # pixels in [0, 1]; the teacher normalises them its own way
+    output = lite(images)  # pixels in [0, 1]; the teacher normalizes them its own way
     right = sum(int(guess == label) for guess, (_, label) in zip(output.logits.argmax(1).tolist(), photos, strict=True))
     assert right >= 16
     assert output.features.shape == (20, 1280)
@@ -159,12 +159,12 @@ def test_teacher_is_frozen_and_cannot_be_thawed(lite: Teacher) -> None:
     assert fingerprint(lite.model) == before
 
 
-def test_teacher_undoes_the_students_normalisation(lite: Teacher) -> None:
+def test_teacher_undoes_the_students_normalization(lite: Teacher) -> None:
     pixels = torch.rand(2, 3, 64, 64)
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    normalised = (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    normalized = (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
     other = Teacher(lite.model, lite.info, mean, std)
-    torch.testing.assert_close(other(normalised).logits, lite(pixels).logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(other(normalized).logits, lite(pixels).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_bfloat16_teacher_gives_float32_near_the_truth() -> None:

@@ -17,7 +17,7 @@ ROWS = {**LOGIT_OBJECTIVES, **FEATURE_OBJECTIVES}
 OTHER_SHAPES = ("noise_contrastive", "hierarchical_context", "dense_hard_distillation")
 VALUES = {
     "temperature": 2.0, "target_weight": 1.0, "nontarget_weight": 8.0, "inter_weight": 1.0, "intra_weight": 1.0, "gamma": 1.5,
-    "power": 4.0, "normalisation": "batch",
+    "power": 4.0, "normalization": "batch",
 }  # fmt: skip
 
 

@@ -23,8 +23,8 @@ from PIL import Image, ImageDraw, ImageOps
 
 from deit_kd import recipe as recipes
 from deit_kd.cli import main
-from deit_kd.data import EvaluationLoader, Placement, decode, open_source
-from deit_kd.data.sources.base import hold_out, pixels, pixels_or_jpeg, turned
+from deit_kd.data import EvaluationLoader, LoaderConfig, decode, open_source
+from deit_kd.data.sources.base import pixels, pixels_or_jpeg, split_holdout, turned
 from deit_kd.data.sources.pack import pack
 from deit_kd.data.transforms import evaluation_transform
 from deit_kd.errors import UserError
@@ -38,8 +38,8 @@ def photo() -> Image.Image:
     """Wider than high, and no two corners alike."""
     image = Image.new("RGB", (48, 32), (30, 30, 30))
     draw = ImageDraw.Draw(image)
-    for box, colour in (((0, 0, 15, 15), "red"), ((32, 0, 47, 15), "lime"), ((0, 16, 15, 31), "blue"), ((32, 16, 47, 31), "white")):
-        draw.rectangle(box, colour)
+    for box, color in (((0, 0, 15, 15), "red"), ((32, 0, 47, 15), "lime"), ((0, 16, 15, 31), "blue"), ((32, 16, 47, 31), "white")):
+        draw.rectangle(box, color)
     return image
 
 
@@ -157,7 +157,7 @@ def test_one_key_turns_pictures_in_training_evaluation_and_packing(tmp_path: Pat
     assert [source[0][0].size for source in (train, val)] == [(48, 32), (48, 32)]
     assert pixels(train, 0).shape == (3, 32, 48)
     assert isinstance(pixels_or_jpeg(train, 0), torch.Tensor)
-    assert all(part[0][0].size == (48, 32) for part in hold_out(train, 0.5, 0))
+    assert all(part[0][0].size == (48, 32) for part in split_holdout(train, 0.5, 0))
     train, val = open_data(old, root)
     assert [source[0][0].size for source in (train, val)] == [(32, 48), (32, 48)]
     assert "4 of 4 images carry an EXIF orientation" in capsys.readouterr().err
@@ -168,7 +168,7 @@ def test_one_key_turns_pictures_in_training_evaluation_and_packing(tmp_path: Pat
         assert [source[0][0].size[0] > source[0][0].size[1] for source in shards] == [True, False]
     assert recipes.fingerprint(old) == recipes.fingerprint(recipes.load("quickstart", [*words, "data.exif_orientation=null"]))
     assert recipes.differences(old, recipe) == ["data.exif_orientation: None -> apply"]
-    place = Placement(torch.device("cpu"), 1, 0, 0, "refuse", print)
+    place = LoaderConfig(torch.device("cpu"), 1, 0, 0, "refuse", print)
     (images, _), *_ = EvaluationLoader(open_data(recipe, root)[1], evaluation_transform(recipe), place, 4)
     expected = evaluation_transform(recipe)(decode.decode_image(lying, True))
     torch.testing.assert_close(images[0], expected, rtol=0, atol=0)
@@ -204,7 +204,7 @@ def test_predict_and_evaluate_turn_pictures_unless_told_otherwise(tmp_path: Path
         assert measured("--exif-orientation", "ignore") < 40
 
 
-def grey_tiff(bits: int, values: list[int]) -> bytes:
+def gray_tiff(bits: int, values: list[int]) -> bytes:
     """An uncompressed TIFF of one row, of samples packed tightly, the first bit first."""
     packed = int("".join(f"{value:0{bits}b}" for value in values), 2).to_bytes(len(values) * bits // 8, "big")
     tags = [
@@ -222,18 +222,18 @@ def test_samples_of_more_than_8_bits(capfd: pytest.CaptureFixture[str], monkeypa
     monkeypatch.setattr(decode, "warn", said.append)
     sixteen = Image.fromarray(np.array([[0, 255, 256, 4096, 65535]], np.uint16))
     assert np.asarray(decode.decode_image(encoded(sixteen)))[0, :, 0].tolist() == [0, 0, 1, 16, 255]
-    twelve = decode.decode_image(grey_tiff(12, [0, 15, 16, 2048, 4095, 4080]))
+    twelve = decode.decode_image(gray_tiff(12, [0, 15, 16, 2048, 4095, 4080]))
     assert np.asarray(twelve)[0, :, 1].tolist() == [0, 0, 1, 128, 255, 255]
     assert not said
     assert np.asarray(decode.decode_image(encoded(Image.fromarray(np.array([[0, 4095]], np.uint16))))).max() == 15
     assert "12 bits, perhaps" in said.pop()
-    # the same in colour, where Pillow gives 8 bits and does not say that there were 16
+    # the same in color, where Pillow gives 8 bits and does not say that there were 16
     rows = b"\0" + struct.pack(">6H", 0, 1000, 4095, 0, 2000, 4000)
     chunks = ((b"IHDR", struct.pack(">IIBBBBB", 2, 1, 16, 2, 0, 0, 0)), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
-    colour = b"\x89PNG\r\n\x1a\n" + b"".join(
+    color = b"\x89PNG\r\n\x1a\n" + b"".join(
         struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
     )
-    assert np.asarray(decode.decode_image(colour)).max() == 15
+    assert np.asarray(decode.decode_image(color)).max() == 15
     assert "12 bits, perhaps" in said.pop()
     decode.decode_image(encoded(Image.new("RGB", (4, 4), (3, 3, 3))))
     decode.decode_image(encoded(Image.fromarray(np.zeros((4, 4), np.uint16))))

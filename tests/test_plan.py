@@ -19,7 +19,7 @@ from deit_kd.models.build import build_distiller, build_teachers
 from deit_kd.models.summary import describe, make_plan
 from deit_kd.profiling import forecast, roofline
 from deit_kd.profiling.devices import GPUS, Device, find_device
-from deit_kd.profiling.operations import Operation, Work, count_work
+from deit_kd.profiling.operations import Operation, StepCost, count_operations
 
 # parameters and GMACs: student (method's authors, timm), projector, RegNetY-160 (timm's results table)
 PUBLISHED = {
@@ -69,15 +69,17 @@ def test_every_recipe_dry_runs_from_the_command_line(
     code, printed = train_cli("--recipe", name, "--dry-run", *data, *overrides)
     assert "steps over" in printed
     fetched = [
-        lesson.teacher.name for lesson in recipe.lessons() if ".tv_in1k" in (n := lesson.teacher.name) or "deit" in n or "swin" in n
+        distillation.teacher.name
+        for distillation in recipe.distillations()
+        if ".tv_in1k" in (n := distillation.teacher.name) or "deit" in n or "swin" in n
     ]
     assert code == (2 if fetched else 0), printed  # tests run without the hub
     assert not fetched or "its weights are not in the hub's cache and cannot be fetched" in printed
 
 
 @cache
-def counted(name: str) -> Work:
-    return count_work(recipes.load(name), None, half=True)
+def counted(name: str) -> StepCost:
+    return count_operations(recipes.load(name), None, half=True)
 
 
 def test_a_step_is_counted_operation_by_operation() -> None:
@@ -105,7 +107,7 @@ def test_a_step_is_counted_operation_by_operation() -> None:
 
 def test_bytes_kept_for_backward_are_those_of_a_real_step() -> None:
     recipe = recipes.load("quickstart")
-    work = count_work(recipe, 10, half=False)
+    work = count_operations(recipe, 10, half=False)
     teachers = build_teachers(recipe, 10)
     distiller = build_distiller(recipe, 10, teachers).train()
     parameters = {p.untyped_storage().data_ptr() for p in distiller.parameters()}
@@ -126,7 +128,7 @@ def test_bytes_kept_for_backward_are_those_of_a_real_step() -> None:
 
 def test_a_folded_teacher_moves_less() -> None:
     """247.5 MB an image in half precision without its batch norms, by the same count as 339.5 with them."""
-    folded = count_work(recipes.load("deit_ti_plain"), None, half=False)
+    folded = count_operations(recipes.load("deit_ti_plain"), None, half=False)
     assert sum(each.bytes_per_image for each in folded.teacher) / 2 == pytest.approx(247.5e6, rel=0.01)
     assert not any("batch_norm" in each.name for each in folded.teacher)
 

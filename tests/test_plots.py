@@ -10,7 +10,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import pytest
 
-from deit_kd import plots as analysis
+from deit_kd import plots
 from deit_kd import recipe as recipes
 from deit_kd.models.teacher import RELEASED
 
@@ -19,7 +19,7 @@ from deit_kd.models.teacher import RELEASED
 def figures(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Figures as they are saved, by the name of their file."""
     drawn: dict[str, Any] = {}
-    monkeypatch.setattr(analysis, "_save", lambda figure, file: drawn.setdefault(file.stem, figure))
+    monkeypatch.setattr(plots, "_save", lambda figure, file: drawn.setdefault(file.stem, figure))
     return drawn
 
 
@@ -39,7 +39,7 @@ def train(step: int, **values: float) -> dict[str, Any]:
 def test_the_loss_has_a_panel_a_term_over_epochs(tmp_path: Path, figures: dict[str, Any]) -> None:
     terms = {"loss": 3.0, "ce": 2.0, "kd_0": 1.0, "kd_1": 1.5, "feature_0": -9.0}
     others = {"agreement": 0.5, "feature_correlation": 0.1}
-    analysis.plot_run(run_of(tmp_path, train(5, **terms, **others), train(10, **{**terms, "loss": 2.0}, **others)))
+    plots.plot_run(run_of(tmp_path, train(5, **terms, **others), train(10, **{**terms, "loss": 2.0}, **others)))
     panels = [axes for axes in figures["loss"].axes if axes.get_lines()]
     assert [axes.get_title() for axes in panels] == list(terms), "statistics are no terms"
     assert [list(lines_of(axes).values()) for axes in panels[:2]] == [[[(0.5, 3.0), (1.0, 2.0)]], [[(0.5, 2.0), (1.0, 2.0)]]]
@@ -54,7 +54,7 @@ def test_the_loss_has_a_panel_a_term_over_epochs(tmp_path: Path, figures: dict[s
 def test_runs_of_earlier_versions_are_drawn(tmp_path: Path, figures: dict[str, Any]) -> None:
     """The released student's own lines: `cosine`, and agreement of a batch."""
     shutil.copyfile(RELEASED / "quickstart/metrics.jsonl", tmp_path / "metrics.jsonl")
-    written = analysis.plot_run(tmp_path)
+    written = plots.plot_run(tmp_path)
     assert sorted(path.stem for path in written) == ["agreement", "learning_rate", "loss", "projector", "time", "top1"]
     assert set(lines_of(figures["agreement"].axes[0])) == {"agreement", "cosine"}
     assert [axes.get_title() for axes in figures["loss"].axes if axes.get_lines()] == ["loss", "ce", "kd", "feature"]
@@ -63,16 +63,16 @@ def test_runs_of_earlier_versions_are_drawn(tmp_path: Path, figures: dict[str, A
 
 def test_lines_without_epochs_and_runs_without_steps(tmp_path: Path, figures: dict[str, Any]) -> None:
     line = {key: value for key, value in train(5, loss=1.0).items() if key != "epoch"}
-    analysis.plot_run(run_of(tmp_path, line, {**line, "step": 7}))
+    plots.plot_run(run_of(tmp_path, line, {**line, "step": 7}))
     assert list(lines_of(figures["loss"].axes[0]).values()) == [[(5.0, 1.0), (7.0, 1.0)]]
-    assert analysis.plot_run(run_of(tmp_path)) == []
+    assert plots.plot_run(run_of(tmp_path)) == []
     plt.close("all")
 
 
 def test_answers_are_named_in_the_order_of_the_network(figures: dict[str, Any]) -> None:
     """Not in that of the data's classes."""
     report = {"images": 2, "ece": 0.1, "reliability": [{"images": 2, "confidence": 0.5, "accuracy": 0.5}]}
-    analysis.plot_report(report | {"confusion": [[0, 1], [1, 0]], "answers": ["dog", "cat"]}, ["cat", "dog"], Path("report.png"))
+    plots.plot_report(report | {"confusion": [[0, 1], [1, 0]], "answers": ["dog", "cat"]}, ["cat", "dog"], Path("report.png"))
     axes = figures["report"].axes[0]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["cat", "dog"]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["dog", "cat"]
@@ -91,12 +91,12 @@ def test_answers_are_named_in_the_order_of_the_network(figures: dict[str, Any]) 
     ],
 )
 def test_labels(name: str, shown: str) -> None:
-    assert analysis._label(name) == shown
+    assert plots._label(name) == shown
 
 
 def test_signs_without_a_glyph_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(analysis, "_faces", lambda: [])
-    assert analysis._label("\u732b-cat") == r"\u732b-cat"
+    monkeypatch.setattr(plots, "_faces", lambda: [])
+    assert plots._label("\u732b-cat") == r"\u732b-cat"
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_signs_without_a_glyph_are_told_apart(monkeypatch: pytest.MonkeyPatch) -
 def test_a_kl_is_in_nats(loss: list[str], unit: str, tmp_path: Path, figures: dict[str, Any]) -> None:
     """The temperature squared, or one over the classes, multiplies what is not."""
     (tmp_path / "recipe.yaml").write_text(recipes.dump(recipes.load("quickstart", loss)))
-    analysis.plot_run(run_of(tmp_path, train(5, loss=3.0, ce=2.0, kd=1.0, feature=-9.0)))
+    plots.plot_run(run_of(tmp_path, train(5, loss=3.0, ce=2.0, kd=1.0, feature=-9.0)))
     units = {axes.get_title(): axes.get_ylabel() for axes in figures["loss"].axes if axes.get_lines()}
     assert units == {"loss": "", "ce": "nats", "kd": unit, "feature": ""}
     plt.close("all")

@@ -16,7 +16,7 @@ from deit_kd import recipe as recipes
 from deit_kd.errors import UserError
 from deit_kd.models.build import build_distiller, build_teachers
 from deit_kd.models.distiller import Distiller
-from deit_kd.models.features import run, stages_of, take
+from deit_kd.models.features import forward_with_intermediates, select_feature, stages_of
 from deit_kd.models.projectors.contrastive_memory import ContrastiveMemory
 from deit_kd.models.projectors.review_fusion import ReviewFusion
 from deit_kd.models.projectors.vectors import Orthonormal, build_projector, first_matrix, project
@@ -140,25 +140,25 @@ def test_taps_of_many_architectures(name: str) -> None:
     model = timm.create_model(name, **({"img_size": size} if "patch" in name else {})).eval()
     images, taps = random(2, 3, size, size), ["pooled", "spatial", "stages", "stages_and_pooled", 1, -1]
     with torch.inference_mode():
-        hidden = run(model, images, stages_of(model, taps))
+        hidden = forward_with_intermediates(model, images, stages_of(model, taps))
         plain = model.forward_features(images)
         torch.testing.assert_close(hidden.final, plain)
-        assert take(model, hidden, "pooled").ndim == 2
-        spatial = take(model, hidden, "spatial")
-        stages = take(model, hidden, "stages")
-        levels = take(model, hidden, "stages_and_pooled")
+        assert select_feature(model, hidden, "pooled").ndim == 2
+        spatial = select_feature(model, hidden, "spatial")
+        stages = select_feature(model, hidden, "stages")
+        levels = select_feature(model, hidden, "stages_and_pooled")
         assert spatial.ndim == 4
         assert len(levels) == len(stages) + 1 == (4 if name.startswith("cifar") else 5)
         assert all(stage.ndim == 4 for stage in stages)
-        assert torch.equal(take(model, hidden, -1), stages[-1])
+        assert torch.equal(select_feature(model, hidden, -1), stages[-1])
         if "deit" in name:
-            assert torch.equal(take(model, hidden, "class_token"), plain[:, 0])
-            assert torch.equal(take(model, hidden, "distillation_token"), plain[:, 1])
-            torch.testing.assert_close(take(model, hidden, "prefix_tokens"), plain[:, :2].mean(1))
-            torch.testing.assert_close(spatial.flatten(2).mean(2), take(model, hidden, "pooled"))
+            assert torch.equal(select_feature(model, hidden, "class_token"), plain[:, 0])
+            assert torch.equal(select_feature(model, hidden, "distillation_token"), plain[:, 1])
+            torch.testing.assert_close(select_feature(model, hidden, "prefix_tokens"), plain[:, :2].mean(1))
+            torch.testing.assert_close(spatial.flatten(2).mean(2), select_feature(model, hidden, "pooled"))
         else:
             with pytest.raises(UserError, match="has no such token"):
-                take(model, hidden, "class_token")
+                select_feature(model, hidden, "class_token")
     with pytest.raises(UserError, match="has stages 0 to"):
         stages_of(model, [99])
 
@@ -166,11 +166,11 @@ def test_taps_of_many_architectures(name: str) -> None:
 def test_dense_logits_average_to_the_logits() -> None:
     model, images = timm.create_model("resnet18").eval(), random(2, 3, 64, 64)
     with torch.inference_mode():
-        dense = take(model, run(model, images, []), "dense_logits")
+        dense = select_feature(model, forward_with_intermediates(model, images, []), "dense_logits")
         torch.testing.assert_close(dense.mean((2, 3)), model(images), rtol=1e-4, atol=1e-5)
     hidden_layer = timm.create_model("mobilenetv3_small_100").eval()
     with torch.inference_mode(), pytest.raises(UserError, match="cannot be applied to each place"):
-        take(hidden_layer, run(hidden_layer, images, []), "dense_logits")
+        select_feature(hidden_layer, forward_with_intermediates(hidden_layer, images, []), "dense_logits")
 
 
 def test_a_mismatch_names_both_sides() -> None:
@@ -220,7 +220,7 @@ def memory(**more: int | float) -> ContrastiveMemory:
 def scored(contrast: ContrastiveMemory, student: Tensor, teacher: Tensor, indices: Tensor, seed: int) -> Tensor:
     """Of a batch that is whole."""
     scores = contrast.scores(student, teacher, indices, seed)
-    return contrast.normalise(scores, scores.mean(dim=(1, 2)))
+    return contrast.normalize(scores, scores.mean(dim=(1, 2)))
 
 
 def test_contrastive_scores_and_memory_written_out() -> None:
@@ -240,9 +240,9 @@ def test_contrastive_scores_and_memory_written_out() -> None:
     ]
     for value, expected in zip(scores, raw, strict=True):
         torch.testing.assert_close(value, expected / (expected.mean() * 9), rtol=1e-4, atol=1e-8)
-    kept = contrast.normalisers.clone()
+    kept = contrast.normalizers.clone()
     scored(contrast, students, teachers, indices, seed=4)
-    assert torch.equal(contrast.normalisers, kept), "set by the first batch alone"
+    assert torch.equal(contrast.normalizers, kept), "set by the first batch alone"
     contrast.update(students.detach(), teachers.detach(), indices)
     mixed = 0.25 * before[0][4] + 0.75 * students[1]
     torch.testing.assert_close(contrast.memory_student[4], (mixed / mixed.norm()).detach())

@@ -248,15 +248,15 @@ def test_what_is_refused(run: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     facts = json.loads((run / "run.json").read_text())
     facts["teachers"][0]["license"] = "cc-by-nc-4.0"
     (run / "run.json").write_text(json.dumps(facts))
-    refuse("this student learnt from weights under cc-by-nc-4.0")
-    refuse("this student learnt from weights under cc-by-nc-4.0", "--licence", "mit")
-    assert publish_here("--licence", "cc-by-nc-4.0")[0] == 0
+    refuse("this student learned from weights under cc-by-nc-4.0")
+    refuse("this student learned from weights under cc-by-nc-4.0", "--license", "mit")
+    assert publish_here("--license", "cc-by-nc-4.0")[0] == 0
     card = run / "student/README.md"
     whole = card.read_text()
     card.write_text(whole.replace("value: ", "value: 9", 1))
     refuse("write it again with deit-kd card", "--despite-teacher")
     main(["card", str(run)])
-    assert publish_here()[0] == 0, "the card now says the teacher's licence"
+    assert publish_here()[0] == 0, "the card now says the teacher's license"
     (run / "student/model.onnx").write_text("password=abcdefgh")
     refuse("model.onnx holds")
     (run / "student/model.onnx").unlink()

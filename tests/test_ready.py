@@ -101,7 +101,7 @@ def test_weights_to_go_on_from_and_class_means_are_looked_at(fashion_folder: Pat
         "distill.feature_loss=norm_direction",
         "distill.class_means=/nowhere",
         "distill.power=null",
-        "distill.normalisation=null",
+        "distill.normalization=null",
     ]
     (said,) = refusals(recipes.load("quickstart", means), None)
     assert "distill.class_means=/nowhere: no such file" in said
@@ -240,7 +240,7 @@ def test_what_a_check_did_not_expect_is_a_line(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     ("overrides", "fault"),
     [
-        (["optim.name=adamww"], "timm knows no such optimiser"),
+        (["optim.name=adamww"], "timm knows no such optimizer"),
         (["optim.name=bnbadam"], "optim.name=bnbadam: cannot take the recipe's betas, eps or momentum"),
     ],
 )

@@ -133,7 +133,7 @@ def test_every_key_is_read_somewhere() -> None:
         "intra_weight",
         "gamma",
         "power",
-        "normalisation",
+        "normalization",
         "class_means",
     }
     read = parameters | {

@@ -22,7 +22,7 @@ STEPS = 100  # an epoch
 
 
 class Rates(NamedTuple):
-    """Of a release, as its optimiser sees them."""
+    """Of a release, as its optimizer sees them."""
 
     batch: int
     peak: float
@@ -43,7 +43,7 @@ PUBLISHED = {
     **dict.fromkeys(("deit_ti_vkd", "deit_s_vkd"), VKD),
     **dict.fromkeys(("deit_ti_hard", "deit_s_hard", "deit_ti_soft", "deit_s_soft", "deit_ti_cskd", "deit_ti_two_stages"), DEIT),
     "deit_s_cskd": DEIT._replace(batch=512, peak=5e-4),  # CSKD/configs/cskd_small.py
-    "deit_ti_funmatch": DEIT._replace(clip=1.0),  # its optimiser is DeiT's, its clipping the paper's
+    "deit_ti_funmatch": DEIT._replace(clip=1.0),  # its optimizer is DeiT's, its clipping the paper's
     **dict.fromkeys(("deit_ti_two_teachers", "deit_s_two_teachers"), CO_ADVISE),
     **dict.fromkeys(("deit_ti_nkd", "deit_s_nkd"), NKD),
     **dict.fromkeys(("deit_b_nd", "deit_s_nd", "deit_ti_nd"), ND),
@@ -135,11 +135,11 @@ def test_what_decays(decay: str, more: set[str]) -> None:
     """DeiT++ of ND decays tokens and position embedding, DeiT does not; a constrained projector never does. `all` is for CNNs, which list nothing."""
     module = Module()
     names = {id(parameter): name for name, parameter in module.named_parameters()}
-    optimizer = build_optimizer(recipes.load("deit_ti_nd", [f"optim.decay={decay}"]), module)
+    optimizer = build_optimizer(recipes.load("deit_ti_nd", [f"optim.weight_decay_on={decay}"]), module)
     decayed = {names[id(each)] for group in optimizer.param_groups if group["weight_decay"] for each in group["params"]}
     assert decayed == {"student.head.weight", "projectors.0.weight"} | more
     assert {group["weight_decay"] for group in optimizer.param_groups} <= {0.0, 0.3}
-    assert recipes.load("deit_b_nd").optim.decay == "matrices_and_tokens"
+    assert recipes.load("deit_b_nd").optim.weight_decay_on == "matrices_and_tokens"
 
 
 def test_a_run_of_before_keeps_its_rates(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import train
-from deit_kd import export as release
+from deit_kd import export
 from deit_kd.errors import UserError
 from deit_kd.files import outputs
 from deit_kd.files import whole as files
@@ -655,7 +655,7 @@ def test_a_card_that_fails_is_a_warning(
         raise KeyError("license")
 
     with monkeypatch.context() as patch:
-        patch.setattr(release, "write_card", fails)
+        patch.setattr(export, "write_card", fails)
         code, printed = train_cli(*command(data, tmp_path / "run", "--max-steps", 1))
     assert code == 0, printed
     assert f"no card ('license'); the student is whole, make the card again with deit-kd card {tmp_path / 'run'}" in printed

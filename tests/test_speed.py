@@ -23,14 +23,14 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from deit_kd import recipe as recipes
-from deit_kd.data import Placement, TrainLoader, open_source
+from deit_kd.data import LoaderConfig, TrainLoader, open_source
 from deit_kd.data.on_device.augment import choose_augmentation
 from deit_kd.errors import UserError
 from deit_kd.models import Teacher, load_teacher
 from deit_kd.models.folding import fold_batch_norms
 from deit_kd.recipe import Run
 from deit_kd.tasks.classification import Classification
-from deit_kd.training import acceleration as speed
+from deit_kd.training import acceleration
 from deit_kd.training import task as training_task
 from deit_kd.training.metrics import read_metrics
 
@@ -66,7 +66,7 @@ def test_folding_changes_rounding_alone(name: str) -> None:
     teacher, images = cnn(name), torch.randn(2, 3, 64, 64)
     folded, of_all = CNNS[name]
     before, count = teacher(images), len(norms(teacher))
-    (quick,) = speed.prepare(Run(), [teacher], lambda: images, Accelerator(cpu=True)).teachers
+    (quick,) = acceleration.prepare(Run(), [teacher], lambda: images, Accelerator(cpu=True)).teachers
     after = teacher(images)
     assert (quick.batch_norms_folded, count) == (folded, of_all)
     assert len(norms(teacher)) == of_all - folded
@@ -110,11 +110,11 @@ def test_what_changes_too_much_is_not_done() -> None:
     info = dataclasses.replace(load_teacher("resnet18", 3, weights="random").info, name="read_twice")
     teacher, images = Teacher(ReadTwice().eval(), info), torch.randn(2, 3, 8, 8)
     before = teacher(images).logits
-    (quick,) = speed.prepare(Run(), [teacher], lambda: images, Accelerator(cpu=True)).teachers
+    (quick,) = acceleration.prepare(Run(), [teacher], lambda: images, Accelerator(cpu=True)).teachers
     assert (quick.batch_norms_folded, quick.layout) == (0, "contiguous")
     assert torch.equal(teacher(images).logits, before)
     with pytest.raises(UserError, match="teacher read_twice: folded .* outputs change by 0.*set run.fold_teacher=false"):
-        speed.prepare(Run(fold_teacher=True), [teacher], lambda: images, Accelerator(cpu=True))
+        acceleration.prepare(Run(fold_teacher=True), [teacher], lambda: images, Accelerator(cpu=True))
 
 
 def test_bfloat16_weights_are_no_less_exact_than_autocast() -> None:
@@ -123,7 +123,7 @@ def test_bfloat16_weights_are_no_less_exact_than_autocast() -> None:
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
     with accelerator.autocast():
         theirs = ((teacher(images).features - exact).norm() / exact.norm()).item()
-    (quick,) = speed.prepare(Run(), [teacher], lambda: images, accelerator).teachers
+    (quick,) = acceleration.prepare(Run(), [teacher], lambda: images, accelerator).teachers
     assert quick.weights == "bfloat16"
     assert {p.dtype for p in teacher.parameters()} == {torch.bfloat16}
     assert 1e-4 < quick.feature_error < 1.5 * theirs
@@ -139,7 +139,7 @@ def test_half_precision_is_rounded_once_after_folding() -> None:
         fold_batch_norms(rounded.model, partial(rounded.probe, images[:1]))
         twice = ((rounded(images).features - exact).norm() / exact.norm()).item()
         teacher.stated_dtype = dtype
-        (quick,) = speed.prepare(Run(), [teacher], lambda: images, Accelerator(cpu=True)).teachers
+        (quick,) = acceleration.prepare(Run(), [teacher], lambda: images, Accelerator(cpu=True)).teachers
         assert (quick.batch_norms_folded, f"torch.{quick.weights}") == (44, str(dtype))
         assert ((teacher(images).features - exact).norm() / exact.norm()).item() == pytest.approx(quick.feature_error, rel=1e-3)
         assert quick.feature_error < twice
@@ -152,13 +152,15 @@ def test_a_teacher_beyond_float16_is_refused() -> None:
     teacher.model.fc.weight.mul_(1e6)
     teacher.stated_dtype = torch.float16
     with pytest.raises(UserError, match="teacher .*: its outputs are not finite in half precision; set teacher.precision=float32"):
-        speed.prepare(Run(), [teacher], lambda: images, Accelerator(cpu=True))
+        acceleration.prepare(Run(), [teacher], lambda: images, Accelerator(cpu=True))
 
 
 def test_plain_is_what_timm_builds() -> None:
     teacher, images = cnn("resnet18"), torch.randn(2, 3, 64, 64)
-    quickened = speed.prepare(Run(speed="plain"), [teacher], lambda: images, Accelerator(cpu=True))
-    assert quickened == speed.Quickened((speed.QuickTeacher(0, "contiguous", "float32", 0.0, 0.0),), None, False)
+    accelerated = acceleration.prepare(Run(speed="plain"), [teacher], lambda: images, Accelerator(cpu=True))
+    assert accelerated == acceleration.Acceleration(
+        (acceleration.TeacherAcceleration(0, "contiguous", "float32", 0.0, 0.0),), None, False
+    )
     assert len(norms(teacher)) == 20
 
 
@@ -186,9 +188,11 @@ print(before, keep_memory(), min(faults() for _ in range(6)))
 def test_memory_is_kept_on_a_cpu_unless_told_otherwise() -> None:
     glibc = platform.libc_ver()[0] == "glibc"
     for run, kept in ((Run(), glibc), (Run(keep_memory=False), False), (Run(speed="plain"), False)):
-        assert speed.prepare(run, [], lambda: torch.empty(0), Accelerator(cpu=True)).keeps_memory is kept
+        assert acceleration.prepare(run, [], lambda: torch.empty(0), Accelerator(cpu=True)).keeps_memory is kept
     if glibc:
-        assert speed.prepare(Run(speed="plain", keep_memory=True), [], lambda: torch.empty(0), Accelerator(cpu=True)).keeps_memory
+        assert acceleration.prepare(
+            Run(speed="plain", keep_memory=True), [], lambda: torch.empty(0), Accelerator(cpu=True)
+        ).keeps_memory
 
 
 def test_what_is_folded_folds_no_more() -> None:
@@ -325,7 +329,7 @@ def test_the_main_thread_does_nothing_for_each_image(on: str, fashion_folder: Pa
             open_source("image_folder", fashion_folder, "train"),
             choose_augmentation(recipe, cpu),
             recipe.augmentation,
-            Placement(cpu, 1, 0, 1, "refuse", print),
+            LoaderConfig(cpu, 1, 0, 1, "refuse", print),
             num_classes=10,
             seed=5,
             global_batch_size=size,

@@ -16,14 +16,12 @@ import pytest
 from conftest import SMALL, wait_until
 
 import train
-from deit_kd import export as release
-from deit_kd import plots as analysis
+from deit_kd import export, plots
 from deit_kd.data import loader
 from deit_kd.errors import UserError
 from deit_kd.models import build
 from deit_kd.tasks.classification import Classification
-from deit_kd.training import checkpoint
-from deit_kd.training import loop as engine
+from deit_kd.training import checkpoint, loop
 from deit_kd.training import metrics as tracking
 from deit_kd.training.signals import Stop, Stopped
 
@@ -176,13 +174,13 @@ def test_a_signal_in_any_part_of_a_run_saves_it_and_asks_for_another_start(
         ((Classification, "evaluate_teachers", 1), 0),
         ((tracking.Tracker, "start", 1), 0),
         ((loader, "mix", 3), 2),  # in the making of the third batch
-        ((engine, "_update", 1), 3),
+        ((loop, "_update", 1), 3),
         ((checkpoint, "save", 1), 4),
         ((Classification, "evaluate", 1), 5),
         ((Classification, "evaluate", 1), 5),  # which a session begins with, then
-        ((release, "export_student", 1), 6),
-        ((release, "write_card", 1), 6),
-        ((analysis, "plot_run", 1), 6),
+        ((export, "export_student", 1), 6),
+        ((export, "write_card", 1), 6),
+        ((plots, "plot_run", 1), 6),
     ]
     for moment, step in moments:
         ended = session(fashion_folder, output, moment, signal.SIGHUP, signal.SIGTERM)

@@ -29,10 +29,10 @@ from deit_kd.errors import UserError
 from deit_kd.models import CachedTeacher, Teacher, build, teacher_formats
 from deit_kd.models.teacher import RELEASED
 from deit_kd.tasks.classification import Classification
-from deit_kd.teacher_cache import identity as stream
+from deit_kd.teacher_cache import identity
 from deit_kd.teacher_cache.identity import versions
 from deit_kd.teacher_cache.write import write_cache
-from deit_kd.training import acceleration as speed
+from deit_kd.training import acceleration
 from deit_kd.training.metrics import Clock, read_metrics
 
 Cli = Callable[..., tuple[int, str]]
@@ -80,7 +80,7 @@ def make_task(
     accelerator = Accelerator(cpu=True)
     sources = build.open_data(recipe, data)
     teachers = build.build_teachers(recipe, sources[0].class_names)
-    speed.prepare(recipe.run, teachers, partial(build.example_images, recipe, sources[1]), accelerator)
+    acceleration.prepare(recipe.run, teachers, partial(build.example_images, recipe, sources[1]), accelerator)
     return Classification(recipe, accelerator, sources, teachers, folder, device_batch_size, print)
 
 
@@ -207,7 +207,7 @@ def test_epochs_beyond_the_views_show_the_same_images_again(data: Path, exact: P
     task = make_task(data, exact, tmp_path)
     (first,), (again,), (other,) = (list(task.train_loader.epoch(epoch, 3, 4)) for epoch in (0, 2, 1))
     assert torch.equal(first.images, again.images)
-    assert torch.equal(first.remembered["features"], again.remembered["features"])
+    assert torch.equal(first.cached_teacher["features"], again.cached_teacher["features"])
     assert not torch.equal(first.images, other.images)
     assert (first.epoch, again.epoch) == (0, 2)
     assert first.seed != again.seed, "dropout and drop path are drawn anew"
@@ -222,7 +222,7 @@ def _same_answers(data: Path, cache: Path, folder: Path) -> None:
     assert len(batches) == 6
     assert task.accumulation_steps == 2
     for batch in batches:
-        ours, theirs = cached(batch.remembered), teacher(batch.images)
+        ours, theirs = cached(batch.cached_teacher), teacher(batch.images)
         torch.testing.assert_close(ours.features, theirs.features, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(ours.logits, theirs.logits, rtol=1e-5, atol=1e-5)
     terms = terms_of(task, 1, 2), terms_of(live, 1, 2)
@@ -237,7 +237,7 @@ def _write_as_one_of_two(data: Path, output: Path) -> None:
     sources = build.open_data(recipe, data)
     (teacher,) = build.build_teachers(recipe, sources[0].class_names)
     assert isinstance(teacher, Teacher)
-    speed.prepare(recipe.run, [teacher], partial(build.example_images, recipe, sources[1]), accelerator)
+    acceleration.prepare(recipe.run, [teacher], partial(build.example_images, recipe, sources[1]), accelerator)
     formats = ("float32", "float32")
     write_cache(recipe, teacher, sources, output, accelerator, views=2, formats=formats, ran="", shard_bytes=50_000)
 
@@ -320,7 +320,7 @@ def test_a_cache_of_another_stream_is_refused_by_name(
 def test_a_cache_of_other_data_another_teacher_or_another_cut_is_refused(
     data: Path, exact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stream, "versions", lambda: {**versions(), "pillow": "1.0"})
+    monkeypatch.setattr(identity, "versions", lambda: {**versions(), "pillow": "1.0"})
     make_task(data, exact, tmp_path, "augmentation.label_smoothing=0.0", "epochs=9", "optim.lr=1e-3", "distill.power=2")
     assert f"was made with pillow {versions()['pillow']}, here 1.0" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"\(micro-batches was even, is 3\)"):

@@ -52,10 +52,10 @@ OBJECTIVES = {
     "hard": kd("hard_distillation", "", "class"),
     "dkd": kd("decoupled_distillation", "temperature: 4, target_weight: 1, nontarget_weight: 8,"),
     "dist": kd("dist", "temperature: 1, inter_weight: 1, intra_weight: 1,"),
-    "nkd": kd("normalised_distillation", "temperature: 1, gamma: 1.5,"),
+    "nkd": kd("normalized_distillation", "temperature: 1, gamma: 1.5,"),
     "logsum_correlation": feature("logsum_correlation", more="power: 4"),
     "logsum_difference": feature("logsum_difference", more="power: 4"),
-    **{f"logsum {n}": feature("logsum", more=f"power: 2, normalisation: {n}") for n in ("none", "l2", "batch", "layer")},
+    **{f"logsum {n}": feature("logsum", more=f"power: 2, normalization: {n}") for n in ("none", "l2", "batch", "layer")},
     "vkd": feature("layer_norm_smooth_l1", "projector={kind: orthonormal}"),
     "nd": feature("norm_direction", "projector={kind: bn_dropout_linear, dropout: 0.5}", "prefix_tokens", more="class_means: auto"),
     "direction": feature("mean_direction", more="class_means: auto"),
@@ -89,7 +89,7 @@ def make_task(tmp_path: Path, overrides: list[str], data: Path | None = None) ->
 def test_every_objective_lowers_its_own_term(name: str, tmp_path: Path) -> None:
     """A few dozen steps on some of the quick start's images, with nothing else in the loss."""
     task = make_task(tmp_path, ["augmentation.label_smoothing=0", *OBJECTIVES[name]])
-    term = "feature" if task.recipe.lessons()[0].distill.feature_loss else "kd"
+    term = "feature" if task.recipe.distillations()[0].distill.feature_loss else "kd"
     optimizer = torch.optim.AdamW(task.module.parameters(), 2e-3)
     torch.manual_seed(0)
     values = []
@@ -138,7 +138,7 @@ def test_the_logged_closeness_is_what_the_loss_compares(name: str, statistic: st
 
 
 def test_the_correlation_rises_while_logsum_falls(tmp_path: Path) -> None:
-    """With the losses of the quick start; a cosine of the features that are not normalised falls meanwhile."""
+    """With the losses of the quick start; a cosine of the features that are not normalized falls meanwhile."""
     task = make_task(tmp_path, ["augmentation.label_smoothing=0", *OBJECTIVES["logsum batch"]])
     optimizer = torch.optim.AdamW(task.module.parameters(), 2e-3)
     batch, lines = next(task.train_batches(0, 0, Clock(CPU))), []
@@ -238,8 +238,8 @@ def test_label_free_training(train_cli: Cli, fashion_folder: Path, tmp_path: Pat
 
 
 def test_one_forward_for_each_teacher_and_its_terms_by_number(fashion_folder: Path, tmp_path: Path) -> None:
-    """Two lessons of one teacher and one of another, of its own size; teacher 2 knows other classes and gives features only."""
-    lesson = "projector: {kind: linear, bias: true, depth: 1, width: teacher}"
+    """Two distillations of one teacher and one of another, of its own size; teacher 2 knows other classes and gives features only."""
+    distillation = "projector: {kind: linear, bias: true, depth: 1, width: teacher}"
     logsum = "feature_loss: logsum_correlation, feature_weight: 0.5, student_tap: pooled, teacher_tap: pooled, power: 4"
     kl = "kd_loss: kl_distillation, kd_weight: 1, kd_head: distillation, temperature: 1"
     quick = "name: quickstart_teacher, weights: random, precision: auto, img_size: null"
@@ -248,9 +248,9 @@ def test_one_forward_for_each_teacher_and_its_terms_by_number(fashion_folder: Pa
         f"{NO_KD}, feature_loss: norm_direction, feature_weight: 2, student_tap: pooled, teacher_tap: pooled, class_means: auto"
     )
     entries = [
-        f"{{{quick}, {lesson}, distill: {{{kl}, {logsum}}}}}",
-        f"{{{quick}, {lesson}, distill: {{{direction}}}}}",
-        f"{{{lite}, {lesson}, distill: {{{NO_KD}, {logsum}}}}}",
+        f"{{{quick}, {distillation}, distill: {{{kl}, {logsum}}}}}",
+        f"{{{quick}, {distillation}, distill: {{{direction}}}}}",
+        f"{{{lite}, {distillation}, distill: {{{NO_KD}, {logsum}}}}}",
     ]
     overrides = ["teacher=null", "projector=null", "distill=null", f"teachers=[{', '.join(entries)}]"]
     task = make_task(tmp_path, [*SMALL, *overrides], fashion_folder)
@@ -284,7 +284,7 @@ MAP = f"{NO_KD}, feature_loss: attention_transfer, feature_weight: 1, student_ta
 
 
 def test_each_token_has_a_teacher_that_teaches_it(tmp_path: Path) -> None:
-    """Two networks of one name with other weights; the first lesson teaches no token."""
+    """Two networks of one name with other weights; the first distillation teaches no token."""
     task = several(tmp_path, "deit_tiny_two_teachers_patch16_224", f"pretrained | {MAP}", f"pretrained | {KL}", f"random | {KL}")
     assert [terms.token for terms in task.terms[1:]] == [0, 1]
     assert len(set(task.teachers)) == 2
@@ -308,7 +308,7 @@ def test_class_means_are_those_of_the_images_and_the_same_twice(fashion_folder: 
     (teacher,) = build.build_teachers(recipe, source.class_names)
 
     def means(file: Path) -> Tensor:
-        return load_or_compute(file, recipe, teacher, source, accelerator, build.placement(recipe, accelerator, print))
+        return load_or_compute(file, recipe, teacher, source, accelerator, build.loader_config(recipe, accelerator, print))
 
     first, second = means(tmp_path / "a.safetensors"), means(tmp_path / "b.safetensors")
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
@@ -326,7 +326,7 @@ def test_class_means_are_those_of_the_images_and_the_same_twice(fashion_folder: 
         "quickstart", [*SMALL, *OBJECTIVES["nd"], "augmentation.crop_scale=[1.0, 1.0]", "augmentation.horizontal_flip=0"]
     )
     ours = load_or_compute(
-        tmp_path / "c.safetensors", plain, teacher, source, accelerator, build.placement(plain, accelerator, print)
+        tmp_path / "c.safetensors", plain, teacher, source, accelerator, build.loader_config(plain, accelerator, print)
     )
     from deit_kd.data.transforms import evaluation_transform
 

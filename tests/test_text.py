@@ -374,11 +374,11 @@ def test_long_texts_take_no_time() -> None:
         (None, "unknown"),
         (True, "unknown"),
         ("a\nb \x1b", r"a b \x1b"),
-        ("see /home/anna/licence", "see .../licence"),
+        ("see /home/anna/license", "see .../license"),
         ([["mit"]], "unknown"),
         ("", "unknown"),
         ("x" * 1000, "x" * 99 + "…"),
     ],
 )
-def test_a_licence_of_any_type_is_a_line(stated: object, name: str) -> None:
-    assert text.licence_name(stated) == name
+def test_a_license_of_any_type_is_a_line(stated: object, name: str) -> None:
+    assert text.license_name(stated) == name

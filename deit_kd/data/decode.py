@@ -29,7 +29,7 @@ Image.init()
 FORMATS = tuple(name for name in _WANTED if name in Image.OPEN)  # AVIF and others depend on how Pillow was built
 SUFFIXES = frozenset(end for end, kind in Image.registered_extensions().items() if kind in FORMATS)
 ORIENTATION = 0x0112  # of EXIF
-_SIXTEEN = "16 bits a sample"  # in an image's info: Pillow reads PNGs of 16-bit colours as 8 bits, and does not say so
+_SIXTEEN = "16 bits a sample"  # in an image's info: Pillow reads PNGs of 16-bit colors as 8 bits, and does not say so
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -86,7 +86,7 @@ def decode_image(content: bytes, upright: bool = False) -> Image.Image:
 def decode(content: bytes, upright: bool = False) -> Tensor:
     """Pixels [3,H,W] uint8 of `decode_image`, whose memory is [H,W,3].
 
-    Pillow opens every file, so that what it refuses (a damaged header, too many pixels) is refused alike. Of a JPEG in colour or grey
+    Pillow opens every file, so that what it refuses (a damaged header, too many pixels) is refused alike. Of a JPEG in color or gray
     torchvision's decoder then takes the pixels: bit for bit the same, faster, and without Pillow's copy. Damaged files are left to Pillow.
 
     Raises:
@@ -103,7 +103,7 @@ def decode(content: bytes, upright: bool = False) -> Tensor:
 
 
 def as_jpeg(content: bytes, upright: bool = False) -> Jpeg | None:
-    """The file, if it is one that decoders of GPUs take whole batches of: small, complete, baseline, in grey or YCbCr, not to be turned.
+    """The file, if it is one that decoders of GPUs take whole batches of: small, complete, baseline, in gray or YCbCr, not to be turned.
 
     nvJPEG decodes progressive files one after another, on the host. Only the header is read here, and the last two bytes: a file
     without the marker of its end may be cut off, and `decode` knows what that means.
@@ -146,7 +146,7 @@ def as_pixels(image: Image.Image) -> Tensor:
 
 
 def rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB; Pillow alone would clip 16-bit grey at 255, and has no scale for 32-bit integers and floats."""
+    """8-bit RGB; Pillow alone would clip 16-bit gray at 255, and has no scale for 32-bit integers and floats."""
     image.load()
     bits = _bits(image)
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):  # of a PGM, scaled to 16 bits

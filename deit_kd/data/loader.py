@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from deit_kd.data.mixing import mix, smooth_one_hot
 from deit_kd.data.on_device.augment import OnDevice
-from deit_kd.data.on_device.draws import Crop, Drawn, Plan, Worker, make_plan
+from deit_kd.data.on_device.draws import AugmentParams, BatchPlan, Crop, WorkerTransform, make_plan
 from deit_kd.data.on_device.jpegs import UndecodedError
 from deit_kd.data.sources.base import Source, pixels, pixels_or_jpeg
 from deit_kd.data.transforms import Transform
@@ -31,7 +31,7 @@ SKIPPED = -1  # the label of an image that evaluation leaves out
 
 @dataclass
 class Batch:
-    """images [B,3,H,W] normalised, targets [B,K] soft (mixed and smoothed), labels [B] int, all on the device; and which they are."""
+    """images [B,3,H,W] normalized, targets [B,K] soft (mixed and smoothed), labels [B] int, all on the device; and which they are."""
 
     images: Tensor
     targets: Tensor
@@ -39,10 +39,10 @@ class Batch:
     indices: Tensor  # [B] int, in the training set
     epoch: int
     seed: int  # for what else is drawn for this batch
-    remembered: dict[str, Tensor] = field(default_factory=dict)  # [B,...], what `Memory` has of these images
+    cached_teacher: dict[str, Tensor] = field(default_factory=dict)  # [B,...], what `TeacherCacheReader` has of these images
 
 
-class Memory(Protocol):
+class TeacherCacheReader(Protocol):
     """What was written down of the images of some epochs, in their order."""
 
     views: int  # epochs
@@ -52,7 +52,7 @@ class Memory(Protocol):
 
 
 @dataclass(frozen=True)
-class Placement:
+class LoaderConfig:
     """Where and how a loader works: this process among how many, with what, and whom it tells of images that it cannot read."""
 
     device: torch.device
@@ -69,7 +69,7 @@ _Keys = tuple[int, np.ndarray]  # epoch, and [B,2]: index of each image of a bat
 
 
 class _Item(NamedTuple):
-    image: Tensor | Drawn | None  # None: cannot be read
+    image: Tensor | AugmentParams | None  # None: cannot be read
     label: int
     fault: str | None  # where and why an image was refused or skipped
 
@@ -77,10 +77,10 @@ class _Item(NamedTuple):
 class _SeededDataset(Dataset[_Item]):
     """Batches of items (epoch, index, view): the transform's randomness depends on nothing else, so any worker gives the same tensor."""
 
-    def __init__(self, source: Source, transform: Transform | Worker, seed: int, on_bad_image: str, training: bool):
+    def __init__(self, source: Source, transform: Transform | WorkerTransform, seed: int, on_bad_image: str, training: bool):
         self.source, self.transform, self.seed = source, transform, seed
         self.on_bad_image, self.training = on_bad_image, training
-        self.read: Callable[[Source, int], Any] = transform.read if isinstance(transform, Worker) else _image
+        self.read: Callable[[Source, int], Any] = transform.read if isinstance(transform, WorkerTransform) else _image
 
     def __len__(self) -> int:
         return len(self.source)
@@ -135,13 +135,13 @@ def _seeded(seed: int) -> Iterator[None]:
             torch.set_rng_state(before[2])
 
 
-def _collate(items: list[_Item]) -> tuple[Tensor | None, Plan | None, Tensor, list[str], bool]:
+def _collate(items: list[_Item]) -> tuple[Tensor | None, BatchPlan | None, Tensor, list[str], bool]:
     """(images, plan of what the device does to them, labels, faults, refused): unreadable images become zeros with the label SKIPPED.
 
     Images that the device decodes are in the plan alone; no images: all are, or none can be read.
     """
-    drawn = [item.image if isinstance(item.image, Drawn) else None for item in items]
-    images = [item.image.image if isinstance(item.image, Drawn) else item.image for item in items]
+    drawn = [item.image if isinstance(item.image, AugmentParams) else None for item in items]
+    images = [item.image.image if isinstance(item.image, AugmentParams) else item.image for item in items]
     first = next((image for image in images if isinstance(image, Tensor)), None)
     stacked = None
     if first is not None:
@@ -152,19 +152,19 @@ def _collate(items: list[_Item]) -> tuple[Tensor | None, Plan | None, Tensor, li
     return stacked, make_plan(drawn) if any(drawn) else None, torch.tensor([item.label for item in items]), faults, refused
 
 
-def _batches(dataset: _SeededDataset, placement: Placement) -> Batches:
+def _batches(dataset: _SeededDataset, loader_config: LoaderConfig) -> Batches:
     def describe(keys: _Keys) -> str:
         return f"{dataset.source.where(int(keys[1][0, 0]))} and the {len(keys[1]) - 1} other images of its batch"
 
-    pin = placement.device.type == "cuda"
-    return Batches(dataset, _collate, placement.workers, pin, placement.warn, describe, placement.patience)
+    pin = loader_config.device.type == "cuda"
+    return Batches(dataset, _collate, loader_config.workers, pin, loader_config.warn, describe, loader_config.patience)
 
 
 class TrainLoader:
     """Shuffled, augmented, mixed micro-batches of this process.
 
     A global batch is a run of the epoch's permutation; it is cut into `accumulation_steps x num_processes` micro-batches. Mixing
-    pairs neighbours in the permutation, so that a pair stays together however the global batch is cut.
+    pairs neighbors in the permutation, so that a pair stays together however the global batch is cut.
 
     With a memory of M epochs, epoch e shows the images of epoch e mod M, and batches hold what is remembered of them.
     """
@@ -174,23 +174,23 @@ class TrainLoader:
         source: Source,
         transform: Transform | OnDevice,
         augmentation: Augmentation,
-        placement: Placement,
+        loader_config: LoaderConfig,
         *,
         num_classes: int,
         seed: int,
         global_batch_size: int,
         accumulation_steps: int,
-        memory: Memory | None = None,
+        memory: TeacherCacheReader | None = None,
     ):
-        self.source, self.augmentation, self.placement, self.memory = source, augmentation, placement, memory
+        self.source, self.augmentation, self.loader_config, self.memory = source, augmentation, loader_config, memory
         self.num_classes, self.seed, self._warned = num_classes, seed, set[str]()
-        cuts = accumulation_steps * placement.num_processes
+        cuts = accumulation_steps * loader_config.num_processes
         if len(source) < cuts:
             raise UserError(f"{source.origin}: {len(source)} images cannot feed {cuts} micro-batches a step")
         self.global_batch_size = global_batch_size
         if len(source) < global_batch_size:
             self.global_batch_size = len(source) // cuts * cuts
-            placement.warn(
+            loader_config.warn(
                 f"{source.origin} has {len(source)} images, fewer than global_batch_size {global_batch_size}: "
                 f"a step takes {self.global_batch_size}"
             )
@@ -200,9 +200,11 @@ class TrainLoader:
         in_worker = transform.worker if isinstance(transform, OnDevice) else transform
         self._finish = transform.finish if isinstance(transform, OnDevice) else None
         self.augments_on = "device" if self._finish else "cpu"
-        self.decodes_on = placement.device.type if isinstance(in_worker, Worker) and in_worker.sends_jpegs else "workers"
-        self._dataset = _SeededDataset(source, in_worker, seed, placement.on_bad_image, True)
-        self._batches = _batches(self._dataset, placement)
+        self.decodes_on = (
+            loader_config.device.type if isinstance(in_worker, WorkerTransform) and in_worker.sends_jpegs else "workers"
+        )
+        self._dataset = _SeededDataset(source, in_worker, seed, loader_config.on_bad_image, True)
+        self._batches = _batches(self._dataset, loader_config)
 
     def shared_bytes(self) -> int:
         """What the batches on their way from loading processes take of shared memory at a time, as an image of the first batch tells.
@@ -212,16 +214,16 @@ class TrainLoader:
         """
         images, plan, _, faults, refused = _collate(self._dataset.items((0, self._order(0)[:1]), self._dataset.read))
         if refused:
-            raise UserError(f"{faults[0]}; {self.placement.remedy}")
-        return count_bytes((images, plan)) * self.micro_batch_size * (2 * self.placement.workers + 1)
+            raise UserError(f"{faults[0]}; {self.loader_config.remedy}")
+        return count_bytes((images, plan)) * self.micro_batch_size * (2 * self.loader_config.workers + 1)
 
     def epoch(self, epoch: int, start_step: int = 0, stop_step: int | None = None) -> Iterator[Batch]:
-        """Micro-batches of an epoch from optimiser step `start_step` (within the epoch) on, to its end or before `stop_step`.
+        """Micro-batches of an epoch from optimizer step `start_step` (within the epoch) on, to its end or before `stop_step`.
 
         Raises:
             UserError: an unreadable image, when the recipe refuses them.
         """
-        place, view = self.placement, epoch % self.memory.views if self.memory else epoch
+        place, view = self.loader_config, epoch % self.memory.views if self.memory else epoch
         order = self._order(view)
         starts = [
             step * self.global_batch_size + (micro * place.num_processes + place.process_index) * self.micro_batch_size
@@ -243,19 +245,21 @@ class TrainLoader:
             yield Batch(images, targets, labels, indices, epoch, seed, self._remembered(view, start))
 
     def _finished(
-        self, images: Tensor | None, plan: Plan | None, labels: Tensor, faults: list[str], refused: bool
+        self, images: Tensor | None, plan: BatchPlan | None, labels: Tensor, faults: list[str], refused: bool
     ) -> tuple[Tensor, Tensor]:
         """(images on the device, labels) of what `_collate` gives."""
         for fault in faults:
             if refused:
-                raise UserError(f"{fault}; {self.placement.remedy}")
+                raise UserError(f"{fault}; {self.loader_config.remedy}")
             self._warn_once(f"{fault}; the next image takes its place")
         if self._finish is not None and plan is not None:
             return self._finish(images, plan), labels
         assert images is not None, "else refused"
-        return images.to(self.placement.device, non_blocking=True), labels
+        return images.to(self.loader_config.device, non_blocking=True), labels
 
-    def _without_what_fails(self, keys: _Keys, error: UndecodedError) -> tuple[Tensor | None, Plan | None, Tensor, list[str], bool]:
+    def _without_what_fails(
+        self, keys: _Keys, error: UndecodedError
+    ) -> tuple[Tensor | None, BatchPlan | None, Tensor, list[str], bool]:
         """The batch again; workers' pixels stand in for the files that the device cannot decode, and the others stay as they were."""
         blamed: list[str] = []
 
@@ -276,14 +280,14 @@ class TrainLoader:
     def _warn_once(self, fault: str) -> None:
         if fault not in self._warned:
             self._warned.add(fault)
-            self.placement.warn(fault)
+            self.loader_config.warn(fault)
 
     def _remembered(self, view: int, start: int) -> dict[str, Tensor]:
         if self.memory is None:
             return {}
-        rows, on_gpu = self.memory.read(view, start, self.micro_batch_size), self.placement.device.type == "cuda"
+        rows, on_gpu = self.memory.read(view, start, self.micro_batch_size), self.loader_config.device.type == "cuda"
         pinned = {name: value.pin_memory() if on_gpu else value for name, value in rows.items()}
-        return {name: value.to(self.placement.device, non_blocking=True) for name, value in pinned.items()}
+        return {name: value.to(self.loader_config.device, non_blocking=True) for name, value in pinned.items()}
 
     def _order(self, epoch: int) -> np.ndarray:
         """[steps x global batch, 2]: (index, view) in the order of the epoch.
@@ -307,12 +311,12 @@ class EvaluationLoader:
     A transform with randomness gives the same tensors each time, by `seed`.
     """
 
-    def __init__(self, source: Source, transform: Transform, placement: Placement, batch_size: int, seed: int = 0):
-        self.source, self.placement, self._warned = source, placement, set[str]()
-        mine = np.arange(placement.process_index, len(source), placement.num_processes)
+    def __init__(self, source: Source, transform: Transform, loader_config: LoaderConfig, batch_size: int, seed: int = 0):
+        self.source, self.loader_config, self._warned = source, loader_config, set[str]()
+        mine = np.arange(loader_config.process_index, len(source), loader_config.num_processes)
         mine = np.stack([mine, np.zeros_like(mine)], axis=1)
         self._keys = [(0, mine[start : start + batch_size]) for start in range(0, len(mine), batch_size)]
-        self._batches = _batches(_SeededDataset(source, transform, seed, placement.on_bad_image, False), placement)
+        self._batches = _batches(_SeededDataset(source, transform, seed, loader_config.on_bad_image, False), loader_config)
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -320,11 +324,11 @@ class EvaluationLoader:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for images, _, labels, faults, _ in self._batches(self._keys):
             for fault in faults:
-                if self.placement.on_bad_image == "refuse":
-                    raise UserError(f"{fault}; {self.placement.remedy}")
+                if self.loader_config.on_bad_image == "refuse":
+                    raise UserError(f"{fault}; {self.loader_config.remedy}")
                 if fault not in self._warned:
                     self._warned.add(fault)
-                    self.placement.warn(f"{fault}; evaluation leaves it out")
+                    self.loader_config.warn(f"{fault}; evaluation leaves it out")
             if images is None:  # a whole batch of unreadable images
                 continue
-            yield images.to(self.placement.device, non_blocking=True), labels.to(self.placement.device, non_blocking=True)
+            yield images.to(self.loader_config.device, non_blocking=True), labels.to(self.loader_config.device, non_blocking=True)

@@ -16,7 +16,7 @@ def smooth_one_hot(labels: Tensor, num_classes: int, smoothing: float) -> Tensor
 
 
 def partner(count: int, device: torch.device) -> Tensor:
-    """[B] int: whom each sample is mixed with, its neighbour in the pairs (0,1), (2,3), ...; a last odd one stays alone."""
+    """[B] int: whom each sample is mixed with, its neighbor in the pairs (0,1), (2,3), ...; a last odd one stays alone."""
     index = torch.arange(count, device=device)
     return torch.where((index ^ 1) < count, index ^ 1, index)
 
@@ -46,6 +46,6 @@ def mix(images: Tensor, targets: Tensor, augmentation: Augmentation, rng: np.ran
 
 
 def _side(size: int, cut: int, rng: np.random.Generator) -> tuple[int, int]:
-    """An interval of length `cut` about a uniform centre, clipped to [0, size]."""
-    centre = int(rng.integers(size))
-    return max(0, centre - cut // 2), min(size, centre + cut // 2)
+    """An interval of length `cut` about a uniform center, clipped to [0, size]."""
+    center = int(rng.integers(size))
+    return max(0, center - cut // 2), min(size, center + cut // 2)

@@ -1,4 +1,4 @@
-"""From PIL image to normalised tensor: timm's transforms, as the recipe names them."""
+"""From PIL image to normalized tensor: timm's transforms, as the recipe names them."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class MustFit:
 
 
 def train_transform(recipe: Recipe) -> Transform:
-    """Random crop (resized, or of the padded image), flip, automatic augmentation and erasing; gives [3,H,W] float32, normalised."""
+    """Random crop (resized, or of the padded image), flip, automatic augmentation and erasing; gives [3,H,W] float32, normalized."""
     aug, data = recipe.augmentation, recipe.data
     try:
         transform = create_transform(
@@ -99,7 +99,7 @@ def augment_operations(step: Any) -> list[AugmentOp]:
 
 
 def evaluation_transform(recipe: Recipe) -> Transform:
-    """Resize the short side to img_size / crop_pct, centre crop; gives [3,H,W] float32, normalised."""
+    """Resize the short side to img_size / crop_pct, center crop; gives [3,H,W] float32, normalized."""
     return own_transform(
         input_size=recipe.data.img_size,
         crop_pct=recipe.evaluation.crop_pct,
@@ -119,7 +119,7 @@ def own_transform(**config: Any) -> Transform:
 
 
 def _keep_one_bit(operation: AugmentOp) -> None:
-    """Posterises to no less than 1 bit.
+    """Posterizes to no less than 1 bit.
 
     At the largest magnitude timm asks for 0 bits, about once in 640 images of rand-m9-mstd0.5-inc1. Pillow 13 refuses that
     (Pillow 12 gave a black image), which would end a run.

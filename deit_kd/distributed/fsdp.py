@@ -14,7 +14,7 @@ from deit_kd.errors import UserError
 _ASKED = "ACCELERATE_USE_FSDP"  # what `accelerate launch` sets for distributed_type: FSDP
 
 
-def take_over() -> bool:
+def fsdp_requested() -> bool:
     """Whether the launcher asks for FSDP. Accelerate does not hear of it: on CPUs it would go on as DDP without a word.
 
     Raises:
@@ -46,7 +46,7 @@ def gather(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in tensors.items()}
 
 
-def cut_like(value: Tensor, other: Tensor) -> Tensor:
+def shard_like(value: Tensor, other: Tensor) -> Tensor:
     """This process's part of a whole tensor, if `other`, of its shape, is cut."""
     if isinstance(other, DTensor) and value.shape == other.shape:
         return distribute_tensor(value, other.device_mesh, other.placements)

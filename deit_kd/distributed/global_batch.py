@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class GlobalBatch:
-    """Joins the micro-batches of an optimiser step, so that a loss does not depend on how the global batch is cut.
+    """Joins the micro-batches of an optimizer step, so that a loss does not depend on how the global batch is cut.
 
     Every process computes a loss of all rows, its own with their graph, all others as constants: summed over processes and
     micro-batches its gradients are those of the loss. No gradient is communicated here.
@@ -21,7 +21,7 @@ class GlobalBatch:
 
     Args:
         accelerator: gathers over processes.
-        micro_steps: micro-batches of a process in an optimiser step.
+        micro_steps: micro-batches of a process in an optimizer step.
     """
 
     def __init__(self, accelerator: Accelerator, micro_steps: int):
@@ -32,7 +32,7 @@ class GlobalBatch:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """What `complete` gets inside, one micro-batch after the other, is kept for the pass that follows."""
+        """What `gather_rows` gets inside, one micro-batch after the other, is kept for the pass that follows."""
         self._kept, self.is_recording = {}, True
         try:
             yield
@@ -48,7 +48,7 @@ class GlobalBatch:
         """The next micro-batch begins."""
         self._micro = (self._micro + 1) % self.micro_steps
 
-    def complete(self, name: str, rows: Tensor) -> Tensor:
+    def gather_rows(self, name: str, rows: Tensor) -> Tensor:
         """Rows [b,...] of this micro-batch -> [B,...] of the global batch, in its order, with gradients to the given rows.
 
         Args:
@@ -65,7 +65,7 @@ class GlobalBatch:
         parts[self._micro] = torch.cat([theirs[:first], rows, theirs[first + len(rows) :]])
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def share(self, loss: Tensor) -> Tensor:
+    def rescale_for_mean(self, loss: Tensor) -> Tensor:
         """A loss of complete rows, whose gradient survives the mean over processes and micro-batches that training takes."""
         cuts = self.accelerator.num_processes * self.micro_steps
         return loss if cuts == 1 else loss + (cuts - 1) * (loss - loss.detach())

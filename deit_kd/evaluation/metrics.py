@@ -43,7 +43,7 @@ def near_chance(
     """A line of each teacher that knows hardly more of the validation images than one answer for all of them would get.
 
     Args:
-        teachers: one a lesson; random ones are tests, and nothing is said of them.
+        teachers: one a distillation; random ones are tests, and nothing is said of them.
         measured: lines of `Classification.evaluate_teachers`, of which the last counts; a teacher that was not measured is not in it.
         labels: [N] int of the validation images.
         num_classes: K.

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from deit_kd.data import EvaluationLoader, Placement, open_source
+from deit_kd.data import EvaluationLoader, LoaderConfig, open_source
 from deit_kd.data.loader import SKIPPED
 from deit_kd.data.sources.base import Split
 from deit_kd.data.sources.catalog import open_folder_to_evaluate
@@ -73,7 +73,7 @@ def match_labels(known: tuple[str, ...] | None, number: int, names: Sequence[str
 
 
 @torch.inference_mode()
-def examine(
+def evaluate_model(
     model: TimmModel,
     examination: Examination,
     device: torch.device,
@@ -109,7 +109,7 @@ def examine(
     config = timm.data.resolve_model_data_config(model)
     transform = own_transform(**config)
     workers = min(16, (os.cpu_count() or 1) - 1)
-    placed = Placement(device, 1, 0, workers, on_bad_image, _tell, remedy="remove it, or give --on-bad-image skip")
+    placed = LoaderConfig(device, 1, 0, workers, on_bad_image, _tell, remedy="remove it, or give --on-bad-image skip")
     batch_size = min(batch_size, max(1, MOST_RESIZED // math.prod(config["input_size"][1:])))  # fewer where images are very large
     loader = EvaluationLoader(source, transform, placed, batch_size)
     distiller = Distiller(model.to(device)).eval()
@@ -314,10 +314,10 @@ def evaluate(
         img_size: pixels a side, if not the network's own.
         exif_orientation: apply or ignore; None: apply, but of a benchmark ignore, as published numbers do.
         label_column: see `open_source`.
-        settings: see `examine`.
+        settings: see `evaluate_model`.
 
     Raises:
-        UserError: see `load_student`, `load_teacher`, `open_source`, `examine`.
+        UserError: see `load_student`, `load_teacher`, `open_source`, `evaluate_model`.
     """
     must_not_be_data(folder, data, all_of_it=True)
     model = load_student(weights, img_size=img_size)
@@ -345,7 +345,7 @@ def evaluate(
     with claimed(folder, "deit-kd evaluate", _is_report):
         found = {}
         for part, examination in parts.items():
-            measured = examine(model, examination, device, teacher=asked, bar=part or "evaluating", **settings)
+            measured = evaluate_model(model, examination, device, teacher=asked, bar=part or "evaluating", **settings)
             found[part] = {**facts, "data": examination.source.name, **measured}
             title = f"{facts['weights']} on {benchmark or examination.source.name}{f', {part}' if part else ''}"
             write(folder / part, title, found[part], examination.source.class_names)

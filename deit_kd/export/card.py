@@ -18,11 +18,11 @@ from deit_kd import recipe as recipes
 from deit_kd.errors import UserError
 from deit_kd.export.citations import bibtex, cited
 from deit_kd.export.markdown import Written, render
-from deit_kd.export.student import licence
+from deit_kd.export.student import license
 from deit_kd.files.documents import MEGABYTE, read_bytes, short
 from deit_kd.files.whole import clear, write_text
 from deit_kd.recipe import Recipe
-from deit_kd.text import for_markdown, for_terminal, licence_name, printable, redact_all, redact_path
+from deit_kd.text import for_markdown, for_terminal, license_name, printable, redact_all, redact_path
 from deit_kd.training.best import exported
 from deit_kd.training.metrics import read_metrics
 from deit_kd.training.run_files import read_run
@@ -70,7 +70,7 @@ def _write_card(run_folder: Path) -> Path:
     on_hub = [teacher["name"].removeprefix("hf-hub:") for teacher in teachers if teacher["name"].startswith("hf-hub:")]
     data = ModelCardData(
         model_name=printable(name, 200),
-        license=licence([each["license"] for each in (*teachers, run.get("finetuned_from")) if each]),
+        license=license([each["license"] for each in (*teachers, run.get("finetuned_from")) if each]),
         library_name="timm",
         pipeline_tag="image-classification",
         tags=["image-classification", "timm", "deit_kd", *(["knowledge-distillation"] if teachers else [])],
@@ -102,7 +102,7 @@ def _write_card(run_folder: Path) -> Path:
         chosen=chosen,
         best=max(evaluations, key=lambda line: line["top1"]),
         scores=next((line for line in metrics if line["kind"] == "teacher"), {}),
-        lessons=recipe.lessons(),
+        distillations=recipe.distillations(),
         classes=Written(", ".join(for_markdown(label, 100) for label in labels)) if len(labels) <= 100 else None,
         resized=math.floor(recipe.data.img_size / recipe.evaluation.crop_pct),  # as timm rounds
         precision=PRECISION.get(run["precision"], run["precision"]),
@@ -157,10 +157,10 @@ def _public(run: dict[str, Any]) -> dict[str, Any]:
         each |= {
             "name": redact_path(each["name"]),
             "weights": redact_path(each["weights"]),
-            "license": licence_name(each["license"]),
+            "license": license_name(each["license"]),
         }
     if origin := run.get("finetuned_from"):
-        origin |= {"source": redact_path(origin["source"]), "license": licence_name(origin["license"])}
+        origin |= {"source": redact_path(origin["source"]), "license": license_name(origin["license"])}
     return run
 
 

@@ -117,8 +117,8 @@ PAPERS = {  # key -> kind, and what BibTeX says of it
 def cited(recipe: Recipe) -> list[str]:
     """Keys of `PAPERS`: of each loss that has a weight, of training without labels, of DeiT where the student is one."""
     keys = []
-    for lesson in recipe.lessons():
-        distill = lesson.distill
+    for distillation in recipe.distillations():
+        distill = distillation.distill
         if distill.feature_loss is not None and distill.feature_weight:
             keys.append(FEATURE_OBJECTIVES[distill.feature_loss].paper)
         if distill.kd_loss is not None and distill.kd_weight:

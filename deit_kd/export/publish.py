@@ -25,7 +25,7 @@ from deit_kd.files.documents import MEGABYTE, read_bytes, read_json, short
 from deit_kd.files.whole import write_json, write_text
 from deit_kd.models import load_student
 from deit_kd.models.config_json import read_config
-from deit_kd.text import for_markdown, for_terminal, hide_secrets, leaks, licence_name, printable
+from deit_kd.text import for_markdown, for_terminal, hide_secrets, leaks, license_name, printable
 from deit_kd.training.best import exported
 from deit_kd.training.metrics import read_metrics
 from deit_kd.training.run_files import read_run
@@ -42,7 +42,7 @@ PICTURES = {
 # of a student's folder: what the run wrote, and `deit-kd export` beside it
 SENT = {"README.md", "config.json", "model.safetensors", "recipe.yaml", "metrics.jsonl", "LICENSE"}
 SENT |= {"model.onnx", "model.onnx.data", "model.pt2"}
-LICENCE = Path(__file__).resolve().parent.parent.parent / "LICENSE"
+LICENSE = Path(__file__).resolve().parent.parent.parent / "LICENSE"
 STRANGER = """
 import sys
 {first}
@@ -53,8 +53,8 @@ torch.save(student(torch.load(sys.argv[2], weights_only=True)), sys.argv[3])
 """
 
 
-def publish(run: Path, repository: str, *, private: bool, dry_run: bool, licence: str | None, despite_teacher: bool) -> list[str]:
-    """Checks a run's student as a stranger would, and uploads it with card, recipe, metrics, plots and licence in one commit.
+def publish(run: Path, repository: str, *, private: bool, dry_run: bool, license: str | None, despite_teacher: bool) -> list[str]:
+    """Checks a run's student as a stranger would, and uploads it with card, recipe, metrics, plots and license in one commit.
 
     What was uploaded before an interruption is not sent again.
 
@@ -63,14 +63,14 @@ def publish(run: Path, repository: str, *, private: bool, dry_run: bool, licence
         repository: ORG/NAME.
         private: whether a new repository is.
         dry_run: everything but the upload; needs no account.
-        licence: of the weights; None: what the card says.
-        despite_teacher: allows a permissive licence where those of the weights it learnt from are not.
+        license: of the weights; None: what the card says.
+        despite_teacher: allows a permissive license where those of the weights it learned from are not.
 
     Returns:
         What was done, a line each.
 
     Raises:
-        UserError: a run that is not finished, a card whose numbers are not those of the run, other logits, a licence, no account,
+        UserError: a run that is not finished, a card whose numbers are not those of the run, other logits, a license, no account,
             or a file that holds a secret, a path, or names of pictures.
     """
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
@@ -95,7 +95,7 @@ def publish(run: Path, repository: str, *, private: bool, dry_run: bool, licence
         folder = Path(temporary) / "student"
         said += _copy(run, folder)
         with files_that_agree(run):
-            said.append(_licence(run, folder, licence, despite_teacher))
+            said.append(_license(run, folder, license, despite_teacher))
             card = (folder / "README.md").read_text(encoding="utf-8")
             card = card.replace("local-dir:PATH/TO/THIS/FOLDER", f"hf-hub:{repository}")
             write_text(folder / "README.md", _with_pictures(card, folder))
@@ -188,17 +188,17 @@ def _copy(run: Path, folder: Path) -> list[str]:
     return [f"left out  {', '.join(names)[:500]}"] if names else []
 
 
-def _licence(run: Path, folder: Path, licence: str | None, despite_teacher: bool) -> str:
-    """Sets the licence in card and config, and puts its text beside them where it is Apache's."""
+def _license(run: Path, folder: Path, license: str | None, despite_teacher: bool) -> str:
+    """Sets the license in card and config, and puts its text beside them where it is Apache's."""
     facts = read_run(run)
-    learnt = {licence_name(each["license"]) for each in (*facts["teachers"], facts.get("finetuned_from")) if each}
+    learned = {license_name(each["license"]) for each in (*facts["teachers"], facts.get("finetuned_from")) if each}
     card = _card(folder / "README.md", run)
-    chosen = licence or card.data.license
+    chosen = license or card.data.license
     if not isinstance(chosen, str):
         raise UserError(f"{run / 'student/README.md'}: license: is {short(chosen)}, no name of one; {_again(run)}")
-    if chosen in PERMISSIVE and (foreign := sorted(learnt - set(PERMISSIVE))) and not despite_teacher:
+    if chosen in PERMISSIVE and (foreign := sorted(learned - set(PERMISSIVE))) and not despite_teacher:
         raise UserError(
-            f"--licence {chosen}: this student learnt from weights under {', '.join(foreign)}, which may not allow it; leave the option "
+            f"--license {chosen}: this student learned from weights under {', '.join(foreign)}, which may not allow it; leave the option "
             "out, or say --despite-teacher if you may"
         )
     card.data.license = chosen
@@ -207,8 +207,8 @@ def _licence(run: Path, folder: Path, licence: str | None, despite_teacher: bool
     (config.get("pretrained_cfg") or config)["license"] = chosen
     write_json(folder / "config.json", config)
     if chosen == "apache-2.0":
-        shutil.copyfile(LICENCE, folder / "LICENSE")
-    return f"licence   {chosen}"
+        shutil.copyfile(LICENSE, folder / "LICENSE")
+    return f"license   {chosen}"
 
 
 def _with_pictures(card: str, folder: Path) -> str:
@@ -232,7 +232,7 @@ def must_be_clean(folder: Path, run: Path) -> None:
         UserError: a file holds a password, a token, a path, or the name of a picture.
     """
     names = _class_names(folder)
-    here = {str(path) for path in (Path.home(), Path.cwd(), run.resolve().parent, Path(sys.prefix), LICENCE.parent)} - {"/"}
+    here = {str(path) for path in (Path.home(), Path.cwd(), run.resolve().parent, Path(sys.prefix), LICENSE.parent)} - {"/"}
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         try:
             found = _found_in(file, here, names)

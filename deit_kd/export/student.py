@@ -16,13 +16,13 @@ from deit_kd.errors import UserError
 from deit_kd.files.whole import whole_folder, write_json, write_tensors
 from deit_kd.models.features import TimmModel
 from deit_kd.recipe import Recipe
-from deit_kd.text import licence_name
+from deit_kd.text import license_name
 
 PERMISSIVE = ("none, random weights", "apache-2.0", "mit", "bsd-3-clause")
 
 
 def export_student(
-    student: TimmModel, folder: Path, recipe: Recipe, class_names: Sequence[str], teacher_licences: Sequence[object]
+    student: TimmModel, folder: Path, recipe: Recipe, class_names: Sequence[str], teacher_licenses: Sequence[object]
 ) -> None:
     """Writes a run's student with `fill_folder`; replaces `folder` whole.
 
@@ -31,7 +31,7 @@ def export_student(
         folder: where to.
         recipe: for the preprocessing and the arguments of the architecture.
         class_names: [K] names, stored as label_names.
-        teacher_licences: of the weights that it learnt from.
+        teacher_licenses: of the weights that it learned from.
 
     Raises:
         UserError: the reloaded model gives other logits.
@@ -41,7 +41,7 @@ def export_student(
     if student.pretrained_cfg.get("fixed_input_size"):
         arguments["img_size"] = size
     preprocessing = {
-        "license": licence(teacher_licences),
+        "license": license(teacher_licenses),
         "input_size": [3, size, size],
         "mean": list(recipe.data.mean),
         "std": list(recipe.data.std),
@@ -106,12 +106,12 @@ def _write_config(
     write_json(file, config)
 
 
-def licence(of_teachers: Sequence[object]) -> str:
+def license(of_teachers: Sequence[object]) -> str:
     """Apache-2.0, unless a teacher's weights came under terms that are not permissive, or not known.
 
     What a teacher's configuration states may be of any type; what is no identifier, as the hub writes them, is `other`.
     """
-    others = {name for each in of_teachers if (name := licence_name(each)) not in PERMISSIVE}
+    others = {name for each in of_teachers if (name := license_name(each)) not in PERMISSIVE}
     if not others:
         return "apache-2.0"
     name = others.pop()

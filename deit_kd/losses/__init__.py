@@ -19,7 +19,7 @@ from deit_kd.losses.logits import (
     dist,
     hard_distillation,
     kl_distillation,
-    normalised_distillation,
+    normalized_distillation,
     soft_distillation,
 )
 
@@ -40,6 +40,6 @@ __all__ = [
     "mean_squared",
     "noise_contrastive",
     "norm_direction",
-    "normalised_distillation",
+    "normalized_distillation",
     "soft_distillation",
 ]

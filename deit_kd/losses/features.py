@@ -16,11 +16,11 @@ from torch import Tensor
 
 from deit_kd.losses.precision import full_precision, pair
 
-Normalisation = Literal["batch", "l2", "layer", "none"]
+Normalization = Literal["batch", "l2", "layer", "none"]
 
 
-def _batch_standardise(x: Tensor, norm_eps: float) -> Tensor:
-    """Batch normalisation without affine, as a function: biased variance over the batch, x [B,E]."""
+def _batch_standardize(x: Tensor, norm_eps: float) -> Tensor:
+    """Batch normalization without affine, as a function: biased variance over the batch, x [B,E]."""
     if x.shape[0] < 2:
         raise ValueError("batch statistics need at least 2 samples a batch, got 1")
     variance, mean = torch.var_mean(x, dim=0, correction=0)
@@ -51,13 +51,13 @@ def logsum_correlation(student: Tensor, teacher: Tensor, power: float = 4.0, eps
         teacher: [B,E] features.
         power: exponent (the paper finds 4 to 5 best).
         eps: added inside the logarithm; it sets the lowest value, log(eps).
-        norm_eps: added to the variance in the batch normalisation.
+        norm_eps: added to the variance in the batch normalization.
 
     Raises:
         ValueError: shapes differ, or B < 2.
     """
     student, teacher = pair(student, teacher)
-    correlation = (_batch_standardise(student, norm_eps) * _batch_standardise(teacher, norm_eps)).mean(dim=0)
+    correlation = (_batch_standardize(student, norm_eps) * _batch_standardize(teacher, norm_eps)).mean(dim=0)
     return _log_sum_of_powers(correlation - 1, power, eps)
 
 
@@ -65,43 +65,43 @@ def logsum(
     student: Tensor,
     teacher: Tensor,
     power: float = 4.0,
-    normalisation: Normalisation = "batch",
+    normalization: Normalization = "batch",
     eps: float = 1e-5,
     norm_eps: float = 1e-4,
 ) -> Tensor:
-    """The paper's family: log(sum_{b,e} |n(student) - n(teacher)|^power + eps) for a normalisation n of both sides.
+    """The paper's family: log(sum_{b,e} |n(student) - n(teacher)|^power + eps) for a normalization n of both sides.
 
     Args:
         student: [B,E] projected features.
         teacher: [B,E] features.
         power: exponent.
-        normalisation: "batch" (per channel over the batch), "l2" (unit length), "layer" (per sample over E), "none".
+        normalization: "batch" (per channel over the batch), "l2" (unit length), "layer" (per sample over E), "none".
         eps: added inside the logarithm.
         norm_eps: added to the variance in "batch" and "layer".
 
     Raises:
-        ValueError: shapes differ, unknown normalisation, or B < 2 with "batch".
+        ValueError: shapes differ, unknown normalization, or B < 2 with "batch".
     """
     student, teacher = pair(student, teacher)
-    if normalisation == "batch":
-        student, teacher = _batch_standardise(student, norm_eps), _batch_standardise(teacher, norm_eps)
-    elif normalisation == "layer":
+    if normalization == "batch":
+        student, teacher = _batch_standardize(student, norm_eps), _batch_standardize(teacher, norm_eps)
+    elif normalization == "layer":
         width = student.shape[1:]
         student, teacher = F.layer_norm(student, width, eps=norm_eps), F.layer_norm(teacher, width, eps=norm_eps)
-    elif normalisation == "l2":
+    elif normalization == "l2":
         student, teacher = F.normalize(student, dim=1), F.normalize(teacher, dim=1)
-    elif normalisation != "none":
-        raise ValueError(f"normalisation must be batch, l2, layer or none, got {normalisation!r}")
+    elif normalization != "none":
+        raise ValueError(f"normalization must be batch, l2, layer or none, got {normalization!r}")
     return _log_sum_of_powers(student - teacher, power, eps)
 
 
 def logsum_difference(student: Tensor, teacher: Tensor, power: float = 4.0, eps: float = 0.0, norm_eps: float = 1e-4) -> Tensor:
-    """LogSum over element-wise differences, batch-normalised both: the form of the authors' ResNet code; student, teacher [B,E]."""
+    """LogSum over element-wise differences, batch-normalized both: the form of the authors' ResNet code; student, teacher [B,E]."""
     return logsum(student, teacher, power, "batch", eps, norm_eps)
 
 
 def layer_norm_smooth_l1(student: Tensor, teacher: Tensor) -> Tensor:
-    """VkD (Miles et al., CVPR 2024): smooth L1 of student [B,E] to the layer-normalised teacher [B,E], mean over all elements."""
+    """VkD (Miles et al., CVPR 2024): smooth L1 of student [B,E] to the layer-normalized teacher [B,E], mean over all elements."""
     student, teacher = pair(student, teacher)
     return F.smooth_l1_loss(student, F.layer_norm(teacher, teacher.shape[1:]))
 
@@ -164,7 +164,7 @@ def correlation_congruence(student: Tensor, teacher: Tensor, gamma: float = 0.4,
     """CC (Peng et al., ICCV 2019): mean squared difference of the two B x B matrices of correlations between samples.
 
     A correlation is the Gaussian kernel exp(-gamma |f_i - f_j|^2) of features of length 1, by its Taylor series in <f_i, f_j> up to
-    `order`. RepDistiller's `Correlation`, behind CC's numbers in CRD's tables, is another formula: products of neighbouring differences.
+    `order`. RepDistiller's `Correlation`, behind CC's numbers in CRD's tables, is another formula: products of neighboring differences.
 
     Args:
         student: [B,D] features; widths may differ.
@@ -215,7 +215,7 @@ def noise_contrastive(scores: Tensor, population: int, eps: float = 1e-7) -> Ten
     """CRD's objective (Tian et al., ICLR 2020), its released form: is a score that of the image itself, or of noise?
 
     Args:
-        scores: [B,1+N], normalised probabilities of a candidate, the image itself first, then N negatives.
+        scores: [B,1+N], normalized probabilities of a candidate, the image itself first, then N negatives.
         population: the number of images that negatives are drawn from.
         eps: added in the denominators.
 

@@ -101,7 +101,7 @@ def dist(
     return temperature**2 * (inter_weight * inter + intra_weight * intra)
 
 
-def normalised_distillation(
+def normalized_distillation(
     student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, gamma: float = 1.5, temperature: float = 1.0
 ) -> Tensor:
     """NKD (Yang et al., ICCV 2023): -t_y log s_y + gamma T^2 times the cross-entropy among the other classes.

@@ -2,7 +2,7 @@
 
 import timm  # noqa: F401  # first: importing it registers our students, which need the modules below unspoilt
 
-from deit_kd.models import cifar_nets as cifar  # noqa: F401  # registers its networks with timm
+from deit_kd.models import cifar_nets  # noqa: F401  # registers its networks with timm
 from deit_kd.models.cached_teacher import AnyTeacher, CachedTeacher
 from deit_kd.models.distiller import Distiller, StudentOutput
 from deit_kd.models.loading import load_student

@@ -13,19 +13,19 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from deit_kd.data import Placement, Source, open_source
+from deit_kd.data import LoaderConfig, Source, open_source
 from deit_kd.data.sources.base import turned
 from deit_kd.data.sources.folders import order_in_doubt
 from deit_kd.data.transforms import evaluation_transform
 from deit_kd.errors import UserError
 from deit_kd.files.whole import warn
 from deit_kd.models import AnyTeacher, CachedTeacher, Distiller, build_student, load_student, load_teacher
-from deit_kd.models.distiller import build_lesson_projector, probe_student
+from deit_kd.models.distiller import build_distillation_projector, probe_student
 from deit_kd.models.facts import facts_of, locate
 from deit_kd.models.features import TimmModel
 from deit_kd.models.loading import architecture_of
 from deit_kd.models.teacher import doubts, other_classes
-from deit_kd.recipe import Finetune, Lesson, Recipe, nearest
+from deit_kd.recipe import Distillation, Finetune, Recipe, nearest
 from deit_kd.recipe.checks import impossible
 from deit_kd.seed import derive_seed
 from deit_kd.text import for_terminal
@@ -36,7 +36,7 @@ BAD_IMAGE = (
 
 
 def build_teachers(recipe: Recipe, class_names: Sequence[str] | int | None, pretrained: bool = True) -> list[AnyTeacher]:
-    """The teacher of each lesson of the recipe, the same object where two lessons name the same.
+    """The teacher of each distillation of the recipe, the same object where two distillations name the same.
 
     A teacher gets the images that the student gets, and must know the data's classes if its logits are distilled. It is in half
     precision, if that is stated, from `speed.prepare` on, which folds it first. One with a cache is not built: the cache is opened.
@@ -50,10 +50,10 @@ def build_teachers(recipe: Recipe, class_names: Sequence[str] | int | None, pret
         UserError: see `load_teacher` and `CachedTeacher`; labels of other names, or images of a size that a teacher refuses.
     """
     teachers: list[AnyTeacher] = []
-    lessons = recipe.lessons()
-    for lesson in lessons:
-        config, same = lesson.teacher, [other for other in lessons if other.teacher == lesson.teacher]
-        first = lessons.index(same[0])
+    distillations = recipe.distillations()
+    for distillation in distillations:
+        config, same = distillation.teacher, [other for other in distillations if other.teacher == distillation.teacher]
+        first = distillations.index(same[0])
         if first < len(teachers):
             teachers.append(teachers[first])
             continue
@@ -109,7 +109,7 @@ def resolve(recipe: Recipe) -> Recipe:
         UserError: weights or a teacher that cannot be read; weights of another architecture than it names; what then does not fit.
     """
     if auto := recipe.follows_teacher():
-        first = recipe.lessons()[0].teacher
+        first = recipe.distillations()[0].teacher
         if first.name.startswith("hf-hub:"):
             locate(
                 first.name, first.weights
@@ -136,12 +136,12 @@ def resolve(recipe: Recipe) -> Recipe:
 def build_distiller(
     recipe: Recipe, num_classes: int, teachers: Sequence[AnyTeacher], labels: Tensor | None = None, pretrained: bool = True
 ) -> Distiller:
-    """Student and a projector for each lesson; fresh weights that depend on the recipe's seed alone, or those to go on from.
+    """Student and a projector for each distillation; fresh weights that depend on the recipe's seed alone, or those to go on from.
 
     Args:
         recipe: names them.
         num_classes: of the data.
-        teachers: one a lesson, on the CPU or the meta device like the result.
+        teachers: one a distillation, on the CPU or the meta device like the result.
         labels: [N] int of the training images, for a contrastive memory.
         pretrained: False counts only: random weights, whatever the recipe says.
 
@@ -154,37 +154,37 @@ def build_distiller(
         _freeze(student.train(), recipe.finetune)
     else:
         student = build_student(recipe.student, num_classes, recipe.data.img_size)
-    lessons = recipe.lessons()
+    distillations = recipe.distillations()
     device = next(student.parameters()).device
     image = torch.zeros(1, 3, recipe.data.img_size, recipe.data.img_size, device=device)
     probe_student(student, image)
     projectors = [
-        build_lesson_projector(lesson, student, teacher, image, labels, derive_seed(recipe.seed, "memory"))
-        for lesson, teacher in zip(lessons, teachers, strict=True)
+        build_distillation_projector(distillation, student, teacher, image, labels, derive_seed(recipe.seed, "memory"))
+        for distillation, teacher in zip(distillations, teachers, strict=True)
     ]
-    distiller = Distiller(student, projectors, [lesson.distill.student_tap for lesson in lessons])
+    distiller = Distiller(student, projectors, [distillation.distill.student_tap for distillation in distillations])
     heads = distiller.distillation_heads
-    taught = sum(token is not None for token in tokens(lessons, heads))
+    taught = sum(token is not None for token in tokens(distillations, heads))
     if heads > 1 and taught not in (0, heads):
         raise UserError(
             f"student.name={recipe.student.name}: has {heads} distillation tokens, and the logits of {taught} teachers go to them; state "
             f"{heads} with kd_head=distillation or both, or take a student with one token"
         )
-    for lesson in lessons:
-        if lesson.distill.kd_weight and lesson.distill.kd_loss == "decoupled_distillation" and num_classes < 3:
+    for distillation in distillations:
+        if distillation.distill.kd_weight and distillation.distill.kd_loss == "decoupled_distillation" and num_classes < 3:
             raise UserError(
                 f"distill.kd_loss=decoupled_distillation: needs 3 classes, the data has {num_classes}; use kl_distillation"
             )
-        if lesson.distill.kd_weight and lesson.distill.kd_head != "class" and not distiller.has_tokens:
+        if distillation.distill.kd_weight and distillation.distill.kd_head != "class" and not distiller.has_tokens:
             raise UserError(
-                f"distill.kd_head={lesson.distill.kd_head}: {recipe.student.name} has no distillation token; use kd_head=class, or a "
+                f"distill.kd_head={distillation.distill.kd_head}: {recipe.student.name} has no distillation token; use kd_head=class, or a "
                 "student such as deit_tiny_distilled_patch16_224"
             )
     return distiller
 
 
 def build_models(recipe: Recipe, num_classes: int | None) -> tuple[int, list[AnyTeacher], Distiller]:
-    """(classes, the teacher of each lesson, student with projectors) on the meta device, where weights take no memory: to count them.
+    """(classes, the teacher of each distillation, student with projectors) on the meta device, where weights take no memory: to count them.
 
     Args:
         recipe: names them, `resolve`d.
@@ -228,9 +228,12 @@ def _freeze(student: TimmModel, finetune: Finetune) -> None:
         raise UserError("finetune.frozen: leaves nothing to train; shorten it")
 
 
-def tokens(lessons: Sequence[Lesson], heads: int) -> list[int | None]:
-    """Which distillation head each lesson teaches: the first that teaches one the first, and so on; a single head is everybody's."""
-    teaches = [bool(lesson.distill.kd_weight) and lesson.distill.kd_head in ("distillation", "both") for lesson in lessons]
+def tokens(distillations: Sequence[Distillation], heads: int) -> list[int | None]:
+    """Which distillation head each distillation teaches: the first that teaches one the first, and so on; a single head is everybody's."""
+    teaches = [
+        bool(distillation.distill.kd_weight) and distillation.distill.kd_head in ("distillation", "both")
+        for distillation in distillations
+    ]
     return [min(sum(teaches[:n]), max(heads, 1) - 1) if each else None for n, each in enumerate(teaches)]
 
 
@@ -296,10 +299,10 @@ def example_images(recipe: Recipe, source: Source, count: int = 4) -> Tensor:
     return torch.stack(images)
 
 
-def placement(recipe: Recipe, accelerator: Accelerator, warn: Callable[[str], None]) -> Placement:
+def loader_config(recipe: Recipe, accelerator: Accelerator, warn: Callable[[str], None]) -> LoaderConfig:
     """Where this process's loaders work, with how many workers beside it."""
     stated = recipe.run.workers
-    return Placement(
+    return LoaderConfig(
         device=accelerator.device,
         num_processes=accelerator.num_processes,
         process_index=accelerator.process_index,
@@ -311,7 +314,7 @@ def placement(recipe: Recipe, accelerator: Accelerator, warn: Callable[[str], No
 
 
 def accumulation(global_batch_size: int, num_processes: int, device_batch_size: int | None) -> int:
-    """Micro-steps an optimiser step, so that none is larger than `device_batch_size`.
+    """Micro-steps an optimizer step, so that none is larger than `device_batch_size`.
 
     Raises:
         UserError: the global batch does not divide evenly.

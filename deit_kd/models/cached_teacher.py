@@ -126,7 +126,7 @@ class CachedTeacher(nn.Module):
         self._rows: dict[str, Tensor] = {}
 
     def read(self, epoch: int, start: int, count: int) -> dict[str, Tensor]:
-        """See `deit_kd.data.loader.Memory`. The file is mapped into memory, and checked when it is opened.
+        """See `deit_kd.data.loader.TeacherCacheReader`. The file is mapped into memory, and checked when it is opened.
 
         Raises:
             UserError: the file is damaged.

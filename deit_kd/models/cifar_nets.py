@@ -28,7 +28,7 @@ class CifarNet(nn.Module):
     """
 
     head_name, first_conv = "fc", "conv1"
-    head_std: float | None = None  # of the classifier's initial weights; None: torch's initialisation
+    head_std: float | None = None  # of the classifier's initial weights; None: torch's initialization
     zero_bias = False
 
     def __init__(
@@ -40,17 +40,17 @@ class CifarNet(nn.Module):
         self.num_classes = num_classes
 
     def _finish(self, stages: list[list[str]], channels: Sequence[int], reductions: Sequence[int]) -> None:
-        """Initialises; `stages` names the modules of each, the last of which puts out what the stage passes on."""
+        """Initializes; `stages` names the modules of each, the last of which puts out what the stage passes on."""
         self.stages = stages
         self.feature_info = [
             {"num_chs": width, "reduction": reduction, "module": names[-1]}
             for names, width, reduction in zip(stages, channels, reductions, strict=True)
         ]
         self.num_features = self.head_hidden_size = channels[-1]
-        self.apply(self.initialise)
+        self.apply(self.initialize)
         self.reset_classifier(self.num_classes)
 
-    def initialise(self, module: nn.Module) -> None:
+    def initialize(self, module: nn.Module) -> None:
         """As the authors do: He's for convolutions, and what the family's flags say of the classifier."""
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -67,7 +67,7 @@ class CifarNet(nn.Module):
         """A fresh classifier; 0 classes give the pooled features."""
         self.num_classes = num_classes
         head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
-        self.initialise(head)
+        self.initialize(head)
         self.set_submodule(self.head_name, head)
 
     def forward_intermediates(
@@ -106,7 +106,7 @@ class CifarNet(nn.Module):
 
 
 def conv(channels: int, width: int, kernel: int = 3, stride: int = 1, groups: int = 1) -> nn.Conv2d:
-    """A convolution that keeps the size, but for its stride; a batch normalisation follows it."""
+    """A convolution that keeps the size, but for its stride; a batch normalization follows it."""
     return nn.Conv2d(channels, width, kernel, stride, kernel // 2, groups=groups, bias=False)
 
 
@@ -253,7 +253,7 @@ class ShuffleNetV1(ResNet):
     head_name, stem_kernel, first_stride = "linear", 1, 2
     block: Block = GroupUnit
 
-    def initialise(self, module: nn.Module) -> None:
+    def initialize(self, module: nn.Module) -> None:
         """Leaves torch's."""
 
 
@@ -283,7 +283,7 @@ class WideBlock(nn.Module):
 
 
 class WideResNet(CifarNet):
-    """Pre-activation ResNet; its last stage includes the final normalisation."""
+    """Pre-activation ResNet; its last stage includes the final normalization."""
 
     zero_bias = True
 
@@ -298,7 +298,7 @@ class WideResNet(CifarNet):
 
 
 class VGG(CifarNet):
-    """VGG with batch normalisation and one linear layer, without pooling between the last two stages.
+    """VGG with batch normalization and one linear layer, without pooling between the last two stages.
 
     CRD's code pools there too for images of just 64 px; here a network is the same at every size.
     """

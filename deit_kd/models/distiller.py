@@ -1,6 +1,6 @@
 """The one prepared module: student and projectors behind one forward, so that DDP and FSDP see every gradient.
 
-Calling a part past the wrapper (as published codes of this family do) silently leaves its gradients unsynchronised.
+Calling a part past the wrapper (as published codes of this family do) silently leaves its gradients unsynchronized.
 """
 
 from __future__ import annotations
@@ -14,11 +14,20 @@ from torch import Tensor, nn
 
 from deit_kd.errors import UserError
 from deit_kd.models.cached_teacher import AnyTeacher
-from deit_kd.models.features import Hidden, Tap, Tapped, TimmModel, run, stages_of, take, wrong_size
+from deit_kd.models.features import (
+    Intermediates,
+    Tap,
+    Tapped,
+    TimmModel,
+    forward_with_intermediates,
+    select_feature,
+    stages_of,
+    wrong_size,
+)
 from deit_kd.models.projectors.contrastive_memory import ContrastiveMemory
 from deit_kd.models.projectors.review_fusion import ReviewFusion
 from deit_kd.models.projectors.vectors import Orthonormal, build_projector, project
-from deit_kd.recipe import Lesson, Projector
+from deit_kd.recipe import Distillation, Projector
 from deit_kd.recipe.objectives import FEATURE_OBJECTIVES
 
 
@@ -27,7 +36,9 @@ class StudentOutput(NamedTuple):
 
     logits: Tensor  # [B,K], class-token head; of a CNN, its only head
     dist_logits: tuple[Tensor, ...]  # [B,K] of the head of each distillation token
-    projected: tuple[Tapped | None, ...]  # of each lesson, the student's features in the teacher's width; None: it compares none
+    projected: tuple[
+        Tapped | None, ...
+    ]  # of each distillation, the student's features in the teacher's width; None: it compares none
 
     def prediction(self) -> Tensor:
         """[B,K]: what the exported student returns, the mean of its heads."""
@@ -36,12 +47,12 @@ class StudentOutput(NamedTuple):
 
 
 class Distiller(nn.Module):
-    """A timm student and a projector for each lesson.
+    """A timm student and a projector for each distillation.
 
     Args:
         student: a timm model; a distilled DeiT gives logits from each of its prefix tokens.
-        projectors: one a lesson.
-        taps: of the student, one a lesson; None for a lesson that compares logits only.
+        projectors: one a distillation.
+        taps: of the student, one a distillation; None for a distillation that compares logits only.
     """
 
     def __init__(self, student: TimmModel, projectors: Sequence[nn.Module] = (), taps: Sequence[Tap | None] = ()):
@@ -57,8 +68,8 @@ class Distiller(nn.Module):
         """The student, and with `teachers` its projections.
 
         Args:
-            images: [B,3,H,W], normalised as the student wants them.
-            teachers: what each lesson's teacher gave at its tap; None leaves that lesson out. Nothing at all: logits only.
+            images: [B,3,H,W], normalized as the student wants them.
+            teachers: what each distillation's teacher gave at its tap; None leaves that distillation out. Nothing at all: logits only.
         """
         return self._compute(images, teachers)
 
@@ -68,7 +79,7 @@ class Distiller(nn.Module):
 
     def _compute(self, images: Tensor, teachers: Sequence[Tapped | None]) -> StudentOutput:
         student = self.student
-        hidden = run(student, images, self.stages if teachers else [])
+        hidden = forward_with_intermediates(student, images, self.stages if teachers else [])
         if self.has_tokens:  # timm's forward_head would average the heads outside of its own training mode
             tokens = enumerate(student.get_classifier())
             logits, *dist_logits = [head(student.head_drop(hidden.final[:, token])) for token, head in tokens]
@@ -77,7 +88,7 @@ class Distiller(nn.Module):
         projected: list[Tapped | None] = [None] * len(teachers)
         for number, (projector, tap, teacher) in enumerate(zip(self.projectors, self.taps, teachers, strict=bool(teachers))):
             if tap is not None and teacher is not None:
-                projected[number] = _project(projector, take(student, hidden, tap), teacher)
+                projected[number] = _project(projector, select_feature(student, hidden, tap), teacher)
         return StudentOutput(logits, tuple(dist_logits), tuple(projected))
 
     def train(self, mode: bool = True) -> Distiller:
@@ -107,15 +118,15 @@ def _project(projector: nn.Module, features: Tapped, teacher: Tapped) -> Tapped:
 
 
 @torch.no_grad()
-def build_lesson_projector(
-    lesson: Lesson, student: TimmModel, teacher: AnyTeacher, image: Tensor, labels: Tensor | None, seed: int
+def build_distillation_projector(
+    distillation: Distillation, student: TimmModel, teacher: AnyTeacher, image: Tensor, labels: Tensor | None, seed: int
 ) -> nn.Module:
     """The projector between two taps, whose shapes one forward of each model tells.
 
     Args:
-        lesson: names taps and projector.
+        distillation: names taps and projector.
         student: any timm model.
-        teacher: with this lesson's tap among its taps.
+        teacher: with this distillation's tap among its taps.
         image: [1,3,H,W] of the student's size, on the models' device.
         labels: [N] int of the training images, for a contrastive memory.
         seed: of that memory.
@@ -123,12 +134,12 @@ def build_lesson_projector(
     Raises:
         UserError: a model refuses images of this size, the taps cannot be compared, or a memory has nothing to remember.
     """
-    distill, config = lesson.distill, lesson.projector
+    distill, config = distillation.distill, distillation.projector
     if distill.student_tap is None or distill.teacher_tap is None or not distill.feature_weight:
         return nn.Identity()
-    ours = take(student, probe_student(student, image, [distill.student_tap]), distill.student_tap)
+    ours = select_feature(student, probe_student(student, image, [distill.student_tap]), distill.student_tap)
     theirs = teacher.probe(image).tapped[distill.teacher_tap]
-    names = f"{distill.student_tap} of the student is {shape_of(ours)}, {distill.teacher_tap} of {lesson.teacher.name} is {shape_of(theirs)}"
+    names = f"{distill.student_tap} of the student is {shape_of(ours)}, {distill.teacher_tap} of {distillation.teacher.name} is {shape_of(theirs)}"
     several = [len(each) if isinstance(each, list) else 1 for each in (ours, theirs)]
     if several[0] != several[1]:
         raise UserError(f"{names}: {several[0]} and {several[1]} stages cannot be paired; tap one stage of each by its number")
@@ -148,7 +159,7 @@ def build_lesson_projector(
 
 
 @torch.no_grad()
-def probe_student(student: TimmModel, image: Tensor, taps: Sequence[Tap] = ()) -> Hidden:
+def probe_student(student: TimmModel, image: Tensor, taps: Sequence[Tap] = ()) -> Intermediates:
     """What the student makes of one image [1,3,H,W], to know the shapes; the student stays as it is.
 
     Raises:
@@ -156,7 +167,7 @@ def probe_student(student: TimmModel, image: Tensor, taps: Sequence[Tap] = ()) -
     """
     was_training, stages = student.training, stages_of(student, taps)
     try:
-        return run(student.eval(), image, stages)
+        return forward_with_intermediates(student.eval(), image, stages)
     except torch.OutOfMemoryError:
         raise
     except (AssertionError, RuntimeError, ValueError) as error:

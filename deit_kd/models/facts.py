@@ -57,11 +57,11 @@ def facts_of(name: str, weights: str = "pretrained") -> Facts:
     own = teacher.model.pretrained_cfg
     stated: dict[str, Any] = timm.data.resolve_model_data_config(teacher.model)
     labels, size = own.get("label_names"), stated["input_size"][-1]
-    licence = "apache-2.0" if name in LITE_PACKAGES else own.get("license")
+    license = "apache-2.0" if name in LITE_PACKAGES else own.get("license")
     return Facts(
         num_classes=teacher.num_classes,
         label_names=tuple(labels) if isinstance(labels, (list, tuple)) else None,
-        license=licence if isinstance(licence, str) and licence and weights == "pretrained" else "unknown",
+        license=license if isinstance(license, str) and license and weights == "pretrained" else "unknown",
         img_size=size,
         test_img_size=(own.get("test_input_size") or (size,))[-1],
         mean=tuple(stated["mean"]),

@@ -19,7 +19,7 @@ Tap: TypeAlias = str | int
 Tapped: TypeAlias = Tensor | list[Tensor]
 
 
-class Hidden(NamedTuple):
+class Intermediates(NamedTuple):
     """What one forward leaves: timm's `forward_features`, and the maps [B,C,H,W] of the stages that were asked for."""
 
     final: Tensor
@@ -60,15 +60,15 @@ def wrong_size(who: str, model: TimmModel, key: str, size: int, error: Exception
     return f"{who}: cannot take images of {size} pixels a side ({' '.join(str(error).split())[:200]}); {remedy}"
 
 
-def run(model: TimmModel, images: Tensor, stages: list[int]) -> Hidden:
+def forward_with_intermediates(model: TimmModel, images: Tensor, stages: list[int]) -> Intermediates:
     """One forward up to the last map or tokens, images [B,3,H,W]."""
     if not stages:
-        return Hidden(model.forward_features(images), {})
+        return Intermediates(model.forward_features(images), {})
     final, maps = model.forward_intermediates(images, indices=stages)
-    return Hidden(final, dict(zip(stages, maps, strict=True)))
+    return Intermediates(final, dict(zip(stages, maps, strict=True)))
 
 
-def take(model: TimmModel, hidden: Hidden, tap: Tap) -> Tapped:
+def select_feature(model: TimmModel, hidden: Intermediates, tap: Tap) -> Tapped:
     """The features of one tap: [B,D], [B,C,H,W], or several maps.
 
     Raises:

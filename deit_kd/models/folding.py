@@ -69,7 +69,7 @@ def _pairs(model: TimmModel, forward: Callable[[], object]) -> list[tuple[Any, A
 
 
 def _rest(norm: nn.Module) -> nn.Module:
-    """What timm's norms do beside normalising."""
+    """What timm's norms do beside normalizing."""
     parts = [part for name in ("drop", "act") if isinstance(part := getattr(norm, name, None), nn.Module)]
     parts = [part for part in parts if not isinstance(part, nn.Identity)]
     return parts[0] if len(parts) == 1 else nn.Sequential(*parts)

@@ -39,21 +39,21 @@ class ConvStem(PatchEmbed):
         self.proj = nn.Sequential(OrderedDict(stem=stem, patches=patches))
 
     def init_weights(self) -> None:
-        """He initialisation of every convolution, as the authors' code has it."""
+        """He initialization of every convolution, as the authors' code has it."""
         for module in self.proj.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight)
 
 
 class ConvStemDeiT(VisionTransformerDistilled):
-    """DeiT whose patches come from `ConvStem` and whose distillation token is the mean of the patch embeddings, not learnt."""
+    """DeiT whose patches come from `ConvStem` and whose distillation token is the mean of the patch embeddings, not learned."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **{**kwargs, "embed_layer": ConvStem})
         del self.dist_token
 
     def init_weights(self, *args: Any, **kwargs: Any) -> None:
-        """timm's, without the learnt distillation token."""
+        """timm's, without the learned distillation token."""
         VisionTransformer.init_weights(self, *args, **kwargs)
         self.patch_embed.init_weights()
 
@@ -64,7 +64,7 @@ class ConvStemDeiT(VisionTransformerDistilled):
 
 
 class TwoTeacherDeiT(VisionTransformerDistilled):
-    """DeiT with two learnt distillation tokens and a head for each: a token a teacher, all heads averaged in use.
+    """DeiT with two learned distillation tokens and a head for each: a token a teacher, all heads averaged in use.
 
     The heads of CivT (Co-advise, Ren et al., CVPR 2022), without its two stems.
     """
@@ -84,8 +84,8 @@ class TwoTeacherDeiT(VisionTransformerDistilled):
             super().init_weights(*args, **kwargs)
 
     def _pos_embed(self, x: Tensor) -> Tensor:
-        learnt = [token.expand(x.shape[0], -1, -1) for token in (self.cls_token, self.dist_token, self.dist_token_2)]
-        return self.pos_drop(torch.cat([*learnt, x], dim=1) + self.pos_embed)
+        learned = [token.expand(x.shape[0], -1, -1) for token in (self.cls_token, self.dist_token, self.dist_token_2)]
+        return self.pos_drop(torch.cat([*learned, x], dim=1) + self.pos_embed)
 
     def no_weight_decay(self) -> set[str]:
         """Timm's list, and the second token."""

@@ -15,8 +15,8 @@ from deit_kd.errors import UserError
 from deit_kd.models.build import build_models, resolve
 from deit_kd.models.cached_teacher import read_manifest
 from deit_kd.models.distiller import Distiller, shape_of
-from deit_kd.models.features import Tapped, run, take
-from deit_kd.recipe import Distill, Lesson, Recipe, Teacher
+from deit_kd.models.features import Tapped, forward_with_intermediates, select_feature
+from deit_kd.recipe import Distill, Distillation, Recipe, Teacher
 from deit_kd.recipe.objectives import couples_samples
 
 
@@ -31,7 +31,7 @@ class Plan:
     teachers: tuple[tuple[str, int, float], ...]  # (name, parameters, GMACs) of each network, as often as it is run
     cached: bool  # the teacher's answers are read, and it is not run
     shapes: tuple[tuple[str, str], ...]  # (what, shape)
-    taps: tuple[str, ...]  # for each lesson: student's tap -> projector -> teacher's tap, and the loss between them
+    taps: tuple[str, ...]  # for each distillation: student's tap -> projector -> teacher's tap, and the loss between them
     gathered_per_image: int  # numbers that processes exchange for losses that couple samples
 
     @property
@@ -82,19 +82,23 @@ def make_plan(recipe: Recipe, num_classes: int | None) -> Plan:
         distiller.eval()
         shapes: list[tuple[str, Any]] = [("images", image.shape)]
         counted, outputs = [], {}
-        for lesson, teacher in zip(recipe.lessons(), teachers, strict=True):
+        for distillation, teacher in zip(recipe.distillations(), teachers, strict=True):
             if teacher in outputs:
                 continue
             teacher.gives_feature_map = True
             with FlopCounterMode(display=False) as counter:
-                outputs[teacher] = output = _forward(teacher, f"teacher {lesson.teacher.name}", image)
-            counted.append((lesson.teacher.name, count(teacher), counter.get_total_flops() / 2 / len(image) / 1e9))
+                outputs[teacher] = output = _forward(teacher, f"teacher {distillation.teacher.name}", image)
+            counted.append((distillation.teacher.name, count(teacher), counter.get_total_flops() / 2 / len(image) / 1e9))
             number = f" {len(outputs) - 1}" if len(set(teachers)) > 1 else ""
             shapes += [(f"teacher{number} {name}", getattr(output, name).shape) for name in ("logits", "features", "feature_map")]
-        lessons = [(lesson, outputs[teacher]) for lesson, teacher in zip(recipe.lessons(), teachers, strict=True)]
+        distillations = [
+            (distillation, outputs[teacher]) for distillation, teacher in zip(recipe.distillations(), teachers, strict=True)
+        ]
         tapped = [
-            output.tapped[lesson.distill.teacher_tap] if lesson.distill.teacher_tap and lesson.distill.feature_weight else None
-            for lesson, output in lessons
+            output.tapped[distillation.distill.teacher_tap]
+            if distillation.distill.teacher_tap and distillation.distill.feature_weight
+            else None
+            for distillation, output in distillations
         ]
         with FlopCounterMode(display=False) as counter:
             _forward(distiller, f"student {recipe.student.name}", image)
@@ -102,19 +106,23 @@ def make_plan(recipe: Recipe, num_classes: int | None) -> Plan:
         student = _forward(distiller, f"student {recipe.student.name}", image, tapped)
         shapes += [("student logits", student.logits.shape), *(("student dist_logits", each.shape) for each in student.dist_logits)]
         taps = [
-            _tap_line(lesson, distiller, image, ours, theirs)
-            for lesson, ours, theirs in zip(recipe.lessons(), student.projected, tapped, strict=True)
+            _tap_line(distillation, distiller, image, ours, theirs)
+            for distillation, ours, theirs in zip(recipe.distillations(), student.projected, tapped, strict=True)
             if ours is not None and theirs is not None
         ]
-    pairs = zip(recipe.lessons(), student.projected, tapped, strict=True)
+    pairs = zip(recipe.distillations(), student.projected, tapped, strict=True)
     return Plan(
         num_classes=classes,
-        gathered_per_image=sum(_gathered(recipe, lesson.distill, classes, ours, theirs) for lesson, ours, theirs in pairs),
+        gathered_per_image=sum(
+            _gathered(recipe, distillation.distill, classes, ours, theirs) for distillation, ours, theirs in pairs
+        ),
         student_parameters=count(distiller.student),
         student_gmacs=student_gmacs,
         projector_parameters=count(distiller.projectors),
         teachers=tuple(counted),
-        cached=any(read_manifest(Path(lesson.teacher.cache)) for lesson in recipe.lessons() if lesson.teacher.cache),
+        cached=any(
+            read_manifest(Path(distillation.teacher.cache)) for distillation in recipe.distillations() if distillation.teacher.cache
+        ),
         shapes=tuple((name, str(["B", *shape[1:]]).replace("'", "")) for name, shape in shapes),
         taps=tuple(taps),
     )
@@ -132,15 +140,15 @@ def _gathered(recipe: Recipe, distill: Distill, classes: int, ours: Tapped | Non
     return logits + sum(level[0].numel() for levels in sides for level in levels if level is not None)
 
 
-def _tap_line(lesson: Lesson, distiller: Distiller, image: torch.Tensor, projected: Tapped, theirs: Tapped) -> str:
-    """What one lesson compares, with all shapes on the way."""
-    distill, student = lesson.distill, distiller.student
+def _tap_line(distillation: Distillation, distiller: Distiller, image: torch.Tensor, projected: Tapped, theirs: Tapped) -> str:
+    """What one distillation compares, with all shapes on the way."""
+    distill, student = distillation.distill, distiller.student
     assert distill.student_tap is not None
-    ours = take(student, run(student, image, distiller.stages), distill.student_tap)
-    way = "" if lesson.projector.kind == "none" else f" -> {lesson.projector.kind} -> {shape_of(projected)}"
+    ours = select_feature(student, forward_with_intermediates(student, image, distiller.stages), distill.student_tap)
+    way = "" if distillation.projector.kind == "none" else f" -> {distillation.projector.kind} -> {shape_of(projected)}"
     return (
         f"student {distill.student_tap} {shape_of(ours)}{way} | {distill.feature_loss} | "
-        f"{lesson.teacher.name} {distill.teacher_tap} {shape_of(theirs)}"
+        f"{distillation.teacher.name} {distill.teacher_tap} {shape_of(theirs)}"
     )
 
 
@@ -168,7 +176,7 @@ def describe(recipe: Recipe, plan: Plan, train_images: int | None) -> str:
         f"student    {recipe.student.name}  {plan.student_parameters:,} parameters  {plan.student_gmacs:.3f} GMACs",
         *(f"teacher    {name}  {parameters:,} parameters  {gmacs:.3f} GMACs" for name, parameters, gmacs in plan.teachers or ()),
         *([] if plan.teachers else ["teacher    none"]),
-        *dict.fromkeys(line for lesson in recipe.lessons() for line in _teacher_lines(lesson.teacher)),
+        *dict.fromkeys(line for distillation in recipe.distillations() for line in _teacher_lines(distillation.teacher)),
         f"projector  {plan.projector_parameters:,} parameters",
         "",
         *(f"{name:<22}{shape}" for name, shape in plan.shapes),

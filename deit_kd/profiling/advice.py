@@ -28,7 +28,7 @@ def data_seconds(bench: Bench) -> float:
     return max(bench.wait, slowed)
 
 
-def wall_of(bench: Bench) -> str:
+def bottleneck_of(bench: Bench) -> str:
     """data, communication, teacher or student: what most of the time that could be saved goes to."""
     if data_seconds(bench) > SMALL_SHARE * bench.whole:
         return "data"
@@ -40,7 +40,7 @@ def wall_of(bench: Bench) -> str:
 def advise(recipe: Recipe, bench: Bench, machine: Machine) -> list[str]:
     """Changes that would relieve the bottleneck, the most promising first; only those that this run does not have yet."""
     advice = {"data": _on_data, "communication": _on_communication, "teacher": _on_teacher, "student": _on_student}
-    given = advice[wall_of(bench)](recipe, bench, machine)
+    given = advice[bottleneck_of(bench)](recipe, bench, machine)
     if bench.device == "cuda" and bench.processes < machine.gpus:
         given.append(f"{bench.processes} of {machine.gpus} GPUs work: launch a process for each (launch/README.md)")
     return given
@@ -122,7 +122,7 @@ def describe(recipe: Recipe, bench: Bench, machine: Machine) -> str:
         ("  waiting for data", bench.wait),
         ("the same batch again and again", bench.step_only),
         ("  teacher", bench.teacher),
-        ("  student, optimiser", bench.student),
+        ("  student, optimizer", bench.student),
         ("  the rest", max(0.0, bench.step_only - bench.teacher - bench.student)),
         ("the loader alone", bench.data_only),
     ]
@@ -135,7 +135,7 @@ def describe(recipe: Recipe, bench: Bench, machine: Machine) -> str:
         f"an image takes {1000 * bench.read:.2f} ms of a core to read and {1000 * bench.transform:.2f} ms to augment",
         "",
     ]
-    wall = wall_of(bench)
+    wall = bottleneck_of(bench)
     told = {
         "data": f"The wall is the data: they cost {data_seconds(bench) / bench.whole:.0%} of a step.",
         "communication": f"The wall is communication: by itself it takes {(bench.all_reduce + bench.gather) / bench.step_only:.0%} of a step.",

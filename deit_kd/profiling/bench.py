@@ -21,17 +21,14 @@ from tqdm import tqdm
 
 from deit_kd.data import Batch, Source
 from deit_kd.data.on_device.augment import OnDevice, choose_augmentation
-from deit_kd.distributed import fsdp as sharding
+from deit_kd.distributed import fsdp
 from deit_kd.distributed.accelerator import make_accelerator
 from deit_kd.errors import UserError
-from deit_kd.models import build
-from deit_kd.models import summary as plan
+from deit_kd.models import build, summary
 from deit_kd.recipe import Recipe
 from deit_kd.tasks.classification import Classification
-from deit_kd.training import acceleration as speed
-from deit_kd.training import loop as engine
-from deit_kd.training import optim
-from deit_kd.training import setup as spread
+from deit_kd.training import acceleration, optim, setup
+from deit_kd.training.loop import fit
 from deit_kd.training.metrics import Tracker
 from deit_kd.training.task import Loop
 
@@ -40,7 +37,7 @@ NEVER = 1 << 40  # steps
 
 @dataclass(frozen=True)
 class Bench:
-    """Seconds of an optimiser step of this process, unless a name says otherwise; medians."""
+    """Seconds of an optimizer step of this process, unless a name says otherwise; medians."""
 
     device: str
     processes: int
@@ -52,7 +49,7 @@ class Bench:
     wait: float  # of that, waiting for data
     step_only: float  # the same batch again and again
     teacher: float  # of that
-    student: float  # of that: forward, backward, optimiser, and what of the all-reduce backward does not hide
+    student: float  # of that: forward, backward, optimizer, and what of the all-reduce backward does not hide
     data_only: float  # the loader alone
     all_reduce: float  # of the gradients, alone; 0 of one process
     gather: float  # of what losses of the whole batch compare, alone
@@ -122,7 +119,7 @@ class _Kept(Tracker):
             self.kept.append(values)
 
 
-class Rig:
+class StepBenchmark:
     """Everything that train.py builds, ready to be timed.
 
     Args:
@@ -136,9 +133,9 @@ class Rig:
     """
 
     def __init__(self, recipe: Recipe, data: Path | None, device: str = "auto", device_batch_size: int | None = None):
-        if any(lesson.distill.class_means == "auto" for lesson in recipe.lessons()):
+        if any(distillation.distill.class_means == "auto" for distillation in recipe.distillations()):
             raise UserError("distill.class_means=auto: takes a pass over the data first; make a file with deit-kd class-means")
-        sharded = sharding.take_over()
+        sharded = fsdp.fsdp_requested()
         self.recipe = recipe = build.resolve(recipe)
         self.folder = tempfile.TemporaryDirectory()  # for what an interruption saves
         nowhere = Path(self.folder.name)
@@ -149,13 +146,13 @@ class Rig:
         teachers = [teacher.to(self.accelerator.device) for teacher in teachers]
         say = self.accelerator.print
         example = partial(build.example_images, recipe, self.sources[1])
-        self.quickened = speed.prepare(recipe.run, teachers, example, self.accelerator, sharded)
-        compiled = self.quickened.compiled
+        self.accelerated = acceleration.prepare(recipe.run, teachers, example, self.accelerator, sharded)
+        compiled = self.accelerated.compiled
         self.task = _Timed(recipe, self.accelerator, self.sources, teachers, nowhere, device_batch_size, say, compiled)
         self.loader, self.stream = self.task.train_loader, _Endless(self.task.train_loader.epoch)
         self.schedule = optim.build_schedule(recipe, self.task.steps_per_epoch)
         self.reads_every_step = sharded or self.accelerator.device.type == "cpu"  # as train.py has it
-        self.optimizer, self.ema = spread.prepare(self.task, recipe, self.accelerator, sharded)
+        self.optimizer, self.ema = setup.prepare(self.task, recipe, self.accelerator, sharded)
 
     def time(self, steps: int, same_batch: bool = False) -> dict[str, float]:
         """Seconds a step of the real loop: `whole`, and `data`, `teacher`, `student` of it. A fifth more steps warm up.
@@ -182,7 +179,7 @@ class Rig:
         tracker = _Kept(self.accelerator, "step alone" if same_batch else "end to end", steps)
         folder = Path(self.folder.name)
         busy = time.process_time()
-        over = engine.fit(task, self.accelerator, self.optimizer, self.schedule, loop, tracker, folder, self.ema)
+        over = fit(task, self.accelerator, self.optimizer, self.schedule, loop, tracker, folder, self.ema)
         busy = (time.process_time() - busy) / steps
         tracker.bar.close()
         if not over:  # a signal
@@ -195,7 +192,7 @@ class Rig:
     def time_data(self, steps: int, most_seconds: float = 60.0) -> float:
         """Seconds a step of the loader alone, after what its workers had ready."""
         stream, micro = self.stream.epoch(0), self.task.accumulation_steps
-        ready = 1 + 2 * self.loader.placement.workers
+        ready = 1 + 2 * self.loader.loader_config.workers
         for _ in tqdm(range(ready), desc="workers start", unit="batch", delay=2, leave=False):
             next(stream)
         started, taken = time.perf_counter(), 0
@@ -211,7 +208,7 @@ class Rig:
         """Seconds of an all-reduce of the gradients and of a gather of what losses of the whole batch compare, by themselves."""
         if self.accelerator.num_processes == 1:
             return 0.0, 0.0
-        counted = plan.make_plan(self.recipe, self.task.num_classes)
+        counted = summary.make_plan(self.recipe, self.task.num_classes)
         gradients = torch.zeros(counted.gradient_bytes // 4, device=self.accelerator.device)
         rows = torch.zeros(self.loader.micro_batch_size, max(1, counted.gathered_per_image), device=self.accelerator.device)
 
@@ -234,30 +231,30 @@ class Rig:
             torch.cuda.synchronize()
 
 
-def bench(rig: Rig, steps: int) -> Bench:
+def bench(benchmark: StepBenchmark, steps: int) -> Bench:
     """Times every part; all processes call it."""
-    alone, whole = rig.time(steps, same_batch=True), rig.time(steps)
-    all_reduce, gather = rig.time_communication()
-    read, transform = image_seconds(rig.sources[0], rig.recipe, rig.accelerator.device)
+    alone, whole = benchmark.time(steps, same_batch=True), benchmark.time(steps)
+    all_reduce, gather = benchmark.time_communication()
+    read, transform = image_seconds(benchmark.sources[0], benchmark.recipe, benchmark.accelerator.device)
     return Bench(
-        device=rig.accelerator.device.type,
-        processes=rig.accelerator.num_processes,
-        workers=rig.loader.placement.workers,
-        images_per_step=rig.loader.global_batch_size,
-        micro_batch_size=rig.loader.micro_batch_size,
+        device=benchmark.accelerator.device.type,
+        processes=benchmark.accelerator.num_processes,
+        workers=benchmark.loader.loader_config.workers,
+        images_per_step=benchmark.loader.global_batch_size,
+        micro_batch_size=benchmark.loader.micro_batch_size,
         steps=steps,
         whole=whole["whole"],
         wait=whole["data"],
         step_only=alone["whole"],
         teacher=alone["teacher"],
         student=alone["student"],
-        data_only=rig.time_data(steps),
+        data_only=benchmark.time_data(steps),
         all_reduce=all_reduce,
         gather=gather,
         read=read,
         transform=transform,
-        augments_on=rig.loader.augments_on,
-        compiled=rig.quickened.compiled,
+        augments_on=benchmark.loader.augments_on,
+        compiled=benchmark.accelerated.compiled,
     )
 
 

@@ -24,8 +24,7 @@ from deit_kd.data.sources.fingerprint import fingerprint
 from deit_kd.data.transforms import evaluation_transform
 from deit_kd.errors import UserError
 from deit_kd.files.whole import collected
-from deit_kd.models import build
-from deit_kd.models import summary as plan
+from deit_kd.models import build, summary
 from deit_kd.profiling import machine
 from deit_kd.recipe import Recipe
 from deit_kd.tasks import ready
@@ -36,7 +35,9 @@ LOWEST = {"torch": "2.11", "torchvision": "0.26", "timm": "1.0.31", "accelerate"
 SLOW, CLOCK, BANDWIDTH = 1.5, 5.0, 1e9  # slowest over fastest process; seconds; bytes a second between processes on GPUs
 
 
-def examine(recipe: Recipe, data: Path | None, output: Path, accelerator: Accelerator, fault: str | None = None) -> Iterator[Line]:
+def run_checks(
+    recipe: Recipe, data: Path | None, output: Path, accelerator: Accelerator, fault: str | None = None
+) -> Iterator[Line]:
     """Lines, in every process the same. A check that breaks is a line too, not the end. What fails would end a run, what warns would not.
 
     Args:
@@ -64,7 +65,7 @@ def examine(recipe: Recipe, data: Path | None, output: Path, accelerator: Accele
     checks["data"] = lambda: _same_data(next(found), start, accelerator)
     folder = next(path for path in (output.resolve(), *output.resolve().parents) if path.is_dir())
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    count = build.placement(recipe, accelerator, lambda _: None).workers
+    count = build.loader_config(recipe, accelerator, lambda _: None).workers
     checks |= {
         "memory": lambda: _shared_memory(start, local),
         "workers": lambda: _workers(recipe, start, count),
@@ -216,7 +217,7 @@ def _disk(recipe: Recipe, start: ready.Checks, folder: Path, accelerator: Accele
     if not accelerator.is_main_process:
         return Line("ok", "disk", "")
     try:
-        counted = plan.make_plan(recipe, len(start.sources[0].class_names) if start.sources else None)
+        counted = summary.make_plan(recipe, len(start.sources[0].class_names) if start.sources else None)
     except UserError:
         return Line("warn", "disk", "not looked at: the networks cannot be counted, see above")
     needed = counted.checkpoint_bytes * (recipe.run.keep_checkpoints + 1)

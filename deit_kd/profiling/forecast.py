@@ -15,9 +15,9 @@ from deit_kd.errors import UserError
 from deit_kd.models import build
 from deit_kd.models.summary import Plan, make_plan
 from deit_kd.profiling import devices, roofline
-from deit_kd.profiling.bench import Rig, image_seconds
+from deit_kd.profiling.bench import StepBenchmark, image_seconds
 from deit_kd.profiling.devices import GPUS, Device
-from deit_kd.profiling.operations import Operation, Work, count_work
+from deit_kd.profiling.operations import Operation, StepCost, count_operations
 from deit_kd.profiling.roofline import Prediction
 from deit_kd.recipe import Recipe
 
@@ -37,8 +37,8 @@ class Forecast:
 
     recipe: Recipe
     plan: Plan
-    half: Work  # with autocast, as a GPU works
-    full: Work  # in float32, as a CPU works
+    half: StepCost  # with autocast, as a GPU works
+    full: StepCost  # in float32, as a CPU works
     predictions: tuple[Prediction, ...]
     train_images: int
     val_images: int
@@ -73,7 +73,7 @@ def forecast(recipe: Recipe, data: Path | None, images: int | None, gpu: str | N
         if "ImageNet" in images_from:
             on_cpu, on_gpu = (IMAGENET_CORE_SECONDS[place] for place in _augments_on(recipe))
             core_seconds, core_from = (on_cpu, on_gpu), "of photographs on an AMD EPYC core; pass --data to measure yours"
-    plan, half, full = make_plan(recipe, classes), count_work(recipe, classes, True), count_work(recipe, classes, False)
+    plan, half, full = make_plan(recipe, classes), count_operations(recipe, classes, True), count_operations(recipe, classes, False)
     sizes = {"train_images": train_images, "val_images": val_images, "gpus": gpus, "nodes": nodes}
     predictions: list[Prediction] = []
     for device in chosen:
@@ -141,7 +141,7 @@ def as_json(told: Forecast) -> dict[str, Any]:
     }
 
 
-def _per_image(work: Work) -> dict[str, float]:
+def _per_image(work: StepCost) -> dict[str, float]:
     passes = {"teacher": work.teacher, "student_forward": work.student_forward, "student_backward": work.student_backward}
     counts = {f"{name}_flops": sum(each.flops for each in found) for name, found in passes.items()}
     counts |= {f"{name}_bytes": sum(each.bytes_per_image for each in found) for name, found in passes.items()}
@@ -205,7 +205,7 @@ def describe(told: Forecast) -> str:
         + (f"; {IMAGENET_FILE_BYTES / 1e3:.0f} kB an image" if "ImageNet" in told.images_from else ""),
         "",
         f"Predicted, not measured here: {first.processes} device{'s' if first.processes > 1 else ''}, if data keep up; "
-        "peaks are the vendors', the share of them that is reached from others' published rates (deit_kd/profiling/roofline.py), data centre GPUs not among them. "
+        "peaks are the vendors', the share of them that is reached from others' published rates (deit_kd/profiling/roofline.py), data center GPUs not among them. "
         "Expect to be a third off, more for small networks.",
         f"{'device':<16}{'batch':>10}{'fits':>7}{'GB':>7}{'teacher ms':>12}{'student':>9}{'network':>9}{'images/s':>10}{'cores':>7}"
         f"{'hours':>10}{'device-hours':>14}",
@@ -252,10 +252,10 @@ def measure(told: Forecast, data: Path | None, device: str, device_batch_size: i
     Raises:
         UserError: as train.py.
     """
-    rig = Rig(told.recipe, data, device, device_batch_size)
-    kind, processes = rig.accelerator.device.type, rig.accelerator.num_processes
+    benchmark = StepBenchmark(told.recipe, data, device, device_batch_size)
+    kind, processes = benchmark.accelerator.device.type, benchmark.accelerator.num_processes
     here: Device | None = devices.device_here(kind)
-    measured = rig.time(steps)
+    measured = benchmark.time(steps)
     predicted = None
     if here is not None:
         predicted = roofline.predict(
@@ -263,17 +263,17 @@ def measure(told: Forecast, data: Path | None, device: str, device_batch_size: i
             told.plan,
             told.half if here.is_gpu else told.full,
             here,
-            train_images=len(rig.loader.source),
+            train_images=len(benchmark.loader.source),
             gpus=processes,
-            device_batch=rig.loader.micro_batch_size,
+            device_batch=benchmark.loader.micro_batch_size,
         )
-    total = told.recipe.epochs * rig.loader.steps_per_epoch
-    rig.accelerator.end_training()
+    total = told.recipe.epochs * benchmark.loader.steps_per_epoch
+    benchmark.accelerator.end_training()
     return {
         "device": kind if here is None else here.name,
         "processes": processes,
         "steps": steps,
-        "images_per_second": rig.loader.global_batch_size / measured["whole"],
+        "images_per_second": benchmark.loader.global_batch_size / measured["whole"],
         "seconds": measured,
         "hours": total * measured["whole"] / 3600,
         "predicted": None if predicted is None else asdict(predicted) | {"step_seconds": predicted.step_seconds},

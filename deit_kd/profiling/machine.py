@@ -89,7 +89,7 @@ def shared_memory(loader: TrainLoader, local_processes: int) -> Line:
     Raises:
         UserError: an image that cannot be read, when the recipe refuses such.
     """
-    count, free = loader.placement.workers, shared_memory_free()
+    count, free = loader.loader_config.workers, shared_memory_free()
     if not count:
         return Line("ok", "memory", "no worker shares any")
     if free is None:

@@ -32,7 +32,7 @@ class Operation(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Work:
+class StepCost:
     """What one micro-batch costs a device.
 
     Losses are left out: they are a few operations on [B,E] and [B,K], not on maps.
@@ -77,7 +77,7 @@ def _storage(tensor: Tensor) -> int:
     return cast(int, tensor.untyped_storage()._cdata)
 
 
-def count_work(recipe: Recipe, num_classes: int | None, half: bool) -> Work:
+def count_operations(recipe: Recipe, num_classes: int | None, half: bool) -> StepCost:
     """Counts a step of the recipe at its image size, without memory for weights or activations.
 
     Args:
@@ -110,7 +110,7 @@ def count_work(recipe: Recipe, num_classes: int | None, half: bool) -> Work:
             saved.append(kept)
     taught, forward, backward = (_per_image(small, large) for small, large in zip(*passes, strict=True))
     per_image = (saved[1] - saved[0]) / (LARGE - SMALL)
-    return Work(
+    return StepCost(
         teacher=taught,
         student_forward=forward,
         student_backward=backward,
@@ -135,7 +135,9 @@ def _step(
 ) -> tuple[tuple[_Found, _Found, _Found], float]:
     """(operations of teachers, of the student's forward, of its backward), and bytes that forward kept for backward."""
     distiller.zero_grad(set_to_none=True)
-    taps = [lesson.distill.teacher_tap if lesson.distill.feature_weight else None for lesson in recipe.lessons()]
+    taps = [
+        distillation.distill.teacher_tap if distillation.distill.feature_weight else None for distillation in recipe.distillations()
+    ]
     ours = {_storage(p) for p in distiller.parameters()} | {_storage(b) for b in distiller.buffers()}
     kept: dict[int, tuple[int, Tensor]] = {}
 

@@ -13,13 +13,13 @@ from deit_kd.errors import UserError
 from deit_kd.models.build import accumulation
 from deit_kd.models.summary import Plan
 from deit_kd.profiling.devices import Device
-from deit_kd.profiling.operations import Operation, Work
+from deit_kd.profiling.operations import Operation, StepCost
 from deit_kd.recipe import Recipe
 
 # The share of the roofline that is reached, from published images a second, not from a measurement here. Teachers: RegNetY-160 inference in timm's results
 # tables, eager 1,070 (3090), 1,664 (4090), 2,299 (5090), 2,377 (RTX PRO 6000): 0.77, 0.75, 0.68, 0.53; compiled 2,152, 2,848, 3,093: 0.97, 0.84, 0.69.
 # Students: timm's training table, 3090, DeiT-Ti and DeiT-S, eager 2,253 and 1,033: 0.48, 0.62; compiled one ViT-5-S on an H100 in nvSubquadratic's
-# documentation, 7,716, taken as a DeiT-S: 0.71. No datacentre GPU is among the teachers'.
+# documentation, 7,716, taken as a DeiT-S: 0.71. No datacenter GPU is among the teachers'.
 EFFICIENCY = {"teacher": {False: 0.71, True: 0.84}, "student": {False: 0.55, True: 0.71}}
 # Of a CPU: measured here on one AMD EPYC core with AVX-512, batches of 8 in float32, processor time: RegNetY-160 0.83, 0.79, DeiT-Ti 0.82, DeiT-S 0.83.
 CPU_EFFICIENCY = {"teacher": 0.8, "student": 0.8}
@@ -28,7 +28,7 @@ USABLE = 0.9  # of a device's memory; the rest goes to the driver and to gaps
 
 @dataclass(frozen=True)
 class Prediction:
-    """Of a whole recipe on some devices. Seconds are those of an optimiser step, on each device at the same time."""
+    """Of a whole recipe on some devices. Seconds are those of an optimizer step, on each device at the same time."""
 
     device: str
     compiled: bool
@@ -38,7 +38,7 @@ class Prediction:
     memory_bytes: float  # of a device at device_batch
     largest_batch: int  # the largest power of two whose training step fits
     teacher_seconds: float
-    student_seconds: float  # forward, backward, optimiser
+    student_seconds: float  # forward, backward, optimizer
     all_reduce_bytes: float  # of each device
     all_reduce_seconds: float
     gather_bytes: float
@@ -67,15 +67,15 @@ def seconds_of(operations: Iterable[Operation], batch: int, device: Device, effi
     return sum(moved) / efficiency + len(operations) * device.launch
 
 
-def state_bytes(recipe: Recipe, plan: Plan, work: Work) -> float:
-    """Weights, gradients, the optimiser's moments and EMA of what is trained, and the teachers' weights; float32."""
+def state_bytes(recipe: Recipe, plan: Plan, work: StepCost) -> float:
+    """Weights, gradients, the optimizer's moments and EMA of what is trained, and the teachers' weights; float32."""
     moments = 1 if recipe.optim.momentum is not None else 2
     frozen = plan.student_parameters + plan.projector_parameters - work.trained_parameters
     ema = plan.student_parameters if recipe.ema_decay else 0
     return 4.0 * ((2 + moments) * work.trained_parameters + frozen + ema + (0 if plan.cached else work.teacher_parameters))
 
 
-def memory_bytes(recipe: Recipe, plan: Plan, work: Work, batch: int) -> float:
+def memory_bytes(recipe: Recipe, plan: Plan, work: StepCost, batch: int) -> float:
     """What a training step of `batch` images holds at its peak.
 
     The teacher has gone when the student's activations are kept; at the peak, all are there and the largest operation of backward works.
@@ -89,7 +89,7 @@ def memory_bytes(recipe: Recipe, plan: Plan, work: Work, batch: int) -> float:
     )
 
 
-def largest_batch(recipe: Recipe, plan: Plan, work: Work, device: Device) -> int:
+def largest_batch(recipe: Recipe, plan: Plan, work: StepCost, device: Device) -> int:
     """The largest power of two that fits; 0: not even one image."""
     fitting = [1 << n for n in range(15) if memory_bytes(recipe, plan, work, 1 << n) <= USABLE * device.memory]
     return fitting[-1] if fitting else 0
@@ -98,7 +98,7 @@ def largest_batch(recipe: Recipe, plan: Plan, work: Work, device: Device) -> int
 def predict(
     recipe: Recipe,
     plan: Plan,
-    work: Work,
+    work: StepCost,
     device: Device,
     *,
     train_images: int,

@@ -27,9 +27,9 @@ from deit_kd.recipe.schema import (
     Augmentation,
     Data,
     Distill,
+    Distillation,
     Evaluation,
     Finetune,
-    Lesson,
     OneOfTeachers,
     Optim,
     Projector,
@@ -49,7 +49,7 @@ __all__ = [
     "Distill",
     "Evaluation",
     "Finetune",
-    "Lesson",
+    "Distillation",
     "OneOfTeachers",
     "Optim",
     "Projector",
@@ -92,7 +92,7 @@ MEANT = {
     "amp": "run.precision",
     "mixed_precision": "run.precision",
     "num_workers": "run.workers",
-    "normalization": "distill.normalisation",
+    "normalization": "distill.normalization",
 }
 
 _ADAPTER = TypeAdapter(Recipe)
@@ -117,7 +117,7 @@ def load(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Args:
         name_or_path: a name in `recipes/`, the path of a YAML file, or a run folder.
         overrides: `key=value` strings, keys dotted (`optim.lr=1e-3`), values as the key's type asks. One that chooses something (a loss, a
-            projector, an optimiser, a schedule) drops the keys that only the choice before read.
+            projector, an optimizer, a schedule) drops the keys that only the choice before read.
 
     Raises:
         RecipeError: unknown recipe, or every fault in it, each with key, value and remedy.

@@ -12,7 +12,7 @@ from typing import Any
 
 from deit_kd.recipe.objectives import FEATURE_OBJECTIVES, VECTORS, keys_of
 from deit_kd.recipe.partial import FAULTY, Undecidable
-from deit_kd.recipe.schema import Lesson, Recipe, flatten
+from deit_kd.recipe.schema import Distillation, Recipe, flatten
 
 AT_LEAST = {
     **dict.fromkeys(("epochs", "global_batch_size", "data.train_images", "data.img_size", "optim.lr_base_batch_size"), 1),
@@ -92,20 +92,20 @@ def _checks(recipe: Recipe) -> Iterator[Iterable[str]]:
     yield from (check(recipe) for check in RECIPE_CHECKS)
     yield from (_unread(selector, "optim", recipe.optim) for selector in READS if selector.startswith("optim."))
     with suppress(Undecidable):
-        for number, lesson in enumerate(recipe.lessons()):
+        for number, distillation in enumerate(recipe.distillations()):
             prefix = f"teachers.{number}." if recipe.teachers else ""
-            for section, values in (("projector", lesson.projector), ("distill", lesson.distill)):
+            for section, values in (("projector", distillation.projector), ("distill", distillation.distill)):
                 yield from (_unread(selector, prefix + section, values) for selector in READS if selector.startswith(f"{section}."))
-            yield from (check(lesson, prefix, recipe) for check in LESSON_CHECKS)
+            yield from (check(distillation, prefix, recipe) for check in DISTILLATION_CHECKS)
 
 
 def beyond_a_cache(recipe: Recipe) -> list[str]:
     """Why what the recipe compares cannot be read from a cache of pooled features and logits; empty if it can."""
-    lessons = recipe.lessons()
-    networks = len({lesson.teacher for lesson in lessons})
+    distillations = recipe.distillations()
+    networks = len({distillation.teacher for distillation in distillations})
     if networks != 1:
         return [f"a cache holds what one teacher says, the recipe has {networks or 'none'}"]
-    taps = [lesson.distill.teacher_tap for lesson in lessons if lesson.distill.feature_weight]
+    taps = [distillation.distill.teacher_tap for distillation in distillations if distillation.distill.feature_weight]
     return [f"a cache holds pooled features and logits, distill.teacher_tap is {tap}" for tap in taps if tap != "pooled"]
 
 
@@ -125,8 +125,8 @@ def _unread(selector: str, prefix: str, values: Any) -> Iterator[str]:
             yield f"{prefix}.{key}: nothing reads it with {name}={chosen}; leave it out, or set it to null"
 
 
-def _term(lesson: Lesson, prefix: str, recipe: Recipe, term: str) -> Iterator[str]:
-    distill = lesson.distill
+def _term(distillation: Distillation, prefix: str, recipe: Recipe, term: str) -> Iterator[str]:
+    distill = distillation.distill
     loss, weight = getattr(distill, f"{term}_loss"), getattr(distill, f"{term}_weight")
     if weight and loss is None:
         yield f"{prefix}distill.{term}_weight: {weight:g}, but {term}_loss is null; set the weight to 0 or name a loss"
@@ -134,8 +134,8 @@ def _term(lesson: Lesson, prefix: str, recipe: Recipe, term: str) -> Iterator[st
         yield f"{prefix}distill.{term}_loss: null, but ramp_epochs or active_epochs name the term"
 
 
-def _times(lesson: Lesson, prefix: str, recipe: Recipe, term: str) -> Iterator[str]:
-    distill = lesson.distill
+def _times(distillation: Distillation, prefix: str, recipe: Recipe, term: str) -> Iterator[str]:
+    distill = distillation.distill
     if distill.ramp_epochs.get(term, 1) <= 0:  # type: ignore[call-overload]
         yield f"{prefix}distill.ramp_epochs.{term}: must be above 0; leave it out for no ramp"
     if term not in distill.active_epochs:
@@ -147,13 +147,13 @@ def _times(lesson: Lesson, prefix: str, recipe: Recipe, term: str) -> Iterator[s
         yield f"{prefix}distill.active_epochs.{term}: begins at {first}, epochs: {recipe.epochs} end before; it would never be on"
 
 
-def _does_nothing(lesson: Lesson, prefix: str, recipe: Recipe) -> Iterator[str]:
-    if not (lesson.distill.kd_weight or lesson.distill.feature_weight):
+def _does_nothing(distillation: Distillation, prefix: str, recipe: Recipe) -> Iterator[str]:
+    if not (distillation.distill.kd_weight or distillation.distill.feature_weight):
         yield f"{prefix}distill: both weights are 0, so the teacher does nothing; set teacher, projector and distill to null"
 
 
-def _projector(lesson: Lesson, prefix: str, recipe: Recipe) -> Iterator[str]:
-    loss, kind = lesson.distill.feature_loss, lesson.projector.kind
+def _projector(distillation: Distillation, prefix: str, recipe: Recipe) -> Iterator[str]:
+    loss, kind = distillation.distill.feature_loss, distillation.projector.kind
     if loss is None:
         if kind != "none":
             yield f"{prefix}projector.kind: {kind}, but distill.feature_loss is null; set it to none"
@@ -164,8 +164,8 @@ def _projector(lesson: Lesson, prefix: str, recipe: Recipe) -> Iterator[str]:
         yield f"{prefix}projector.kind: {loss} {f'needs {wanted}' if wanted else 'cannot use it'}, got {kind}"
 
 
-def _taps(lesson: Lesson, prefix: str, recipe: Recipe) -> Iterator[str]:
-    distill, loss, faults = lesson.distill, lesson.distill.feature_loss, 0
+def _taps(distillation: Distillation, prefix: str, recipe: Recipe) -> Iterator[str]:
+    distill, loss, faults = distillation.distill, distillation.distill.feature_loss, 0
     if loss is None:
         return
     taps = {"student_tap": distill.student_tap, "teacher_tap": distill.teacher_tap}
@@ -183,12 +183,12 @@ def _taps(lesson: Lesson, prefix: str, recipe: Recipe) -> Iterator[str]:
         )
 
 
-def _memory(lesson: Lesson, prefix: str, recipe: Recipe) -> Iterator[str]:
-    if lesson.distill.feature_loss == "noise_contrastive" and (recipe.augmentation.mixup or recipe.augmentation.cutmix):
+def _memory(distillation: Distillation, prefix: str, recipe: Recipe) -> Iterator[str]:
+    if distillation.distill.feature_loss == "noise_contrastive" and (recipe.augmentation.mixup or recipe.augmentation.cutmix):
         yield f"{prefix}distill.feature_loss: noise_contrastive remembers images, which mixup and cutmix blend; set both to 0"
 
 
-LESSON_CHECKS: tuple[Callable[[Lesson, str, Recipe], Iterator[str]], ...] = (
+DISTILLATION_CHECKS: tuple[Callable[[Distillation, str, Recipe], Iterator[str]], ...] = (
     *(partial(check, term=term) for term in ("kd", "feature") for check in (_term, _times)),
     _does_nothing,
     _projector,
@@ -228,7 +228,7 @@ def _crop_scale(recipe: Recipe) -> Iterator[str]:
         yield f"augmentation.crop_scale: needs 0 < low <= high <= 1, got [{low:g}, {high:g}]"
 
 
-def _normalisation(recipe: Recipe) -> Iterator[str]:
+def _normalization(recipe: Recipe) -> Iterator[str]:
     mean, std = ((0.5,) if isinstance(each, str) else each for each in (recipe.data.mean, recipe.data.std))  # auto
     if not all(map(math.isfinite, mean)) or not all(0 < each < math.inf for each in std):
         yield f"data.mean, data.std: must be finite, std above 0, got {list(recipe.data.mean)}, {list(recipe.data.std)}"
@@ -285,7 +285,7 @@ def patch_of(architecture: Any, arguments: Mapping[str, Any]) -> int | None:
 
 
 def _follows(r: Recipe) -> Iterator[str]:
-    if (auto := r.follows_teacher()) and not r.lessons():
+    if (auto := r.follows_teacher()) and not r.distillations():
         yield f"{', '.join(auto)}: auto takes the teacher's, and this recipe has none; state numbers"
 
 
@@ -312,7 +312,7 @@ def _together(r: Recipe) -> Iterator[str]:
 
 def _untaught(r: Recipe) -> Iterator[str]:
     if not r.label_weight and not any(
-        lesson.distill.kd_weight and "kd" not in lesson.distill.active_epochs for lesson in r.lessons()
+        distillation.distill.kd_weight and "kd" not in distillation.distill.active_epochs for distillation in r.distillations()
     ):
         yield "label_weight: 0, and no teacher's logits are distilled in every epoch; nothing would teach the heads"
 
@@ -333,14 +333,14 @@ def _milestones(r: Recipe) -> Iterator[str]:
 
 
 def _cached(r: Recipe) -> Iterator[str]:
-    if not any(lesson.teacher.cache for lesson in r.lessons()):
+    if not any(distillation.teacher.cache for distillation in r.distillations()):
         return
     yield from (f"teacher.cache: {reason}" for reason in beyond_a_cache(r))
-    if any(lesson.distill.class_means == "auto" for lesson in r.lessons()):
+    if any(distillation.distill.class_means == "auto" for distillation in r.distillations()):
         yield "distill.class_means: auto asks the teacher itself; name a file of deit-kd class-means, or set teacher.cache to null"
 
 
 RECIPE_CHECKS = (
-    _ema, _crop_scale, _normalisation, _betas, _warmup, _color_jitter, _policy, _elsewhere, _patches, _follows, _automatic_student, _patience,
+    _ema, _crop_scale, _normalization, _betas, _warmup, _color_jitter, _policy, _elsewhere, _patches, _follows, _automatic_student, _patience,
     _together, _untaught, _one_crop, _momentum, _milestones, _cached,
 )  # fmt: skip

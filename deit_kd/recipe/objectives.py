@@ -60,10 +60,10 @@ LOGIT_OBJECTIVES = {
         paper="zhao2022decoupled", keys=("temperature", "target_weight", "nontarget_weight"), reads_labels=True
     ),
     "dist": LogitObjective(paper="huang2022knowledge", keys=("temperature", "inter_weight", "intra_weight"), couples_samples=True),
-    "normalised_distillation": LogitObjective(paper="yang2023knowledge", keys=("temperature", "gamma"), reads_labels=True),
+    "normalized_distillation": LogitObjective(paper="yang2023knowledge", keys=("temperature", "gamma"), reads_labels=True),
 }
 FEATURE_OBJECTIVES = {
-    "logsum": FeatureObjective(paper="miles2024understanding", keys=("power", "normalisation"), couples_samples=True),
+    "logsum": FeatureObjective(paper="miles2024understanding", keys=("power", "normalization"), couples_samples=True),
     "logsum_correlation": FeatureObjective(paper="miles2024understanding", keys=("power",), couples_samples=True),
     "logsum_difference": FeatureObjective(paper="miles2024understanding", keys=("power",), couples_samples=True),
     "layer_norm_smooth_l1": FeatureObjective(paper="miles2024vkd"),

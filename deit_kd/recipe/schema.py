@@ -30,7 +30,7 @@ class Section:
 
 @dataclass(frozen=True, kw_only=True)
 class Data(Section):
-    """Which images, and how they are normalised."""
+    """Which images, and how they are normalized."""
 
     source: str  # a key of deit_kd.data.SOURCES
     num_classes: int | Literal["auto"]  # auto: as many as the data has
@@ -68,7 +68,7 @@ class Augmentation(Section):
 class Evaluation(Section):
     """How validation images are cropped."""
 
-    crop_pct: float  # resize to img_size / crop_pct, then centre crop
+    crop_pct: float  # resize to img_size / crop_pct, then center crop
     interpolation: Literal["bilinear", "bicubic"]
 
 
@@ -149,11 +149,11 @@ class Distill(Section):
     nontarget_weight: float | None = None  # its weight of the other classes (beta)
     inter_weight: float | None = None  # dist's weight of each image's correlation (beta in its code)
     intra_weight: float | None = None  # its weight of each class's (gamma)
-    gamma: float | None = None  # normalised_distillation's weight of the other classes
+    gamma: float | None = None  # normalized_distillation's weight of the other classes
     student_tap: Tap | int | None = None  # which features of the student
     teacher_tap: Tap | int | None = None  # which features of the teacher
     power: float | None = None  # LogSum's exponent
-    normalisation: Literal["batch", "l2", "layer", "none"] | None = None  # of both sides, before LogSum
+    normalization: Literal["batch", "l2", "layer", "none"] | None = None  # of both sides, before LogSum
     class_means: str | None = None  # the teacher's, a file of `deit-kd class-means`; auto: computed when the run starts
 
 
@@ -166,7 +166,7 @@ class OneOfTeachers(Teacher):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lesson:
+class Distillation:
     """What one teacher teaches; not a section of the file."""
 
     teacher: Teacher
@@ -176,9 +176,9 @@ class Lesson:
 
 @dataclass(frozen=True, kw_only=True)
 class Optim(Section):
-    """The optimiser and its schedule."""
+    """The optimizer and its schedule."""
 
-    name: str  # a timm optimiser; its sgd is Nesterov's, its momentum is the plain one
+    name: str  # a timm optimizer; its sgd is Nesterov's, its momentum is the plain one
     lr: float
     lr_rule: Literal["none", "linear", "sqrt"]  # how lr follows the global batch, and what else lr_rule_scales says
     lr_base_batch_size: int
@@ -194,7 +194,7 @@ class Optim(Section):
     momentum: float | None = None
     weight_decay: float
     # matrices: not biases, norms, position embedding and tokens; matrices_and_tokens: the two last, too
-    decay: Literal["matrices", "matrices_and_tokens", "all"]
+    weight_decay_on: Literal["matrices", "matrices_and_tokens", "all"]
     clip_grad: float | None  # largest gradient norm, after unscaling
 
 
@@ -237,7 +237,7 @@ class Recipe(Section):
 
     seed: int
     epochs: int
-    global_batch_size: int  # images an optimiser step, whatever the number of devices
+    global_batch_size: int  # images an optimizer step, whatever the number of devices
     # Losses that couple samples (LogSum, DIST, CC): global, they see the whole global batch, however it is cut over processes and
     # micro-batches; device, each micro-batch is its own batch, as published codes have it.
     batch_statistics: Literal["global", "device"]
@@ -255,13 +255,13 @@ class Recipe(Section):
     optim: Optim
     run: Run = field(default_factory=Run)
 
-    def lessons(self) -> tuple[Lesson, ...]:
+    def distillations(self) -> tuple[Distillation, ...]:
         """What each teacher teaches, however the file states it."""
         if self.teacher and self.projector and self.distill:
-            return (Lesson(teacher=self.teacher, projector=self.projector, distill=self.distill),)
+            return (Distillation(teacher=self.teacher, projector=self.projector, distill=self.distill),)
         keys = [f.name for f in fields(Teacher)]
         return tuple(
-            Lesson(teacher=Teacher(**{key: getattr(one, key) for key in keys}), projector=one.projector, distill=one.distill)
+            Distillation(teacher=Teacher(**{key: getattr(one, key) for key in keys}), projector=one.projector, distill=one.distill)
             for one in self.teachers
         )
 

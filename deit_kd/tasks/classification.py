@@ -24,14 +24,14 @@ from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 
 from deit_kd.data import Batch, Source
-from deit_kd.distributed import fsdp as sharding
+from deit_kd.distributed import fsdp
 from deit_kd.distributed.global_batch import GlobalBatch
 from deit_kd.evaluation.metrics import measure_student, near_chance
 from deit_kd.models import AnyTeacher, CachedTeacher, Distiller, StudentOutput, TeacherOutput
 from deit_kd.models.build import build_distiller, tokens
 from deit_kd.models.features import TimmModel
 from deit_kd.models.statistics import frozen_statistics
-from deit_kd.recipe import Lesson, Recipe, fingerprint
+from deit_kd.recipe import Distillation, Recipe, fingerprint
 from deit_kd.tasks.closeness import closeness
 from deit_kd.tasks.distillation import Terms
 from deit_kd.tasks.measure import in_one_piece, measure_teachers, spectrum
@@ -50,7 +50,7 @@ class Classification:
         recipe: what to train.
         accelerator: prepares nothing here but says where and among how many.
         sources: train and val.
-        teachers: one a lesson of the recipe, on the device.
+        teachers: one a distillation of the recipe, on the device.
         output: the run folder, where class means are kept.
         device_batch_size: the largest micro-batch of one device; None for no accumulation.
         warn: tells people something.
@@ -75,9 +75,9 @@ class Classification:
         cached = next((teacher for teacher in teachers if isinstance(teacher, CachedTeacher)), None)
         loaders = make_loaders(recipe, accelerator, sources, device_batch_size, warn, cached)
         self.train_loader, self.val_loader, self.holdout_loader = loaders
-        train, tune, lessons = self.train_loader.source, recipe.finetune, recipe.lessons()
+        train, tune, distillations = self.train_loader.source, recipe.finetune, recipe.distillations()
         self.num_classes, self.accumulation_steps = len(train.class_names), self.train_loader.accumulation_steps
-        self.knows_labels = [bool(lesson.distill.kd_weight) for lesson in lessons]
+        self.distills_logits = [bool(distillation.distill.kd_weight) for distillation in distillations]
         self.patience = tune and tune.patience_epochs
         self.steps_per_epoch = self.train_loader.steps_per_epoch
         self.fingerprint, self.depends_on = fingerprint(recipe), dict[str, Any]()
@@ -89,8 +89,8 @@ class Classification:
         distiller = build_distiller(recipe, self.num_classes, teachers, torch.from_numpy(train.labels))
         if recipe.batch_statistics == "global" and accelerator.num_processes > 1 and accelerator.device.type == "cuda":
             distiller = convert_sync_batchnorm(distiller)  # torch has it on CUDA alone
-        licence = distiller.student.pretrained_cfg.get("license") or "unknown"
-        self.origin = {"license": licence} if tune else {}
+        license = distiller.student.pretrained_cfg.get("license") or "unknown"
+        self.origin = {"license": license} if tune else {}
         if compiled:
             distiller.compile_forward(compiled)
         self._compiled, self._averaged = compiled, cast(Distiller | None, None)
@@ -98,18 +98,18 @@ class Classification:
         self.module: nn.Module = distiller
         self.global_batch = GlobalBatch(accelerator, self.accumulation_steps)
 
-        def means(lesson: Lesson, teacher: AnyTeacher) -> Tensor | None:
-            stated = lesson.distill.class_means
-            if stated is None or not lesson.distill.feature_weight:
+        def means(distillation: Distillation, teacher: AnyTeacher) -> Tensor | None:
+            stated = distillation.distill.class_means
+            if stated is None or not distillation.distill.feature_weight:
                 return None
             file = output / f"class_means_{teacher.info.sha256[:8]}.safetensors" if stated == "auto" else Path(stated)
-            must_fit(recipe, lesson.distill, None, None)
-            return load_or_compute(file, recipe, teacher, train, accelerator, self.train_loader.placement)
+            must_fit(recipe, distillation.distill, None, None)
+            return load_or_compute(file, recipe, teacher, train, accelerator, self.train_loader.loader_config)
 
         self.terms = [
-            Terms(lesson, number, token or 0, teacher, recipe, means(lesson, teacher), self.global_batch, compiled)
-            for number, (lesson, token, teacher) in enumerate(
-                zip(lessons, tokens(lessons, distiller.distillation_heads), teachers, strict=True)
+            Terms(distillation, number, token or 0, teacher, recipe, means(distillation, teacher), self.global_batch, compiled)
+            for number, (distillation, token, teacher) in enumerate(
+                zip(distillations, tokens(distillations, distiller.distillation_heads), teachers, strict=True)
             )
         ]
         self._ahead: list[_Taught] = []  # what teachers said of the micro-batches to come
@@ -161,7 +161,7 @@ class Classification:
         """What each teacher says; before the student runs, so that their activations are gone when its are kept."""
         teachers = dict.fromkeys(terms.teacher for terms in self.terms if terms.active(batch.epoch))
         with clock.span("teacher"), self.accelerator.autocast():
-            return {each: each(batch.remembered if isinstance(each, CachedTeacher) else batch.images) for each in teachers}
+            return {each: each(batch.cached_teacher if isinstance(each, CachedTeacher) else batch.images) for each in teachers}
 
     def _equation(self, batch: Batch, taught: _Taught, clock: Clock, detailed: bool) -> dict[str, Tensor]:
         asked = {number: terms for number, terms in enumerate(self.terms) if terms.active(batch.epoch)}
@@ -188,7 +188,7 @@ class Classification:
                     loss = loss + sum(0.0 * p.sum() for p in self.projectors[number].parameters())
         if 0 in asked:
             first = taught[self.terms[0].teacher]
-            if self.knows_labels[0]:
+            if self.distills_logits[0]:
                 values["agreement"] = (student.prediction().argmax(1) == first.logits.argmax(1)).float().mean()
             if detailed and self.terms[0].tap is not None:
                 values |= closeness(self.terms[0].distill, student.projected[0], first.tapped[self.terms[0].tap])
@@ -201,7 +201,7 @@ class Classification:
     @torch.no_grad()
     def evaluate(self, ema: nn.Module | None = None) -> dict[str, float]:
         """top1 and top5 in percent and nll of the mean of the heads, each head's top1, over every validation image once."""
-        distiller = Distiller(self.whole(self.student)) if sharding.is_sharded(self.student) else self.distiller
+        distiller = Distiller(self.whole(self.student)) if fsdp.is_sharded(self.student) else self.distiller
         ema = None if ema is None else self.whole(ema)
         if self.accelerator.num_processes > 1:  # running statistics differ by process; what is exported are those of the first
             for model in (distiller, ema) if ema is not None else (distiller,):
@@ -227,7 +227,7 @@ class Classification:
 
     def evaluate_teachers(self) -> dict[str, float]:
         """See `measure_teachers`."""
-        return measure_teachers(self.teachers, self.knows_labels, self.recipe, self.val_loader, self.accelerator)
+        return measure_teachers(self.teachers, self.distills_logits, self.recipe, self.val_loader, self.accelerator)
 
     def warn_of_poor_teachers(self, tracker: Tracker) -> None:
         """Says loudly which teachers were measured to know next to nothing."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from deit_kd.recipe import Distill
 
-PER_CHANNEL = ("logsum_correlation", "logsum_difference")  # normalize channels over the batch, as logsum with normalisation=batch
+PER_CHANNEL = ("logsum_correlation", "logsum_difference")  # normalize channels over the batch, as logsum with normalization=batch
 
 
 def closeness(distill: Distill, student: Any, teacher: Any) -> dict[str, Tensor]:
@@ -29,6 +29,6 @@ def closeness(distill: Distill, student: Any, teacher: Any) -> dict[str, Tensor]
     if not (isinstance(student, Tensor) and isinstance(teacher, Tensor) and student.shape == teacher.shape):
         return {}
     ours, theirs = (each.detach().float().movedim(1, -1).flatten(0, -2) for each in (student, teacher))
-    if distill.feature_loss in PER_CHANNEL or distill.normalisation == "batch":
+    if distill.feature_loss in PER_CHANNEL or distill.normalization == "batch":
         return {"feature_correlation": F.cosine_similarity(ours - ours.mean(0), theirs - theirs.mean(0), dim=0).mean()}
     return {"feature_cosine": F.cosine_similarity(ours, theirs, dim=1).mean()}

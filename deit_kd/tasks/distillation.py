@@ -15,17 +15,17 @@ from deit_kd.data import Batch
 from deit_kd.distributed.global_batch import GlobalBatch
 from deit_kd.models import AnyTeacher, StudentOutput, TeacherOutput
 from deit_kd.models.projectors.contrastive_memory import ContrastiveMemory
-from deit_kd.recipe import Lesson, Recipe
+from deit_kd.recipe import Distillation, Recipe
 from deit_kd.recipe.objectives import FEATURE_OBJECTIVES, LOGIT_OBJECTIVES, couples_samples
 from deit_kd.seed import derive_seed
 
 
 class Terms:
-    """What one lesson of the recipe adds.
+    """What one distillation of the recipe adds.
 
     Args:
-        lesson: of the recipe.
-        number: among the recipe's lessons.
+        distillation: of the recipe.
+        number: among the recipe's distillations.
         token: which distillation head it teaches, of those that the student has.
         teacher: as it says.
         recipe: the whole of it.
@@ -36,7 +36,7 @@ class Terms:
 
     def __init__(
         self,
-        lesson: Lesson,
+        distillation: Distillation,
         number: int,
         token: int,
         teacher: AnyTeacher,
@@ -45,11 +45,11 @@ class Terms:
         global_batch: GlobalBatch,
         compiled: str | None = None,
     ):
-        self.distill, self.number, self.token, self.teacher = lesson.distill, number, token, teacher
+        self.distill, self.number, self.token, self.teacher = distillation.distill, number, token, teacher
         self.epochs = recipe.epochs
         self.seed, self.whole = recipe.seed, recipe.batch_statistics == "global"
         self.class_means, self.global_batch = class_means, global_batch
-        self.tap = lesson.distill.teacher_tap if lesson.distill.feature_weight else None
+        self.tap = distillation.distill.teacher_tap if distillation.distill.feature_weight else None
         self.functions: dict[str, Callable[..., Tensor]] = {}
         for name in (self.distill.kd_loss, self.distill.feature_loss):
             if name is not None:
@@ -140,10 +140,10 @@ class Terms:
         if not (self.whole and couples_samples(name)):
             return function(student, teacher, **parameters)
         student, teacher = (
-            self.global_batch.complete(f"{self.number} {where} {side}", rows)
+            self.global_batch.gather_rows(f"{self.number} {where} {side}", rows)
             for side, rows in (("student", student), ("teacher", teacher))
         )
-        return self.global_batch.share(function(student, teacher, **parameters))
+        return self.global_batch.rescale_for_mean(function(student, teacher, **parameters))
 
     def _parameters(self, keys: tuple[str, ...]) -> dict[str, Any]:
         """What the recipe states of a loss, as arguments of its function."""
@@ -153,14 +153,14 @@ class Terms:
         """CRD. The memory is one for all processes, and changes once a step, whatever `batch_statistics` says."""
 
         def complete(name: str, rows: Tensor) -> Tensor:
-            return self.global_batch.complete(f"{self.number} {name}", rows.detach())
+            return self.global_batch.gather_rows(f"{self.number} {name}", rows.detach())
 
         scores = memory.scores(student, teacher, batch.indices, derive_seed(self.seed, "negatives", batch.epoch))
-        first = complete("normaliser", scores.mean(dim=(1, 2))[None]).mean(dim=0)
+        first = complete("normalizer", scores.mean(dim=(1, 2))[None]).mean(dim=0)
         remembered = complete("student", student), complete("teacher", teacher), complete("indices", batch.indices)
         if self.global_batch.is_recording:
             return student.new_zeros(())
-        scores = memory.normalise(scores, first)
+        scores = memory.normalize(scores, first)
         if self.global_batch.is_last:
             memory.update(*remembered)
         return losses.noise_contrastive(scores[0], memory.population) + losses.noise_contrastive(scores[1], memory.population)

@@ -32,7 +32,11 @@ def in_one_piece(student: nn.Module, recipe: Recipe, num_classes: int, device: t
 
 @torch.no_grad()  # a compiled teacher sees the kind of tensors that it sees in training
 def measure_teachers(
-    teachers: Sequence[AnyTeacher], knows_labels: Sequence[bool], recipe: Recipe, loader: EvaluationLoader, accelerator: Accelerator
+    teachers: Sequence[AnyTeacher],
+    distills_logits: Sequence[bool],
+    recipe: Recipe,
+    loader: EvaluationLoader,
+    accelerator: Accelerator,
 ) -> dict[str, float]:
     """top1 and top5 over the validation images of each teacher that knows their labels.
 
@@ -44,7 +48,7 @@ def measure_teachers(
         if isinstance(teacher, CachedTeacher):  # it was measured when it was cached, on what was then evaluated
             same = teacher.manifest["validation"] == identity.of_validation(recipe, loader.source)
             metrics |= teacher.manifest["accuracy"] if same else {}
-        elif knows_labels[teachers.index(teacher)]:
+        elif distills_logits[teachers.index(teacher)]:
             overflown = torch.zeros(1, device=accelerator.device)
             logits = partial(_teacher_logits, teacher, overflown)
             metrics |= measure(logits, loader, accelerator, f"teacher_{number}_" if number else "teacher_")

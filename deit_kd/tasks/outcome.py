@@ -7,8 +7,7 @@ from pathlib import Path
 
 from timm.utils import ModelEmaV3
 
-from deit_kd import export as release
-from deit_kd import plots as analysis
+from deit_kd import export, plots
 from deit_kd.files.whole import warn
 from deit_kd.text import for_terminal
 from deit_kd.training.best import Best
@@ -30,18 +29,18 @@ def write(
         return
     if best is not None:
         best.put_into(student, output, tracker)
-    licences = [teacher.info.license for teacher in task.teachers]
-    licences += [task.origin["license"]] if task.recipe.finetune else []
-    release.export_student(student, output / "student", task.recipe, class_names, licences)
+    licenses = [teacher.info.license for teacher in task.teachers]
+    licenses += [task.origin["license"]] if task.recipe.finetune else []
+    export.export_student(student, output / "student", task.recipe, class_names, licenses)
     say = task.accelerator.print
     say(f"student {output / 'student'}")
     for name, make, again in (
-        ("card", release.write_card, f"deit-kd card {output}"),
-        ("plots", analysis.plot_run, "the same command"),
+        ("card", export.write_card, f"deit-kd card {output}"),
+        ("plots", plots.plot_run, "the same command"),
     ):
         try:
             make(output)
-        except Exception as error:  # a disk, a name, a licence, a font: the weights are worth more than their description
+        except Exception as error:  # a disk, a name, a license, a font: the weights are worth more than their description
             reason = for_terminal(" ".join(str(error).split())[:300]) or type(error).__name__
             warn(f"no {name} ({reason}); the student is whole, make the {name} again with {again}")
         else:

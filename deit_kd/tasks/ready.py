@@ -12,18 +12,17 @@ from accelerate import Accelerator
 
 from deit_kd.data import EvaluationLoader, Source, TrainLoader
 from deit_kd.data.on_device.augment import choose_augmentation
-from deit_kd.data.sources.base import hold_out
+from deit_kd.data.sources.base import split_holdout
 from deit_kd.data.transforms import evaluation_transform
 from deit_kd.errors import UserError
 from deit_kd.export.student import PERMISSIVE
 from deit_kd.files.whole import collected, warn
-from deit_kd.models import AnyTeacher, CachedTeacher, build
-from deit_kd.models import summary as plan
+from deit_kd.models import AnyTeacher, CachedTeacher, build, summary
 from deit_kd.models.facts import facts_of, locate, unread
 from deit_kd.models.teacher import doubts, other_classes
 from deit_kd.recipe import Recipe
 from deit_kd.seed import derive_seed
-from deit_kd.teacher_cache import identity as stream
+from deit_kd.teacher_cache import identity
 from deit_kd.teacher_cache.class_means import must_fit
 from deit_kd.training import optim, run_start
 
@@ -68,11 +67,11 @@ def make_loaders(
     train, val = sources
     tune, holdout = recipe.finetune, None
     if tune is not None and tune.holdout:
-        train, holdout = hold_out(train, tune.holdout, derive_seed(recipe.seed, "holdout"))
+        train, holdout = split_holdout(train, tune.holdout, derive_seed(recipe.seed, "holdout"))
     if len(val) < accelerator.num_processes:
         raise UserError(f"{val.origin}: {len(val)} validation images are fewer than the {accelerator.num_processes} processes")
     steps = build.accumulation(recipe.global_batch_size, accelerator.num_processes, device_batch_size)
-    here = build.placement(recipe, accelerator, warn)
+    here = build.loader_config(recipe, accelerator, warn)
     loader = TrainLoader(
         train,
         choose_augmentation(recipe, accelerator.device),
@@ -85,9 +84,9 @@ def make_loaders(
         memory=cached,
     )
     if cached is not None:
-        stream.must_fit(cached, recipe, loader, accelerator.mixed_precision, warn)
+        identity.check_identity(cached, recipe, loader, accelerator.mixed_precision, warn)
     micro = loader.micro_batch_size
-    if micro < 2 and any(lesson.distill.feature_weight for lesson in recipe.lessons()):
+    if micro < 2 and any(distillation.distill.feature_weight for distillation in recipe.distillations()):
         raise UserError(f"global_batch_size={recipe.global_batch_size}: leaves {micro} image a micro-batch, feature losses need 2")
     transform = evaluation_transform(recipe)
     held = None if holdout is None else EvaluationLoader(holdout, transform, here, batch_size=micro)
@@ -173,11 +172,11 @@ class Checks:
         )
 
     def teacher(self) -> str:
-        """Of each teacher where its weights are, whose classes it knows, its licence, and what images it was trained on."""
+        """Of each teacher where its weights are, whose classes it knows, its license, and what images it was trained on."""
         names = None if self.sources is None else self.sources[0].class_names
         told, here = [], True
-        for lesson in {lesson.teacher: lesson for lesson in reversed(self.recipe.lessons())}.values():
-            config = lesson.teacher
+        for distillation in {distillation.teacher: distillation for distillation in reversed(self.recipe.distillations())}.values():
+            config = distillation.teacher
             if config.cache:
                 told.append(f"{config.name} is not run: its answers are in {config.cache}")
                 continue
@@ -187,7 +186,7 @@ class Checks:
             facts = facts_of(config.name, config.weights)
             compares = any(
                 each.distill.kd_weight or each.distill.teacher_tap == "dense_logits"
-                for each in self.recipe.lessons()
+                for each in self.recipe.distillations()
                 if each.teacher == config
             )
             if names and compares and config.weights == "pretrained" and facts.num_classes != len(names):
@@ -200,23 +199,23 @@ class Checks:
             self.warnings += doubts(
                 unread(config.name, config.weights, config.img_size), self.recipe.data.img_size, self.recipe.data.mean
             )
-            licence = (
+            license = (
                 facts.license if facts.license in PERMISSIVE else f"{facts.license} (the student's card will not say apache-2.0)"
             )
-            told.append(f"{config.name}: weights {place.words}, licence {licence}, {facts.num_classes} classes")
-        if any(lesson.teacher.cache for lesson in self.recipe.lessons()) or (self.reads_weights and here):
+            told.append(f"{config.name}: weights {place.words}, license {license}, {facts.num_classes} classes")
+        if any(distillation.teacher.cache for distillation in self.recipe.distillations()) or (self.reads_weights and here):
             self.teachers = build.build_teachers(self.recipe, names)  # reads them, or opens the cache
         return "; ".join(told) or "none"
 
     def networks(self) -> str:
-        """Student, projectors, class means and optimiser; weights to go on from."""
+        """Student, projectors, class means and optimizer; weights to go on from."""
         classes = None if self.sources is None else len(self.sources[0].class_names)
         tune = self.recipe.finetune
         place = None if tune is None else locate(tune.weights)
-        for number, lesson in enumerate(self.recipe.lessons()):
+        for number, distillation in enumerate(self.recipe.distillations()):
             teacher = self.teachers[number] if self.teachers else None
-            must_fit(self.recipe, lesson.distill, teacher, self.loaders and self.loaders.train.source)
-        if self.reads_weights and self.loaders and place and place.here and len(self.teachers) == len(self.recipe.lessons()):
+            must_fit(self.recipe, distillation.distill, teacher, self.loaders and self.loaders.train.source)
+        if self.reads_weights and self.loaders and place and place.here and len(self.teachers) == len(self.recipe.distillations()):
             labels = torch.from_numpy(self.loaders.train.source.labels)
             built = build.build_distiller(self.recipe, len(self.loaders.train.source.class_names), self.teachers, labels)
         else:
@@ -284,8 +283,8 @@ def rehearse(found: Checks, say: Callable[[str], None]) -> None:
             warn(warning)
     train = found.sources[0] if found.sources else None
     try:
-        counted = plan.make_plan(found.recipe, len(train.class_names) if train else None)
-        say(plan.describe(found.recipe, counted, len(train) if train else None))
+        counted = summary.make_plan(found.recipe, len(train.class_names) if train else None)
+        say(summary.describe(found.recipe, counted, len(train) if train else None))
     except UserError as error:
         faults = faults or [str(error)]  # else it is one of them again
     if len(faults) == 1:

@@ -1,7 +1,7 @@
 """A teacher's class means: the mean of its pooled features over the training images of each class, which ND points students to.
 
 Wang et al. (2023) take them with the teacher in evaluation mode from randomly cropped and flipped training images, and so does this:
-crop and flip are the recipe's, without colours, erasing and mixing. Sums are in float64 and the crops the same each time, so that two
+crop and flip are the recipe's, without colors, erasing and mixing. Sums are in float64 and the crops the same each time, so that two
 passes give one file.
 """
 
@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from deit_kd.data import EvaluationLoader, Placement, Source
+from deit_kd.data import EvaluationLoader, LoaderConfig, Source
 from deit_kd.data.loader import SKIPPED
 from deit_kd.data.sources.fingerprint import fingerprint
 from deit_kd.data.transforms import train_transform
@@ -42,7 +42,7 @@ OTHER = {  # what a file must agree on, and what it is of if it does not
 
 
 def load_or_compute(
-    file: Path, recipe: Recipe, teacher: AnyTeacher, source: Source, accelerator: Accelerator, placement: Placement
+    file: Path, recipe: Recipe, teacher: AnyTeacher, source: Source, accelerator: Accelerator, loader_config: LoaderConfig
 ) -> Tensor:
     """[K,E] float32 from `file` when it is there, else computed and written to it.
 
@@ -52,7 +52,7 @@ def load_or_compute(
     if not os.path.lexists(file):
         assert isinstance(teacher, Teacher), "a cache has no answers to these images; a recipe with one names a file"
         accelerator.print(f"computing the class means of {teacher.info.name} over {len(source):,} images, for {file.name}")
-        means = _compute(recipe, teacher, source, accelerator, placement)
+        means = _compute(recipe, teacher, source, accelerator, loader_config)
         if accelerator.is_main_process:
             file.parent.mkdir(parents=True, exist_ok=True)
             told = {**_identity(recipe, teacher, source), "recipe": dump(recipe)}
@@ -77,11 +77,11 @@ def must_fit(recipe: Recipe, distill: Distill, teacher: AnyTeacher | None, sourc
 
 
 @torch.inference_mode()
-def _compute(recipe: Recipe, teacher: Teacher, source: Source, accelerator: Accelerator, placement: Placement) -> Tensor:
+def _compute(recipe: Recipe, teacher: Teacher, source: Source, accelerator: Accelerator, loader_config: LoaderConfig) -> Tensor:
     quiet = replace(recipe.augmentation, auto_augment=None, color_jitter=0.0, random_erasing=0.0)
     transform = train_transform(replace(recipe, augmentation=quiet))
     batch_size = max(1, min(256, recipe.global_batch_size // accelerator.num_processes))
-    loader = EvaluationLoader(source, transform, placement, batch_size, seed=derive_seed("class means"))
+    loader = EvaluationLoader(source, transform, loader_config, batch_size, seed=derive_seed("class means"))
     classes = len(source.class_names)
     sums = torch.zeros(classes, teacher.width, dtype=torch.float64, device=accelerator.device)
     counts = torch.zeros(classes, dtype=torch.float64, device=accelerator.device)

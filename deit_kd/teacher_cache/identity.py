@@ -23,7 +23,7 @@ TEACHER, WEIGHTS, FILE = "teacher.name", "teacher.weights", "sha256 of the teach
 PACKAGES = ("torch", "torchvision", "timm", "pillow", "numpy")
 
 
-def describe(recipe: Recipe, loader: TrainLoader, autocast: str) -> dict[str, Any]:
+def cache_identity(recipe: Recipe, loader: TrainLoader, autocast: str) -> dict[str, Any]:
     """The identity, one plain value a name.
 
     Args:
@@ -31,7 +31,7 @@ def describe(recipe: Recipe, loader: TrainLoader, autocast: str) -> dict[str, An
         loader: of its training images.
         autocast: of Accelerate: no, bf16 or fp16.
     """
-    teacher, micro = recipe.lessons()[0].teacher, loader.micro_batch_size
+    teacher, micro = recipe.distillations()[0].teacher, loader.micro_batch_size
     aug = recipe.augmentation
     mixes = (aug.mixup or aug.cutmix) and aug.mixup_prob
     follows = {"no": "float32"}.get(autocast, f"{autocast} autocast")
@@ -39,11 +39,11 @@ def describe(recipe: Recipe, loader: TrainLoader, autocast: str) -> dict[str, An
     found = {
         "seed": recipe.seed,
         "global_batch_size": loader.global_batch_size,
-        # Pairs that are mixed are neighbours in a micro-batch; of an odd one, the last stays alone, wherever the batch is cut.
+        # Pairs that are mixed are neighbors in a micro-batch; of an odd one, the last stays alone, wherever the batch is cut.
         "micro-batches": "any" if not mixes else "even" if micro % 2 == 0 else micro,
         "finetune.holdout": recipe.finetune.holdout if recipe.finetune else 0.0,
         **{key: value for key, value in flatten(recipe) if key.startswith(("data.", "augmentation.")) and key not in NO_MATTER},
-        "augmented on": loader.augments_on,  # colours within a grey level of each other, and other noise
+        "augmented on": loader.augments_on,  # colors within a gray level of each other, and other noise
         "decoded on": loader.decodes_on,  # workers, or the device's type: a GPU's decoder gives other pixels
         "teacher.img_size": teacher.img_size,
         "teacher.precision": follows if teacher.precision == "auto" else teacher.precision,
@@ -81,14 +81,14 @@ def must_agree(folder: Path, cached: Mapping[str, Any], wanted: Mapping[str, Any
         raise UserError(f"teacher.cache={folder}: was made for another stream or teacher ({'; '.join(told)}); {remedy}")
 
 
-def must_fit(teacher: CachedTeacher, recipe: Recipe, loader: TrainLoader, autocast: str, warn: Callable[[str], None]) -> None:
+def check_identity(teacher: CachedTeacher, recipe: Recipe, loader: TrainLoader, autocast: str, warn: Callable[[str], None]) -> None:
     """Refuses a cache that is not of this run's images and teacher; warns where other versions of packages made the images.
 
     Raises:
         UserError: every difference, with both values.
     """
     remedy = "cache this recipe into another folder, or set these as they were"
-    must_agree(teacher.folder, teacher.manifest["stream"], describe(recipe, loader, autocast), remedy)
+    must_agree(teacher.folder, teacher.manifest["stream"], cache_identity(recipe, loader, autocast), remedy)
     ours, theirs = versions(), teacher.manifest["versions"]
     if other := [f"{name} {_short(theirs.get(name))}, here {ours[name]}" for name in PACKAGES if ours[name] != theirs.get(name)]:
         warn(f"teacher.cache={teacher.folder}: was made with {'; '.join(other)}, whose images may differ a little")

@@ -1,6 +1,6 @@
 """Writes what a teacher says of a recipe's training images, view by view, so that students after the first need no teacher.
 
-A view of an image is the image in an epoch of the recipe's own stream: its crop, its colours, what is erased, whom it is mixed with and by
+A view of an image is the image in an epoch of the recipe's own stream: its crop, its colors, what is erased, whom it is mixed with and by
 how much, are functions of (seed, epoch, index). Epoch e of a run from a cache of M views is epoch e mod M of that stream, so a mixed image
 is itself the view that the teacher saw, and the cache is exact under mixup and cutmix.
 """
@@ -21,20 +21,20 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 from tqdm import tqdm
 
-from deit_kd.data import EvaluationLoader, Placement, Source, TrainLoader
+from deit_kd.data import EvaluationLoader, LoaderConfig, Source, TrainLoader
 from deit_kd.data.on_device.augment import choose_augmentation
-from deit_kd.data.sources.base import hold_out
+from deit_kd.data.sources.base import split_holdout
 from deit_kd.data.transforms import evaluation_transform
 from deit_kd.errors import UserError
 from deit_kd.evaluation.metrics import measure
 from deit_kd.files.outputs import claimed
 from deit_kd.files.whole import sha256, write_tensors
 from deit_kd.models import Teacher, cached_teacher, teacher_formats
-from deit_kd.models.build import placement
+from deit_kd.models.build import loader_config
 from deit_kd.models.teacher_formats import Basis
 from deit_kd.recipe import Recipe
 from deit_kd.seed import derive_seed
-from deit_kd.teacher_cache import identity as stream
+from deit_kd.teacher_cache import identity
 
 ERRORS = {"features_relative_error": "{:.2g} of the features' spread", "logits_kl": "{:.2g} nats of the logits (KL)"}
 MEASURED_BATCHES = 4  # at least, before anything is promised
@@ -73,7 +73,7 @@ def write_cache(
     """
     train, val = sources
     if recipe.finetune is not None and recipe.finetune.holdout:
-        train, _ = hold_out(train, recipe.finetune.holdout, derive_seed(recipe.seed, "holdout"))
+        train, _ = split_holdout(train, recipe.finetune.holdout, derive_seed(recipe.seed, "holdout"))
     teacher_formats.check(*formats, teacher.width, teacher.num_classes)
     with ExitStack() as held:
         _claim(folder, held, accelerator)
@@ -111,9 +111,9 @@ def _write(
 ) -> None:
     """`write_cache` in a folder that is claimed; `sources` without what is held out."""
     train, val = sources
-    here = placement(recipe, accelerator, accelerator.print)
+    here = loader_config(recipe, accelerator, accelerator.print)
     loader = _whole_batches(recipe, train, here, device_batch_size)
-    identity = stream.describe(recipe, loader, accelerator.mixed_precision)
+    images = identity.cache_identity(recipe, loader, accelerator.mixed_precision)
     is_new = [not (folder / "manifest.json").exists()]
     broadcast_object_list(is_new)  # the first process makes it while others may still be looking
     if is_new[0]:
@@ -128,9 +128,9 @@ def _write(
             "logits": formats[1],
             "global_batch_size": loader.global_batch_size,
             "steps_per_epoch": loader.steps_per_epoch,
-            "validation": stream.of_validation(recipe, val),
-            "stream": identity,
-            "versions": stream.versions(),
+            "validation": identity.of_validation(recipe, val),
+            "stream": images,
+            "versions": identity.versions(),
         }
         if accelerator.is_main_process:
             manifest |= _measured(teacher, loader, formats, folder, accelerator, shard_bytes)
@@ -140,7 +140,7 @@ def _write(
             cached_teacher.write_manifest(folder, manifest)
         accelerator.wait_for_everyone()
     manifest = cached_teacher.read_manifest(folder)
-    stream.must_agree(folder, manifest["stream"], identity, "give another --output, or set these as they were")
+    identity.must_agree(folder, manifest["stream"], images, "give another --output, or set these as they were")
     asked = {"views": views, "features": formats[0], "logits": formats[1]}
     if other := [f"--{key} {manifest[key]}, not {value}" for key, value in asked.items() if manifest[key] != value]:
         raise UserError(f"--output {folder}: holds a cache with {', '.join(other)}; give another folder")
@@ -150,7 +150,7 @@ def _write(
     _write_shards(manifest, todo, teacher, loader, formats, folder, accelerator)
 
 
-def _whole_batches(recipe: Recipe, train: Source, here: Placement, device_batch_size: int | None) -> TrainLoader:
+def _whole_batches(recipe: Recipe, train: Source, here: LoaderConfig, device_batch_size: int | None) -> TrainLoader:
     """Every process makes whole global batches, in even pieces that the device holds."""
     batch = min(recipe.global_batch_size, len(train))
     most = device_batch_size or DEVICE_BATCH.get(here.device.type, 64)
@@ -159,7 +159,7 @@ def _whole_batches(recipe: Recipe, train: Source, here: Placement, device_batch_
         train,
         choose_augmentation(recipe, here.device),
         recipe.augmentation,
-        Placement(here.device, 1, 0, here.workers, here.on_bad_image, here.warn),
+        LoaderConfig(here.device, 1, 0, here.workers, here.on_bad_image, here.warn),
         num_classes=len(train.class_names),
         seed=recipe.seed,
         global_batch_size=batch,
@@ -178,7 +178,7 @@ def _answers(
 
 
 def _accuracy(
-    recipe: Recipe, teacher: Teacher, val: Source, here: Placement, batch_size: int, accelerator: Accelerator
+    recipe: Recipe, teacher: Teacher, val: Source, here: LoaderConfig, batch_size: int, accelerator: Accelerator
 ) -> dict[str, float]:
     """The teacher's top1 and top5 over the validation images, if it knows their labels."""
     if teacher.num_classes != len(val.class_names) or len(val) < accelerator.num_processes:

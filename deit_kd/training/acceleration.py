@@ -34,7 +34,7 @@ FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channel
 
 
 @dataclass(frozen=True)
-class QuickTeacher:
+class TeacherAcceleration:
     """What was done to a teacher, and what it changed: the norm of the difference over that of the plain network's output in float32."""
 
     batch_norms_folded: int
@@ -52,23 +52,23 @@ class QuickTeacher:
 
 
 @dataclass(frozen=True)
-class Quickened:
+class Acceleration:
     """What was done to the networks of a run."""
 
-    teachers: tuple[QuickTeacher | None, ...]  # each network once; None for one that is read from a cache
+    teachers: tuple[TeacherAcceleration | None, ...]  # each network once; None for one that is read from a cache
     compiled: str | None  # torch.compile's mode; None: they are not
     keeps_memory: bool = False
 
 
 def prepare(
     run: Run, teachers: Sequence[AnyTeacher], example: Callable[[], Tensor], accelerator: Accelerator, sharded: bool = False
-) -> Quickened:
+) -> Acceleration:
     """Makes the teachers of a run fast, and says which mode of torch.compile it takes.
 
     Args:
         run: says what is wanted.
         teachers: on their device; changed in place.
-        example: gives [B,3,H,W] of the data, normalised, to measure with.
+        example: gives [B,3,H,W] of the data, normalized, to measure with.
         accelerator: knows the run's precision, and has one process choose for all.
         sharded: over FSDP2, whose hooks torch.compile was not tried with; `auto` leaves it out.
 
@@ -86,7 +86,7 @@ def prepare(
     for each in networks:
         if compiled and each:
             each.compile_forward(compiled)
-    return Quickened(quick, compiled, kept)
+    return Acceleration(quick, compiled, kept)
 
 
 def keep_memory() -> bool:
@@ -112,7 +112,7 @@ def _compile_mode(run: Run, device: torch.device, sharded: bool) -> str | None:
 
 
 @torch.inference_mode()
-def _quicken(teacher: Teacher, run: Run, images: Tensor, accelerator: Accelerator) -> QuickTeacher:
+def _quicken(teacher: Teacher, run: Run, images: Tensor, accelerator: Accelerator) -> TeacherAcceleration:
     """Folds and lays out a teacher, and gives it the run's precision, unless what that changes is more than it may."""
     plain = run.speed == "plain"
     reference = _exact(teacher, images)
@@ -149,7 +149,7 @@ def _quicken(teacher: Teacher, run: Run, images: Tensor, accelerator: Accelerato
             teacher.use(torch.float32, follows_autocast=True)
     if not math.isfinite(sum(error)):
         raise UserError(f"teacher {teacher.info.name}: its outputs are not finite in half precision; set teacher.precision=float32")
-    return QuickTeacher(folded, layout, str(teacher.dtype).removeprefix("torch."), *error)
+    return TeacherAcceleration(folded, layout, str(teacher.dtype).removeprefix("torch."), *error)
 
 
 def _cast(teacher: Teacher, dtype: torch.dtype, images: Tensor, reference: tuple[Tensor, Tensor]) -> tuple[float, float]:

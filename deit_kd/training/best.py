@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from deit_kd.distributed import fsdp as sharding
+from deit_kd.distributed import fsdp
 from deit_kd.files.whole import write_json
 from deit_kd.training.metrics import Tracker
 from deit_kd.training.run_files import read_run
@@ -44,7 +44,7 @@ class Best:
         if metrics[self.chosen_by] <= self.value:
             return
         self.step, self.value = step, metrics[self.chosen_by]
-        whole = sharding.gather(self.student.state_dict())
+        whole = fsdp.gather(self.student.state_dict())
         if self.accelerator.is_main_process:
             self.tensors = {name: value.detach().to("cpu", copy=True) for name, value in whole.items()}
 

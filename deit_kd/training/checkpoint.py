@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from deit_kd.distributed import fsdp as sharding
+from deit_kd.distributed import fsdp
 from deit_kd.errors import UserError
 from deit_kd.files.documents import MEGABYTE, Document, check, read_json
 from deit_kd.files.whole import Tensors, optional, sha256, whole_folder, write_tensors
@@ -170,7 +170,7 @@ def load(path: Path, verified: bool = False) -> tuple[dict[str, dict[str, Tensor
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimiser's state as tensors `INDEX.NAME` and the rest as JSON."""
+    """An optimizer's state as tensors `INDEX.NAME` and the rest as JSON."""
     content = optimizer.state_dict()
     tensors: dict[str, Tensor] = {}
     rest: dict[str, Any] = {}
@@ -207,7 +207,7 @@ def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: Tensors, rest: M
             groups[int(index)][name] = value
             continue
         whole = isinstance(value, Tensor)
-        state.setdefault(int(index), {})[name] = sharding.cut_like(value, parameters[int(index)]) if whole else value
+        state.setdefault(int(index), {})[name] = fsdp.shard_like(value, parameters[int(index)]) if whole else value
     built = optimizer.state_dict()["param_groups"]
     for group, own in zip(groups, built, strict=True):
         if group["params"] != own["params"]:

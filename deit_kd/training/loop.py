@@ -152,7 +152,7 @@ def _update(
     skip: Tensor | None,
     counts: bool,
 ) -> None:
-    """The optimiser's step, unless `skip` tells it on the device, or `counts` here, that this one does not count."""
+    """The optimizer's step, unless `skip` tells it on the device, or `counts` here, that this one does not count."""
     if loop.clip_grad is not None and counts:
         accelerator.clip_grad_norm_(task.module.parameters(), loop.clip_grad)
     if skip is not None:

@@ -129,7 +129,7 @@ class Tracker:
             self._counts[name] = self._counts.get(name, 0) + 1
 
     def advance(self) -> None:
-        """One optimiser step is done."""
+        """One optimizer step is done."""
         if self._bar is not None:
             self._bar.update()
 

@@ -117,6 +117,6 @@ class Buffers:
 
 
 def can_skip_by_itself(optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> bool:
-    """Whether the optimiser reads on the device that a step does not count, as torch's fused ones do where no scaler uses that."""
+    """Whether the optimizer reads on the device that a step does not count, as torch's fused ones do where no scaler uses that."""
     bare = getattr(optimizer, "optimizer", optimizer)
     return getattr(bare, "_step_supports_amp_scaling", False) and accelerator.scaler is None

@@ -1,4 +1,4 @@
-"""The optimiser, through timm's factory, and the learning rate as a function of the optimiser step."""
+"""The optimizer, through timm's factory, and the learning rate as a function of the optimizer step."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from deit_kd.recipe import Recipe, nearest
 
 
 def build_optimizer(recipe: Recipe, module: nn.Module) -> torch.optim.Optimizer:
-    """The recipe's optimiser over all parameters.
+    """The recipe's optimizer over all parameters.
 
-    With optim.decay=matrices no weight decay on biases, norms, nor what `module.no_weight_decay()` lists (position embedding, tokens,
+    With optim.weight_decay_on=matrices no weight decay on biases, norms, nor what `module.no_weight_decay()` lists (position embedding, tokens,
     constrained projectors); with matrices_and_tokens it falls on what the student lists.
 
     Raises:
-        UserError: an optimiser that timm does not know, or that refuses betas or eps.
+        UserError: an optimizer that timm does not know, or that refuses betas or eps.
     """
     optim = recipe.optim
     if optim.name not in list_optimizers():
-        raise UserError(f"optim.name={optim.name}: timm knows no such optimiser{nearest(optim.name, list_optimizers())}")
+        raise UserError(f"optim.name={optim.name}: timm knows no such optimizer{nearest(optim.name, list_optimizers())}")
     groups = None
     if recipe.finetune is not None and recipe.finetune.layer_decay < 1:
         groups = _layers(recipe, module)
-    elif optim.decay == "matrices_and_tokens":
+    elif optim.weight_decay_on == "matrices_and_tokens":
         groups = param_groups_weight_decay(module, optim.weight_decay, no_weight_decay_list=_undecayed(recipe, module))
     # One kernel for all parameters, 3.6 times the speed on a CPU; and it knows by itself that a step does not count.
     fused = {"fused": True} if optim.name in ("adamw", "adam", "sgd", "momentum") else {}
@@ -40,7 +40,7 @@ def build_optimizer(recipe: Recipe, module: nn.Module) -> torch.optim.Optimizer:
             opt=optim.name,
             lr=optim.lr * recipe.lr_factor(),
             weight_decay=optim.weight_decay,
-            filter_bias_and_bn=optim.decay == "matrices" and groups is None,
+            filter_bias_and_bn=optim.weight_decay_on == "matrices" and groups is None,
             **{key: getattr(optim, key) for key in ("betas", "eps", "momentum") if getattr(optim, key) is not None},
             **fused,
         )
@@ -50,9 +50,9 @@ def build_optimizer(recipe: Recipe, module: nn.Module) -> torch.optim.Optimizer:
 
 def _undecayed(recipe: Recipe, module: Any) -> set[str]:
     """Names of parameters of two and more dimensions that do not decay."""
-    if recipe.optim.decay == "all":
+    if recipe.optim.weight_decay_on == "all":
         return set()
-    tokens_too = recipe.optim.decay == "matrices_and_tokens"
+    tokens_too = recipe.optim.weight_decay_on == "matrices_and_tokens"
     return {name for name in module.no_weight_decay() if not (tokens_too and name.startswith("student."))}
 
 
@@ -66,7 +66,9 @@ def _layers(recipe: Recipe, module: Any) -> list[dict[str, Any]]:
     groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            decays = recipe.optim.decay == "all" or not (parameter.ndim <= 1 or name.endswith(".bias") or name in undecayed)
+            decays = recipe.optim.weight_decay_on == "all" or not (
+                parameter.ndim <= 1 or name.endswith(".bias") or name in undecayed
+            )
             groups.setdefault((layers.get(name.removeprefix("student."), last), decays), []).append(parameter)
     return [
         {

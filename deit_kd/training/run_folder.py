@@ -20,20 +20,19 @@ from accelerate import Accelerator
 import deit_kd
 from deit_kd import recipe as recipes
 from deit_kd.data import Source
-from deit_kd.distributed import accelerator as processes
-from deit_kd.distributed import fsdp as sharding
+from deit_kd.distributed import fsdp
+from deit_kd.distributed.accelerator import environment
 from deit_kd.errors import UserError
 from deit_kd.files.documents import short
 from deit_kd.files.whole import write_json, write_text
-from deit_kd.models import CachedTeacher
-from deit_kd.models import summary as plan
+from deit_kd.models import CachedTeacher, summary
 from deit_kd.recipe import Recipe
 from deit_kd.text import for_terminal, redact, redact_path, redact_words
 from deit_kd.training.run_files import plain
 from deit_kd.training.run_start import Start, compare_data, on_main
 
 if TYPE_CHECKING:
-    from deit_kd.training.acceleration import Quickened
+    from deit_kd.training.acceleration import Acceleration
     from deit_kd.training.task import Task
 
 
@@ -43,7 +42,7 @@ def describe(
     accelerator: Accelerator,
     task: Task,
     total_steps: int,
-    quickened: Quickened,
+    accelerated: Acceleration,
     sources: tuple[Source, Source],
     start: Start,
 ) -> None:
@@ -52,14 +51,14 @@ def describe(
     Raises:
         UserError: the run depends on what is another now, or the disk is too small.
     """
-    counted = plan.make_plan(recipe, task.num_classes)
+    counted = summary.make_plan(recipe, task.num_classes)
     needed = counted.checkpoint_bytes * (recipe.run.keep_checkpoints + 1) + 4 * counted.student_parameters
-    loader, val, cut = task.train_loader, task.val_loader.source, sharding.is_sharded(task.student)
+    loader, val, cut = task.train_loader, task.val_loader.source, fsdp.is_sharded(task.student)
 
     def begin() -> None:
         accepted = compare_data(output, task, recipe, sources, start, accelerator.print)
         _must_hold(output, needed, recipe.run.on_full_disk, accelerator.print)
-        run = _facts(output, recipe, accelerator, task, total_steps, quickened, counted)
+        run = _facts(output, recipe, accelerator, task, total_steps, accelerated, counted)
         _tell_other_code(start.run, run, accelerator.print)
         # run.json first: it makes the folder a run's.
         before = {
@@ -78,7 +77,7 @@ def describe(
         + "".join(
             f"teacher {for_terminal(name)}, {parameters:,} parameters, {for_terminal(teacher.describe()) if isinstance(teacher, CachedTeacher) else quick}\n"
             for (name, parameters, _), teacher, quick in zip(
-                counted.teachers, dict.fromkeys(task.teachers), quickened.teachers, strict=True
+                counted.teachers, dict.fromkeys(task.teachers), accelerated.teachers, strict=True
             )
         )
         + "".join(f"tap     {tap}\n" for tap in counted.taps)
@@ -120,8 +119,8 @@ def _facts(
     accelerator: Accelerator,
     task: Task,
     total_steps: int,
-    quickened: Quickened,
-    counted: plan.Plan,
+    accelerated: Acceleration,
+    counted: summary.Plan,
 ) -> dict[str, Any]:
     """What run.json says of this session."""
     loader, val = task.train_loader, task.val_loader.source
@@ -135,12 +134,12 @@ def _facts(
         | {name: version(name) for name in ("torch", "torchvision", "timm", "accelerate", "safetensors", "pillow")},
         "hardware": hardware(accelerator.device),
         "precision": accelerator.mixed_precision,
-        "environment": processes.environment(),
+        "environment": environment(),
         "augmented_on": loader.augments_on,
         "decoded_on": loader.decodes_on,
         "processes": accelerator.num_processes,
-        "sharded": sharding.is_sharded(task.student),
-        "speed": asdict(quickened),
+        "sharded": fsdp.is_sharded(task.student),
+        "speed": asdict(accelerated),
         "accumulation_steps": task.accumulation_steps,
         "micro_batch_size": loader.micro_batch_size,
         "global_batch_size": loader.global_batch_size,

@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from deit_kd.distributed import fsdp as sharding
+from deit_kd.distributed import fsdp
 from deit_kd.errors import UserError
 from deit_kd.files.documents import Document, check
 from deit_kd.files.whole import FULL
@@ -64,7 +64,7 @@ class _State(Document):
 
 @dataclass
 class RunState:
-    """Module, optimiser, EMA, scaler and the open log window of a run, and where they are kept."""
+    """Module, optimizer, EMA, scaler and the open log window of a run, and where they are kept."""
 
     module: nn.Module  # bare
     optimizer: torch.optim.Optimizer
@@ -99,7 +99,7 @@ class RunState:
             parts["ema"] = self.ema.module.state_dict()
         if self.best is not None and self.best.tensors:
             parts["best"] = self.best.tensors
-        parts = {name: sharding.gather(part) for name, part in parts.items()}
+        parts = {name: fsdp.gather(part) for name, part in parts.items()}
         if not all(torch.stack([value.isfinite().all() for value in parts["module"].values()]).tolist()):
             raise UserError(
                 f"step {step}: weights are not finite, so they are not saved; go on from {self.folder} with run.precision=no if it "
@@ -139,7 +139,7 @@ class RunState:
         """Puts everything of a checkpoint back whose files are whole; returns the step that was reached.
 
         Raises:
-            UserError: the checkpoint is damaged, or of another module, optimiser or data.
+            UserError: the checkpoint is damaged, or of another module, optimizer or data.
         """
         parts, state = checkpoint.load(path, verified=True)
         check(state, str(path / "state.json"), _State, checkpoint.REMEDY)
@@ -174,4 +174,4 @@ class RunState:
 
 def _load(module: nn.Module, tensors: dict[str, Tensor]) -> None:
     own = module.state_dict()
-    module.load_state_dict({name: sharding.cut_like(value, own[name]) if name in own else value for name, value in tensors.items()})
+    module.load_state_dict({name: fsdp.shard_like(value, own[name]) if name in own else value for name, value in tensors.items()})

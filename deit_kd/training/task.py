@@ -22,14 +22,14 @@ class Task(Protocol):
     Attributes:
         module: every trainable parameter behind one forward; prepared by `deit_kd.training.setup`.
         student: the bare part of it that is exported.
-        teachers: one for each lesson of the recipe.
+        teachers: one for each distillation of the recipe.
         num_classes: K of the training data.
         train_loader: its images, and how the global batch is cut.
         val_loader: the images that are measured.
         holdout_loader: training images that are held out and measured too; None without `finetune.holdout`.
         steps_per_epoch: optimizer steps.
         accumulation_steps: micro-batches of a process in an optimizer step.
-        knows_labels: for each lesson, whether its teacher's logits are compared.
+        distills_logits: for each distillation, whether its teacher's logits are compared.
         fingerprint: of the recipe.
         layout: how the global batch is cut, for checkpoints.
         depends_on: what a run that goes on from its checkpoints must find again.
@@ -47,7 +47,7 @@ class Task(Protocol):
     holdout_loader: EvaluationLoader | None
     steps_per_epoch: int
     accumulation_steps: int
-    knows_labels: list[bool]
+    distills_logits: list[bool]
     fingerprint: str
     layout: dict[str, Any]
     depends_on: dict[str, Any]

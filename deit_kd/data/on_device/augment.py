@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from deit_kd.data.on_device.draws import CannotBeDrawnError, Jpegs, Plan, Worker
+from deit_kd.data.on_device.draws import BatchPlan, CannotBeDrawnError, Jpegs, WorkerTransform
 from deit_kd.data.on_device.jpegs import Decoder
 from deit_kd.data.on_device.pillow_ops import OPERATIONS, affine
 from deit_kd.data.transforms import Transform, train_transform
@@ -18,7 +18,7 @@ from deit_kd.recipe import Recipe
 class OnDevice(NamedTuple):
     """Augmentation in two parts: workers decode, crop, flip and draw what else is done; the device does that to whole batches."""
 
-    worker: Worker
+    worker: WorkerTransform
     finish: Finish
 
 
@@ -44,7 +44,7 @@ def _choose(recipe: Recipe, device: torch.device) -> Transform | OnDevice:
     if stated == "cpu" or (stated == "auto" and device.type != "cuda"):
         return train_transform(recipe)
     try:
-        return OnDevice(Worker(recipe), Finish(recipe, device))
+        return OnDevice(WorkerTransform(recipe), Finish(recipe, device))
     except CannotBeDrawnError as error:
         if stated == "auto":
             return train_transform(recipe)
@@ -52,7 +52,7 @@ def _choose(recipe: Recipe, device: torch.device) -> Transform | OnDevice:
 
 
 class Finish:
-    """The device's part: the plan's operations, normalisation, erasing. Nothing in it waits for the device, but for `Decoder`.
+    """The device's part: the plan's operations, normalization, erasing. Nothing in it waits for the device, but for `Decoder`.
 
     Raises:
         UserError: what `Decoder` refuses.
@@ -67,8 +67,8 @@ class Finish:
         self.places = _scramble(torch.arange(3 * size * size, dtype=torch.int32)).view(3, size, size).to(device)
         self.decoder = Decoder(size, device) if recipe.run.decode_on == "device" else None
 
-    def __call__(self, images: Tensor | None, plan: Plan) -> Tensor:
-        """Images [B,3,H,W] uint8, without those that are yet to be decoded -> all, float32, normalised, on the device.
+    def __call__(self, images: Tensor | None, plan: BatchPlan) -> Tensor:
+        """Images [B,3,H,W] uint8, without those that are yet to be decoded -> all, float32, normalized, on the device.
 
         Raises:
             UndecodedError: see there.
@@ -87,11 +87,11 @@ class Finish:
             else:
                 chosen = affine(chosen, values, self.fill, bicubic=name == "bicubic")
             images.index_copy_(0, group, chosen)
-        normalised = images.float().div_(255).sub_(self.mean).div_(self.std)
+        normalized = images.float().div_(255).sub_(self.mean).div_(self.std)
         if len(erased):
-            filled = self._erase(normalised.index_select(0, erased), boxes, noise)
-            normalised.index_copy_(0, erased, filled)
-        return normalised
+            filled = self._erase(normalized.index_select(0, erased), boxes, noise)
+            normalized.index_copy_(0, erased, filled)
+        return normalized
 
     def _decode(self, images: Tensor | None, jpegs: Jpegs) -> Tensor:
         """The whole batch; no images: all of it are JPEGs."""

@@ -45,7 +45,7 @@ class Crop(NamedTuple):
     columns: bool  # are the lines
 
 
-class Drawn(NamedTuple):
+class AugmentParams(NamedTuple):
     """An image [3,H,W] uint8, cropped and flipped, or the JPEG that it is cut out of; and what is yet to be done to it."""
 
     image: Tensor | Crop
@@ -63,7 +63,7 @@ class Jpegs(NamedTuple):
     others: Tensor  # [B-J] int, positions of the other images
 
 
-class Plan(NamedTuple):
+class BatchPlan(NamedTuple):
     """What is to be done to a batch: groups of samples that drew the same operation, so that the host knows them beforehand."""
 
     groups: list[tuple[str, int, int]]  # operation, and which part of the next two; one after another
@@ -79,7 +79,7 @@ class CannotBeDrawnError(Exception):
     """An augmentation that is not made of single operations."""
 
 
-class Worker:
+class WorkerTransform:
     """Crops and flips pixels [3,H,W] uint8, and draws the rest; of a JPEG it draws all.
 
     Raises:
@@ -88,7 +88,7 @@ class Worker:
 
     def __init__(self, recipe: Recipe):
         self.geometry: list[Callable[[Tensor], Tensor]] = []
-        self.colours: list[Callable[[list[Any]], list[Any]]] = []
+        self.colors: list[Callable[[list[Any]], list[Any]]] = []
         self.erasing: RandomErasing | None = None
         self.crop: RandomResizedCropAndInterpolation | None = None
         transform: Any = train_transform(recipe)
@@ -101,9 +101,9 @@ class Worker:
             elif operations := augment_operations(step):
                 for operation in operations:
                     operation.aug_fn = partial(_record, operation.name, recipe.data.img_size)
-                self.colours.append(step)
+                self.colors.append(step)
             elif isinstance(step, ColorJitter):
-                self.colours.append(partial(_jitter, step))
+                self.colors.append(partial(_jitter, step))
             elif isinstance(step, RandomErasing):
                 self.erasing = step
                 self.erasing.per_pixel = False  # the worker makes no noise
@@ -113,19 +113,19 @@ class Worker:
         self.sends_jpegs = recipe.run.decode_on == "device"
         self.read = pixels_or_jpeg if self.sends_jpegs else pixels  # of (source, index), what this takes
 
-    def __call__(self, read: Tensor | Jpeg) -> Drawn:
+    def __call__(self, read: Tensor | Jpeg) -> AugmentParams:
         """Draws from the global streams, the same for the pixels of a JPEG as for itself."""
         image = self._place(read) if isinstance(read, Jpeg) else read
         if isinstance(image, Tensor):
             for step in self.geometry:
                 image = step(image)
         operations: list[Any] = []
-        for draw in self.colours:
+        for draw in self.colors:
             operations = draw(operations)
         target = _Target(self.size)
         if self.erasing is not None:
             self.erasing(target)
-        return Drawn(image, operations, target.box, random.getrandbits(31) if target.box else 0)
+        return AugmentParams(image, operations, target.box, random.getrandbits(31) if target.box else 0)
 
     def _place(self, jpeg: Jpeg) -> Crop:
         """What `geometry` would do to the pixels."""
@@ -201,9 +201,9 @@ def _record(name: str, size: int, drawn: list[Any], *level: float, resample: Any
 def _matrix(name: str, level: float, size: int) -> tuple[float, ...]:
     """Where in the image an output pixel is taken from, as Pillow's transform and rotate compute it."""
     if name == "Rotate":
-        angle, centre = -math.radians(level % 360.0), size / 2.0
+        angle, center = -math.radians(level % 360.0), size / 2.0
         a, b = round(math.cos(angle), 15), round(math.sin(angle), 15)
-        return a, b, a * -centre + b * -centre + 0.0 + centre, -b, a, -b * -centre + a * -centre + 0.0 + centre
+        return a, b, a * -center + b * -center + 0.0 + center, -b, a, -b * -center + a * -center + 0.0 + center
     shift = level * size if name.endswith("Rel") else level
     return {
         "ShearX": (1.0, level, 0.0, 0.0, 1.0, 0.0),
@@ -230,7 +230,7 @@ class _Target:
         self.box = rows.start, columns.start, rows.stop - rows.start, columns.stop - columns.start
 
 
-def make_plan(drawn: Sequence[Drawn | None]) -> Plan:
+def make_plan(drawn: Sequence[AugmentParams | None]) -> BatchPlan:
     """The plan of a batch; None for a sample that nothing is done to."""
     groups: dict[tuple[int, str], list[tuple[int, Sequence[float]]]] = {}
     for position, each in enumerate(drawn):
@@ -240,7 +240,7 @@ def make_plan(drawn: Sequence[Drawn | None]) -> Plan:
     entries = [entry for _, group in ordered for entry in group]
     ends = torch.tensor([len(group) for _, group in ordered]).cumsum(0).tolist() if ordered else []
     boxes = [(position, each.box, each.noise) for position, each in enumerate(drawn) if each and each.box]
-    return Plan(
+    return BatchPlan(
         groups=[(name, end - len(group), end) for (name, group), end in zip(ordered, ends, strict=True)],
         members=torch.tensor([position for position, _ in entries], dtype=torch.int64),
         arguments=torch.tensor([[*each, *[0.0] * (6 - len(each))] for _, each in entries], dtype=torch.float64).view(-1, 6),

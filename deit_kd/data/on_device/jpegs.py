@@ -1,7 +1,7 @@
 """JPEGs decoded, cropped and resized on the device, whole batches at a time.
 
 torchvision decodes the list of files: on a GPU nvJPEG, which has other inverse transforms and chroma filters than libjpeg, so that pixels
-differ by some grey levels; on a CPU libjpeg, one after another. Crops are resized by Pillow's antialiasing filters as matrix products.
+differ by some gray levels; on a CPU libjpeg, one after another. Crops are resized by Pillow's antialiasing filters as matrix products.
 """
 
 from __future__ import annotations
@@ -127,8 +127,8 @@ def _filter(length: Tensor, mirrored: Tensor, bicubic: Tensor, size: int, most: 
     result = torch.arange(size, device=length.device)
     result = torch.where(mirrored > 0, size - 1 - result, result)
     scale = length.double() / size
-    centre = (result + 0.5) * scale
-    x = (place - centre[:, :, None] + 0.5).abs_() / scale.clamp(min=1)[:, :, None]
+    center = (result + 0.5) * scale
+    x = (place - center[:, :, None] + 0.5).abs_() / scale.clamp(min=1)[:, :, None]
     near, far = ((1.5 * x - 2.5) * x) * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
     cubic = torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
     weight = torch.where(bicubic[:, :, None] > 0, cubic, (1 - x).clamp_(min=0)) * (place < length)[:, None]

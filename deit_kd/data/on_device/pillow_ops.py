@@ -1,7 +1,7 @@
 """Pillow's image operations on batches of 8-bit images, each sample with its own argument, on any device.
 
 Images are [N,C,H,W] uint8 with C = 3, arguments [N] or [N,6] float64. Results are those of Pillow 13: equal, but for affine transforms and
-blurring, which it computes in another precision and which may differ by one grey level here and there. Nothing waits for the device.
+blurring, which it computes in another precision and which may differ by one gray level here and there. Nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def blend(degenerate: Tensor, images: Tensor, factor: Tensor) -> Tensor:
     return mixed.clamp_(0, 255).to(torch.uint8)
 
 
-def grey(images: Tensor) -> Tensor:
+def gray(images: Tensor) -> Tensor:
     """[N,1,H,W] uint8: mode L."""
     red, green, blue = images.int().unbind(1)
     return ((red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16).to(torch.uint8)[:, None]
@@ -27,12 +27,12 @@ def grey(images: Tensor) -> Tensor:
 
 def color(images: Tensor, factor: Tensor) -> Tensor:
     """ImageEnhance.Color."""
-    return blend(grey(images), images, factor)
+    return blend(gray(images), images, factor)
 
 
 def contrast(images: Tensor, factor: Tensor) -> Tensor:
-    """ImageEnhance.Contrast: about the rounded mean of the grey image."""
-    pixels = grey(images).flatten(1)
+    """ImageEnhance.Contrast: about the rounded mean of the gray image."""
+    pixels = gray(images).flatten(1)
     mean = pixels.sum(1, dtype=torch.int64).double().div_(pixels.shape[1]).add_(0.5).floor_()
     return blend(mean.view(-1, 1, 1, 1), images, factor)
 

@@ -73,7 +73,7 @@ class ArraySource:
         return None
 
 
-class PartSource:
+class Subset:
     """Some images of another source."""
 
     def __init__(self, whole: Source, indices: np.ndarray):
@@ -94,7 +94,7 @@ class PartSource:
         return self.whole.encoded(int(self.indices[index]))
 
 
-def hold_out(source: Source, share: float, seed: int) -> tuple[Source, Source]:
+def split_holdout(source: Source, share: float, seed: int) -> tuple[Source, Source]:
     """(the rest, the held out): of each class the rounded share, but never all; drawn by the seed.
 
     Raises:
@@ -108,7 +108,7 @@ def hold_out(source: Source, share: float, seed: int) -> tuple[Source, Source]:
         raise UserError(f"{source.origin}: holding out {share:g} of each class is less than an image; raise finetune.holdout")
     chosen = np.zeros(len(source), dtype=bool)
     chosen[held] = True
-    return PartSource(source, np.flatnonzero(~chosen)), PartSource(source, np.flatnonzero(chosen))
+    return Subset(source, np.flatnonzero(~chosen)), Subset(source, np.flatnonzero(chosen))
 
 
 def turned(source: Source, most: int = 64) -> int:

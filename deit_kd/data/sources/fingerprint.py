@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from deit_kd.data.sources.base import PartSource, Source
+from deit_kd.data.sources.base import Source, Subset
 from deit_kd.data.sources.folder_source import FolderSource
 from deit_kd.data.sources.shards import ShardSource
 
@@ -39,7 +39,7 @@ def of_images(source: Source) -> dict[str, Any]:
 
 def sizes(source: Source) -> np.ndarray | None:
     """[N] bytes of each image's file, which a folder and shards that were packed of it have in common; None of data without files."""
-    if isinstance(source, PartSource):
+    if isinstance(source, Subset):
         whole = sizes(source.whole)
         return None if whole is None else whole[source.indices]
     if isinstance(source, FolderSource):

@@ -24,7 +24,7 @@ class ContrastiveMemory(nn.Module):
 
     memory_student: Tensor
     memory_teacher: Tensor
-    normalisers: Tensor
+    normalizers: Tensor
     by_class: Tensor
     labels: Tensor
     first: Tensor
@@ -55,7 +55,7 @@ class ContrastiveMemory(nn.Module):
         for name in ("memory_student", "memory_teacher"):
             memory = torch.rand(self.population, width, generator=generator, device="cpu")
             self.register_buffer(name, memory.mul_(2 * bound).sub_(bound))
-        self.register_buffer("normalisers", -torch.ones(2, device="cpu"))  # negative: not set by a first batch yet
+        self.register_buffer("normalizers", -torch.ones(2, device="cpu"))  # negative: not set by a first batch yet
         self.register_buffer("by_class", labels.argsort(stable=True), persistent=False)
         self.register_buffer("labels", labels, persistent=False)
         self.register_buffer("first", counts.cumsum(0) - counts, persistent=False)
@@ -85,13 +85,13 @@ class ContrastiveMemory(nn.Module):
         with torch.autocast(student.device.type, enabled=False):
             return torch.stack([score(student, self.memory_teacher), score(teacher, self.memory_student)])
 
-    def normalise(self, scores: Tensor, mean: Tensor) -> Tensor:
+    def normalize(self, scores: Tensor, mean: Tensor) -> Tensor:
         """Divided, each side, by what `mean` [2] of the first batch's scores makes the sum over all images, as published."""
         with torch.no_grad():
-            normalisers = torch.where(self.normalisers < 0, mean * self.population, self.normalisers)
-            self.normalisers.copy_(normalisers)
+            normalizers = torch.where(self.normalizers < 0, mean * self.population, self.normalizers)
+            self.normalizers.copy_(normalizers)
         # Not by the buffer: a second call before backward writes to it, which autograd refuses.
-        return scores / normalisers[:, None, None]
+        return scores / normalizers[:, None, None]
 
     def _draw(self, indices: Tensor, seed: int) -> Tensor:
         """[B,negatives] indices of images of other classes: places in a list sorted by class, with a jump over the own class."""

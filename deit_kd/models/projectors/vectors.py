@@ -38,7 +38,7 @@ def build_projector(config: Projector, student_width: int, teacher_width: int) -
     """A projector of vectors, features [B,D] -> [B,E]."""
     if config.kind == "orthonormal":
         return Orthonormal(student_width, teacher_width)
-    if config.kind == "bn_dropout_linear":  # ND's adapter, with its initialisation
+    if config.kind == "bn_dropout_linear":  # ND's adapter, with its initialization
         assert config.dropout is not None
         linear = nn.Linear(student_width, teacher_width)
         nn.init.normal_(linear.weight, std=0.01)
