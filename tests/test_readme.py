@@ -114,7 +114,7 @@ def test_the_map_of_the_code_is_true() -> None:
 
 def test_the_test_command_finds_the_tests(copy: Path) -> None:
     assert re.search(
-        r"test_losses.py: [1-9]\d*", bash(copy / "launch" / "test.sh", "--collect-only", "-q", "-n0", "tests/test_losses.py")
+        r"test_losses.py: [1-9]\d*", bash(copy / "launch" / "test.sh", "--collect-only", "-q", "-n0", "tests/losses/test_losses.py")
     )
 
 

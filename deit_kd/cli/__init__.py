@@ -167,7 +167,7 @@ def main(arguments: list[str] | None = None) -> None:
     verb.add_argument("--to", required=True, metavar="ORG/NAME")
     verb.add_argument("--dry-run", action="store_true", help="everything but the upload")
     verb.add_argument("--private", action="store_true", help="a new repository is private")
-    verb.add_argument("--license", "--license", help="of the weights (default: what the card says)")
+    verb.add_argument("--license", "--licence", help="of the weights (default: what the card says)")
     verb.add_argument("--despite-teacher", action="store_true", help="a permissive license although the teacher's is not")
     verb.set_defaults(run=publish)
 

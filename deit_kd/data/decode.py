@@ -18,7 +18,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from deit_kd.files.whole import warn
+from deit_kd.files.warn import warn
 
 MOST_PIXELS = 2**20  # of a file that the device decodes: 256 of them take 0.8 GB there
 MOST_BYTES = 600_000_000  # of a file: 179 million pixels, which Pillow takes at most, are no larger

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from deit_kd.errors import UserError
-from deit_kd.files.whole import warn
+from deit_kd.files.warn import warn
 
 SHARED_MEMORY = Path("/dev/shm")
 SMALL = 1 << 16  # bytes; a smaller tensor is quicker through the pipe, and takes no descriptor

@@ -16,7 +16,7 @@ from deit_kd.data.decode import MOST_BYTES, decode_image, orientation, read_pict
 from deit_kd.data.sources.folders import find_pictures, readable_name, told
 from deit_kd.data.transforms import MOST_RESIZED, own_transform
 from deit_kd.errors import UserError
-from deit_kd.files.whole import warn
+from deit_kd.files.warn import warn
 from deit_kd.models.features import TimmModel
 from deit_kd.text import for_terminal, hide_secrets
 

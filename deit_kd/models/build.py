@@ -18,7 +18,7 @@ from deit_kd.data.sources.base import turned
 from deit_kd.data.sources.folders import order_in_doubt
 from deit_kd.data.transforms import evaluation_transform
 from deit_kd.errors import UserError
-from deit_kd.files.whole import warn
+from deit_kd.files.warn import warn
 from deit_kd.models import AnyTeacher, CachedTeacher, Distiller, build_student, load_student, load_teacher
 from deit_kd.models.distiller import build_distillation_projector, probe_student
 from deit_kd.models.facts import facts_of, locate

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from deit_kd.errors import UserError
 from deit_kd.files.documents import short
-from deit_kd.files.whole import warn
+from deit_kd.files.warn import warn
 from deit_kd.models.config_json import MOST_CLASSES, MOST_PIXELS, too_many_tokens
 from deit_kd.models.described import RELEASED, describe, folder_of, why
 from deit_kd.models.features import TimmModel

@@ -23,7 +23,7 @@ from deit_kd import recipe as recipes
 from deit_kd.data.sources.fingerprint import fingerprint
 from deit_kd.data.transforms import evaluation_transform
 from deit_kd.errors import UserError
-from deit_kd.files.whole import collected
+from deit_kd.files.warn import collected
 from deit_kd.models import build, summary
 from deit_kd.profiling import machine
 from deit_kd.recipe import Recipe

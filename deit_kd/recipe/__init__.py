@@ -20,6 +20,8 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from deit_kd.files.documents import short
+from deit_kd.files.warn import warn
+from deit_kd.recipe import renamed
 from deit_kd.recipe.checks import READS, beyond_a_cache, impossible
 from deit_kd.recipe.document import FLOAT, Kind, RecipeError, hints, kind_of, read_override, read_yaml
 from deit_kd.recipe.partial import well_typed
@@ -126,6 +128,8 @@ def load(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     document = read_yaml(path, _KIND)
     if not isinstance(document, dict):
         raise RecipeError(f"{printable(str(path))}: a recipe is a mapping of sections; copy one of recipes/ to start")
+    if said := renamed.update(document):
+        warn(f"{printable(str(path))}: {'; '.join(said)}")
     faults = [fault for override in overrides if (fault := _apply(document, override, overrides))]
     try:
         recipe = _ADAPTER.validate_python(document)
@@ -167,8 +171,9 @@ def differences(old: Recipe, new: Recipe) -> list[str]:
 def fingerprint(recipe: Recipe) -> str:
     """The same for recipes without `differences`; a key at its default counts like one that a recipe of an earlier version lacks."""
     moving = [
-        (key, repr(value))
+        (name, repr(first))
         for key, value in flatten(recipe)
+        for name, first in [renamed.first_names(key, value)]
         if not key.startswith("run.") and value is not None and (isinstance(value, dict) or value != _DEFAULTS.get(key))
     ]
     return hashlib.sha256(repr(sorted(moving)).encode()).hexdigest()
@@ -240,6 +245,11 @@ def _apply(document: dict[str, Any], override: str, overrides: Sequence[str]) ->
     key, equals, text = override.partition("=")
     if not equals:
         return f"{short(override)} is not an override; write key=value, for example optim.lr=1e-3"
+    if (now := renamed.current_key(key)) != key:
+        warn(f"{key} {'is no longer a key' if now is None else f'is now {now}'}")
+        if now is None:
+            return None
+        key = now
     kind = _kind(key)
     if kind is None:
         return f"{key[:100]}: unknown key in an override{_unknown(key)}"
@@ -257,6 +267,7 @@ def _apply(document: dict[str, Any], override: str, overrides: Sequence[str]) ->
         value = read_override(text, kind)
     except ValueError as error:
         return f"{key}: {error}"
+    value = renamed.current_value(key, value)
     assert isinstance(section, dict)
     selector = ".".join([*parents, last][-2:])
     if selector in READS:

@@ -8,7 +8,7 @@ from pathlib import Path
 from timm.utils import ModelEmaV3
 
 from deit_kd import export, plots
-from deit_kd.files.whole import warn
+from deit_kd.files.warn import warn
 from deit_kd.text import for_terminal
 from deit_kd.training.best import Best
 from deit_kd.training.metrics import Tracker

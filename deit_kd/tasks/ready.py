@@ -16,7 +16,7 @@ from deit_kd.data.sources.base import split_holdout
 from deit_kd.data.transforms import evaluation_transform
 from deit_kd.errors import UserError
 from deit_kd.export.student import PERMISSIVE
-from deit_kd.files.whole import collected, warn
+from deit_kd.files.warn import collected, warn
 from deit_kd.models import AnyTeacher, CachedTeacher, build, summary
 from deit_kd.models.facts import facts_of, locate, unread
 from deit_kd.models.teacher import doubts, other_classes

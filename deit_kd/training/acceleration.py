@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from deit_kd.errors import UserError
 from deit_kd.files.documents import MEGABYTE, read_json
-from deit_kd.files.whole import optional, write_json
+from deit_kd.files.warn import optional
+from deit_kd.files.whole import write_json
 from deit_kd.models import AnyTeacher, Teacher
 from deit_kd.models.folding import fold_batch_norms
 from deit_kd.recipe import Run

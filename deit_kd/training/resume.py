@@ -16,7 +16,7 @@ from deit_kd.files.documents import short
 from deit_kd.files.whole import sha256
 from deit_kd.models import AnyTeacher
 from deit_kd.models.loading import file_of
-from deit_kd.recipe import Recipe, flatten
+from deit_kd.recipe import Recipe, flatten, renamed
 from deit_kd.training.run_files import plain
 
 TRAINING, VALIDATION = "training_images", "validation_images"
@@ -83,7 +83,7 @@ def unreadable(source: Source) -> list[str]:
 def changes(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Each key whose value is another now, with both values. What an earlier version did not know is not compared."""
     found = []
-    for key, a in was.items():
+    for key, a in renamed.current(was).items():
         b = now.get(key)
         if isinstance(a, dict) and isinstance(b, dict) and key in (TRAINING, VALIDATION):
             known = [name for name in b if None not in (a.get(name), b.get(name))]

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from deit_kd.data.decode import FORMATS, decode_image, read_picture
 from deit_kd.data.sources import folders
 from deit_kd.errors import UserError
-from deit_kd.files.whole import warn
+from deit_kd.files.warn import warn
 from deit_kd.recipe import nearest
 from deit_kd.text import for_terminal
 

@@ -17,7 +17,7 @@ from deit_kd.data.sources import folders
 from deit_kd.data.sources.base import Source, Split
 from deit_kd.data.sources.folder_source import FileSource
 from deit_kd.errors import UserError
-from deit_kd.files.whole import warn
+from deit_kd.files.warn import warn
 from deit_kd.text import for_terminal
 
 VALIDATION = ("validation", "val", "valid", "test")  # the first that is there

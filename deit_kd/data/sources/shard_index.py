@@ -25,7 +25,7 @@ from deit_kd.data.decode import MOST_BYTES, SUFFIXES
 from deit_kd.data.sources.folders import HIDDEN, is_hidden
 from deit_kd.errors import UserError
 from deit_kd.files.documents import must_be_a_file, short
-from deit_kd.files.whole import warn
+from deit_kd.files.warn import warn
 from deit_kd.text import for_terminal
 
 NAMES = ("shard", "offset", "size", "labels", "keys")

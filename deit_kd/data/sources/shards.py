@@ -11,7 +11,7 @@ from deit_kd.data.sources import folders, packed, shard_index
 from deit_kd.data.sources.base import Source, Split
 from deit_kd.data.sources.folder_source import FileSource
 from deit_kd.errors import UserError
-from deit_kd.files.whole import warn
+from deit_kd.files.warn import warn
 from deit_kd.text import for_terminal
 
 INDEX = "index_{split}.npz"  # where each image lies; made by `pack`, and by reading the shards through where it is not there

@@ -13,6 +13,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from conftest import ROOT
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor
@@ -23,7 +24,7 @@ from deit_kd.models import Distiller, Teacher, build_student, load_teacher
 from deit_kd.models.features import pooled_features
 from deit_kd.models.students import authors_to_timm
 
-REFERENCE = json.loads((Path(__file__).parent / "reference" / "student_tiny.json").read_text())
+REFERENCE = json.loads((ROOT / "tests" / "reference" / "student_tiny.json").read_text())
 
 
 def filled(name: str, shape: list[int]) -> Tensor:

@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 from torch import Tensor
 
 from deit_kd import losses
 
-REFERENCE = json.loads((Path(__file__).parent / "reference" / "losses.json").read_text())
+REFERENCE = json.loads((ROOT / "tests" / "reference" / "losses.json").read_text())
 
 
 def project(e: dict[str, Tensor]) -> Tensor:

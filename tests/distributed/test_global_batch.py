@@ -16,7 +16,7 @@ from accelerate import Accelerator, debug_launcher
 from accelerate.state import AcceleratorState
 from conftest import SMALL
 from safetensors.torch import load_file, save_file
-from test_terms import OBJECTIVES
+from test_distillation import OBJECTIVES
 from torch import Tensor, nn
 
 from deit_kd import recipe as recipes

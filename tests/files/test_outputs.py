@@ -26,8 +26,8 @@ from deit_kd import cli
 from deit_kd.cli import main
 from deit_kd.errors import UserError
 from deit_kd.evaluation import report  # noqa: F401  # here, not in each forked child
+from deit_kd.files.locks import locked
 from deit_kd.files.outputs import claimed, must_not_be_data, settle, workspace
-from deit_kd.files.whole import locked
 
 RANDOM = ["teacher.name=resnet10t", "teacher.weights=random"]
 SIZE = [*SMALL, *RANDOM, "global_batch_size=8", "epochs=1", "optim.warmup_epochs=0", "data.num_classes=auto"]

@@ -25,7 +25,7 @@ from deit_kd import cli
 from deit_kd import recipe as recipes
 from deit_kd.errors import UserError
 from deit_kd.export.convert import convert
-from deit_kd.files.whole import collected
+from deit_kd.files.warn import collected
 from deit_kd.models import build
 from deit_kd.models.loading import architecture_of, load_student, preprocessing_of
 from deit_kd.models.teacher import doubts, load_teacher
