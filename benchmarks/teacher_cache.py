@@ -62,7 +62,7 @@ def make_arm(
     accelerated = acceleration.prepare(recipe.run, teachers, partial(build.example_images, recipe, sources[0]), accelerator)
     if not FORMATS.keys() <= {path.name for path in folder.iterdir()}:
         (teacher,) = teachers
-        assert isinstance(teacher, Teacher)
+        assert teacher.live
         for name, formats in FORMATS.items():
             write_cache(
                 recipe, teacher, sources, folder / name, accelerator, views=1, formats=formats, ran=f"{accelerated.teachers[0]}"

@@ -78,18 +78,16 @@ def build_teachers(recipe: Recipe, class_names: Sequence[str] | int | None, pret
                 weights=config.weights if pretrained else "random",
                 image_mean=recipe.data.mean,
                 image_std=recipe.data.std,
-                precision="auto" if config.precision == "auto" or not pretrained else "float32",
+                precision=config.precision if pretrained else "auto",
                 img_size=config.img_size,
                 taps=[tap for each in same if (tap := each.distill.teacher_tap) is not None and each.distill.feature_weight],
+                folds_first=True,
             )
             for doubt in doubts(teacher, recipe.data.img_size, recipe.data.mean) if config.weights != "random" else ():
                 warn(doubt)
             if compares_logits and number not in (None, teacher.num_classes):  # where it is counted; else `load_teacher` says so
                 raise UserError(other_classes(config.name, teacher.num_classes, number))
-            teacher.gives_feature_map = False  # nothing but its taps is read in training
             teacher.probe(torch.zeros(1, 3, recipe.data.img_size, recipe.data.img_size))  # one of a fixed size may refuse it
-            if config.precision in ("bfloat16", "float16") and pretrained:
-                teacher.stated_dtype = getattr(torch, config.precision)
         if compares_logits and teacher.info.label_names and isinstance(class_names, Sequence):
             _same_labels(teacher.info.label_names, class_names)
         elif (

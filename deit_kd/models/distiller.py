@@ -13,7 +13,6 @@ from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 
 from deit_kd.errors import UserError
-from deit_kd.models.cached_teacher import AnyTeacher
 from deit_kd.models.features import (
     Intermediates,
     Tap,
@@ -27,6 +26,7 @@ from deit_kd.models.features import (
 from deit_kd.models.projectors.contrastive_memory import ContrastiveMemory
 from deit_kd.models.projectors.review_fusion import ReviewFusion
 from deit_kd.models.projectors.vectors import Orthonormal, build_projector, project
+from deit_kd.models.teacher import AnyTeacher
 from deit_kd.recipe import Distillation, Projector
 from deit_kd.recipe.objectives import FEATURE_OBJECTIVES
 

@@ -85,12 +85,11 @@ def make_plan(recipe: Recipe, num_classes: int | None) -> Plan:
         for distillation, teacher in zip(recipe.distillations(), teachers, strict=True):
             if teacher in outputs:
                 continue
-            teacher.gives_feature_map = True
             with FlopCounterMode(display=False) as counter:
                 outputs[teacher] = output = _forward(teacher, f"teacher {distillation.teacher.name}", image)
             counted.append((distillation.teacher.name, count(teacher), counter.get_total_flops() / 2 / len(image) / 1e9))
             number = f" {len(outputs) - 1}" if len(set(teachers)) > 1 else ""
-            shapes += [(f"teacher{number} {name}", getattr(output, name).shape) for name in ("logits", "features", "feature_map")]
+            shapes += [(f"teacher{number} {name}", getattr(output, name).shape) for name in ("logits", "features")]
         distillations = [
             (distillation, outputs[teacher]) for distillation, teacher in zip(recipe.distillations(), teachers, strict=True)
         ]

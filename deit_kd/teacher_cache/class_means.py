@@ -50,7 +50,7 @@ def load_or_compute(
         UserError: the file is of another teacher, label set, data or crop; or a class has no readable image.
     """
     if not os.path.lexists(file):
-        assert isinstance(teacher, Teacher), "a cache has no answers to these images; a recipe with one names a file"
+        assert teacher.live, "a cache has no answers to these images; a recipe with one names a file"
         accelerator.print(f"computing the class means of {teacher.info.name} over {len(source):,} images, for {file.name}")
         means = _compute(recipe, teacher, source, accelerator, loader_config)
         if accelerator.is_main_process:

@@ -119,7 +119,7 @@ def _write(
     if is_new[0]:
         manifest: dict[str, Any] = {
             "format": cached_teacher.FORMAT,
-            "teacher": teacher.info.told(),
+            "teacher": teacher.info.facts(),
             "ran": ran,
             "img_size": teacher.img_size,
             "width": teacher.width,
