@@ -1,4 +1,4 @@
-"""From PIL image to normalized tensor: timm's transforms, as the recipe names them."""
+"""From PIL image to normalized tensor: timm's transforms, as a recipe names them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torchvision.transforms import CenterCrop, RandomCrop, Resize
 from torchvision.transforms.functional import get_dimensions
 
 from deit_kd.errors import UserError
-from deit_kd.recipe import Recipe
+from deit_kd.recipe import Augmentation, Data, Evaluation
 
 Transform = Callable[[Image.Image], Tensor]
 MOST_RESIZED = 2**26  # pixels; an image of any usual size and shape has far less than a tenth of them
@@ -54,9 +54,9 @@ class MustFit:
         return image
 
 
-def train_transform(recipe: Recipe) -> Transform:
+def train_transform(data: Data, augmentation: Augmentation) -> Transform:
     """Random crop (resized, or of the padded image), flip, automatic augmentation and erasing; gives [3,H,W] float32, normalized."""
-    aug, data = recipe.augmentation, recipe.data
+    aug = augmentation
     try:
         transform = create_transform(
             input_size=data.img_size,
@@ -98,14 +98,14 @@ def augment_operations(step: Any) -> list[AugmentOp]:
     return list(step.ops) if isinstance(step, RandAugment) else []
 
 
-def evaluation_transform(recipe: Recipe) -> Transform:
+def evaluation_transform(data: Data, evaluation: Evaluation) -> Transform:
     """Resize the short side to img_size / crop_pct, center crop; gives [3,H,W] float32, normalized."""
     return own_transform(
-        input_size=recipe.data.img_size,
-        crop_pct=recipe.evaluation.crop_pct,
-        interpolation=recipe.evaluation.interpolation,
-        mean=recipe.data.mean,
-        std=recipe.data.std,
+        input_size=data.img_size,
+        crop_pct=evaluation.crop_pct,
+        interpolation=evaluation.interpolation,
+        mean=data.mean,
+        std=data.std,
     )
 
 

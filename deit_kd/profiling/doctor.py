@@ -20,11 +20,12 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from deit_kd import recipe as recipes
+from deit_kd.data.build import loader_config
 from deit_kd.data.sources.fingerprint import fingerprint
 from deit_kd.data.transforms import evaluation_transform
 from deit_kd.errors import UserError
 from deit_kd.files.warn import collected
-from deit_kd.models import build, summary
+from deit_kd.models import build
 from deit_kd.profiling import machine
 from deit_kd.recipe import Recipe
 from deit_kd.tasks import ready
@@ -65,7 +66,7 @@ def run_checks(
     checks["data"] = lambda: _same_data(next(found), start, accelerator)
     folder = next(path for path in (output.resolve(), *output.resolve().parents) if path.is_dir())
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    count = build.loader_config(recipe, accelerator, lambda _: None).workers
+    count = loader_config(recipe.data, recipe.run, accelerator, lambda _: None).workers
     checks |= {
         "memory": lambda: _shared_memory(start, local),
         "workers": lambda: _workers(recipe, start, count),
@@ -204,7 +205,9 @@ def _workers(recipe: Recipe, start: ready.Checks, count: int) -> Line:
     if start.sources is None:
         return Line("warn", "workers", "not looked at: there are no images")
     size = start.loaders.train.micro_batch_size if start.loaders else recipe.global_batch_size
-    return machine.workers(count, start.sources[0], evaluation_transform(recipe), recipe.data.img_size, size)
+    return machine.workers(
+        count, start.sources[0], evaluation_transform(recipe.data, recipe.evaluation), recipe.data.img_size, size
+    )
 
 
 def _shared_memory(start: ready.Checks, local: int) -> Line:
@@ -217,7 +220,7 @@ def _disk(recipe: Recipe, start: ready.Checks, folder: Path, accelerator: Accele
     if not accelerator.is_main_process:
         return Line("ok", "disk", "")
     try:
-        counted = summary.make_plan(recipe, len(start.sources[0].class_names) if start.sources else None)
+        counted = build.make_plan(recipe, len(start.sources[0].class_names) if start.sources else None)
     except UserError:
         return Line("warn", "disk", "not looked at: the networks cannot be counted, see above")
     needed = counted.checkpoint_bytes * (recipe.run.keep_checkpoints + 1)

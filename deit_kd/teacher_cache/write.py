@@ -22,6 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from deit_kd.data import EvaluationLoader, LoaderConfig, Source, TrainLoader
+from deit_kd.data.build import loader_config
 from deit_kd.data.on_device.augment import choose_augmentation
 from deit_kd.data.sources.base import split_holdout
 from deit_kd.data.transforms import evaluation_transform
@@ -30,7 +31,6 @@ from deit_kd.evaluation.metrics import measure
 from deit_kd.files.outputs import claimed
 from deit_kd.files.whole import sha256, write_tensors
 from deit_kd.models import Teacher, cached_teacher, teacher_formats
-from deit_kd.models.build import loader_config
 from deit_kd.models.teacher_formats import Basis
 from deit_kd.recipe import Recipe
 from deit_kd.seed import derive_seed
@@ -111,9 +111,10 @@ def _write(
 ) -> None:
     """`write_cache` in a folder that is claimed; `sources` without what is held out."""
     train, val = sources
-    here = loader_config(recipe, accelerator, accelerator.print)
+    here = loader_config(recipe.data, recipe.run, accelerator, accelerator.print)
     loader = _whole_batches(recipe, train, here, device_batch_size)
-    images = identity.cache_identity(recipe, loader, accelerator.mixed_precision)
+    holdout, autocast = recipe.finetune.holdout if recipe.finetune else 0.0, accelerator.mixed_precision
+    images = identity.cache_identity(recipe.distillations()[0].teacher, recipe.data, loader, holdout, autocast)
     is_new = [not (folder / "manifest.json").exists()]
     broadcast_object_list(is_new)  # the first process makes it while others may still be looking
     if is_new[0]:
@@ -128,14 +129,18 @@ def _write(
             "logits": formats[1],
             "global_batch_size": loader.global_batch_size,
             "steps_per_epoch": loader.steps_per_epoch,
-            "validation": identity.of_validation(recipe, val),
+            "validation": identity.of_validation(recipe.data, recipe.evaluation, val),
             "stream": images,
             "versions": identity.versions(),
         }
         if accelerator.is_main_process:
             manifest |= _measured(teacher, loader, formats, folder, accelerator, shard_bytes)
             _tell(manifest, list(cached_teacher.shards(manifest)), folder, accelerator)
-        manifest["accuracy"] = _accuracy(recipe, teacher, val, here, loader.micro_batch_size, accelerator)
+        manifest["accuracy"] = _accuracy(
+            teacher,
+            EvaluationLoader(val, evaluation_transform(recipe.data, recipe.evaluation), here, loader.micro_batch_size),
+            accelerator,
+        )
         if accelerator.is_main_process:
             cached_teacher.write_manifest(folder, manifest)
         accelerator.wait_for_everyone()
@@ -157,7 +162,7 @@ def _whole_batches(recipe: Recipe, train: Source, here: LoaderConfig, device_bat
     pieces = [n for n in range(1, batch + 1) if batch % n == 0 and batch // n <= most and batch // n % 2 == 0]
     return TrainLoader(
         train,
-        choose_augmentation(recipe, here.device),
+        choose_augmentation(recipe.data, recipe.augmentation, recipe.run, here.device),
         recipe.augmentation,
         LoaderConfig(here.device, 1, 0, here.workers, here.on_bad_image, here.warn),
         num_classes=len(train.class_names),
@@ -177,13 +182,10 @@ def _answers(
         yield output.features, output.logits
 
 
-def _accuracy(
-    recipe: Recipe, teacher: Teacher, val: Source, here: LoaderConfig, batch_size: int, accelerator: Accelerator
-) -> dict[str, float]:
+def _accuracy(teacher: Teacher, loader: EvaluationLoader, accelerator: Accelerator) -> dict[str, float]:
     """The teacher's top1 and top5 over the validation images, if it knows their labels."""
-    if teacher.num_classes != len(val.class_names) or len(val) < accelerator.num_processes:
+    if teacher.num_classes != len(loader.source.class_names) or len(loader.source) < accelerator.num_processes:
         return {}
-    loader = EvaluationLoader(val, evaluation_transform(recipe), here, batch_size)
     return measure(lambda images: {"": teacher(images).logits}, loader, accelerator, "teacher_")
 
 

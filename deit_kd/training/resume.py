@@ -16,7 +16,7 @@ from deit_kd.files.documents import short
 from deit_kd.files.whole import sha256
 from deit_kd.models import AnyTeacher
 from deit_kd.models.loading import file_of
-from deit_kd.recipe import Recipe, flatten, renamed
+from deit_kd.recipe import renamed
 from deit_kd.training.run_files import plain
 
 TRAINING, VALIDATION = "training_images", "validation_images"
@@ -29,12 +29,21 @@ OF_DATA = ("classes", "validation_classes", TRAINING, VALIDATION, "teacher_tenso
 SOME, MOST_SIZES = 512, 100_000  # images whose content is compared; files whose sizes are looked up
 
 
-def depends_on(recipe: Recipe, sources: tuple[Source, Source], teachers: Iterable[AnyTeacher]) -> dict[str, Any]:
-    """All that a resumed run must find again, one plain value a key: those of the recipe, and what its names stand for."""
+def depends_on(
+    keys: Mapping[str, Any], finetuned_from: str | None, sources: tuple[Source, Source], teachers: Iterable[AnyTeacher]
+) -> dict[str, Any]:
+    """All that a resumed run must find again, one plain value a key.
+
+    Args:
+        keys: of the recipe, those that move a number.
+        finetuned_from: the weights that training began with, as `finetune.weights` states them.
+        sources: train and val.
+        teachers: each once.
+    """
     train, val = sources
-    file = file_of(recipe.finetune.weights) if recipe.finetune else None
+    file = file_of(finetuned_from) if finetuned_from else None
     found = {
-        **of_recipe(recipe),
+        **keys,
         "classes": list(train.class_names),
         "validation_classes": list(val.class_names),
         TRAINING: of_images(train),
@@ -43,11 +52,6 @@ def depends_on(recipe: Recipe, sources: tuple[Source, Source], teachers: Iterabl
         "starting_weights": None if file is None else sha256(file),
     }
     return plain(found)
-
-
-def of_recipe(recipe: Recipe) -> dict[str, Any]:
-    """The keys that move a number."""
-    return plain({key: value for key, value in flatten(recipe) if not key.startswith("run.")})
 
 
 def of_images(source: Source) -> dict[str, Any]:
@@ -153,9 +157,9 @@ def parse_accepted(text: str | None) -> tuple[str, ...]:
     return keys
 
 
-def of_old(recipe: Recipe, steps_per_epoch: int | None, classes: Sequence[str]) -> dict[str, Any]:
-    """What checkpoints of earlier versions say of the data, whose folders were in the order of their names as text."""
-    return plain({**of_recipe(recipe), TRAINING: {"steps_an_epoch": steps_per_epoch}, "classes": list(classes)})
+def of_old(keys: Mapping[str, Any], steps_per_epoch: int | None, classes: Sequence[str]) -> dict[str, Any]:
+    """What checkpoints of earlier versions say of the data, beside the recipe's `keys`."""
+    return plain({**keys, TRAINING: {"steps_an_epoch": steps_per_epoch}, "classes": list(classes)})
 
 
 def tell(change: Mapping[str, Any]) -> str:

@@ -25,7 +25,8 @@ from deit_kd.distributed.accelerator import environment
 from deit_kd.errors import UserError
 from deit_kd.files.documents import short
 from deit_kd.files.whole import write_json, write_text
-from deit_kd.models import CachedTeacher, summary
+from deit_kd.models import CachedTeacher, build
+from deit_kd.models.summary import Plan
 from deit_kd.recipe import Recipe
 from deit_kd.text import for_terminal, redact, redact_path, redact_words
 from deit_kd.training.run_files import plain
@@ -51,7 +52,7 @@ def describe(
     Raises:
         UserError: the run depends on what is another now, or the disk is too small.
     """
-    counted = summary.make_plan(recipe, task.num_classes)
+    counted = build.make_plan(recipe, task.num_classes)
     needed = counted.checkpoint_bytes * (recipe.run.keep_checkpoints + 1) + 4 * counted.student_parameters
     loader, val, cut = task.train_loader, task.val_loader.source, fsdp.is_sharded(task.student)
 
@@ -120,7 +121,7 @@ def _facts(
     task: Task,
     total_steps: int,
     accelerated: Acceleration,
-    counted: summary.Plan,
+    counted: Plan,
 ) -> dict[str, Any]:
     """What run.json says of this session."""
     loader, val = task.train_loader, task.val_loader.source

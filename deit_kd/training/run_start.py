@@ -98,12 +98,17 @@ def must_fit(output: Path, recipe: Recipe, resume: str, accept: str | None, data
     run_place.must_be_ours(real, output, data)
     stored = None if resume == "none" else _stored_recipe(output, lambda _: None)
     if stored is not None:
-        was = {key: value for key, value in resuming.of_recipe(stored).items() if key not in resuming.OF_DATA}
+        was = {key: value for key, value in number_keys(stored).items() if key not in resuming.OF_DATA}
         recorded = _accepted_before(_stored_run(output, lambda _: None))
         fault = f"--output {output}: holds a run of another recipe"
-        resuming.refuse(fault, resuming.changes(was, resuming.of_recipe(recipe)), accepted, recorded, begun=f"--recipe {output}")
+        resuming.refuse(fault, resuming.changes(was, number_keys(recipe)), accepted, recorded, begun=f"--recipe {output}")
     if resume not in ("auto", "none"):
         checkpoint.verify(Path(resume))
+
+
+def number_keys(recipe: Recipe) -> dict[str, Any]:
+    """The keys of a recipe that move a number, with their values."""
+    return run_files.plain({key: value for key, value in recipes.flatten(recipe) if not key.startswith("run.")})
 
 
 def _move_aside(real: Path, output: Path, say: Callable[[str], None]) -> None:
@@ -122,14 +127,14 @@ def _find(output: Path, recipe: Recipe, resume: str, accepted: tuple[str, ...], 
     """The start in a folder that is this process's: where to go on, if what the run depends on is as it was."""
     stored, run = _stored_recipe(output, say), _stored_run(output, say)
     recorded = _accepted_before(run)
-    now = resuming.of_recipe(recipe)
+    now = number_keys(recipe)
 
     def compare(was: Mapping[str, Any], fault: str) -> None:
         found = resuming.changes({key: value for key, value in was.items() if key not in resuming.OF_DATA}, now)
         resuming.refuse(fault, found, accepted, recorded, begun=f"--recipe {output}" if stored is not None else "")
 
     if stored is not None:
-        compare(resuming.of_recipe(stored), f"--output {output}: holds a run of another recipe")
+        compare(number_keys(stored), f"--output {output}: holds a run of another recipe")
 
     def accepts(state: Mapping[str, Any]) -> bool:
         try:
@@ -231,7 +236,8 @@ def compare_data(
     Raises:
         UserError: a change that is not accepted.
     """
-    task.depends_on = resuming.depends_on(recipe, sources, dict.fromkeys(task.teachers))
+    keys, tune = number_keys(recipe), recipe.finetune
+    task.depends_on = resuming.depends_on(keys, tune.weights if tune else None, sources, dict.fromkeys(task.teachers))
     recorded = _accepted_before(start.run)
     if start.checkpoint is None:
         return []
@@ -239,9 +245,10 @@ def compare_data(
     if not was:
         say(f"{start.checkpoint}: an earlier version wrote it; whether data, classes and teacher are the same cannot be compared")
         names = sources[0].class_names
+        # Earlier versions had the folders of classes in the order of their names as text.
         by_text = sorted(names) if recipe.data.source in ("image_folder", "imagenette") else names
-        was = resuming.of_old(recipe, start.state.get("steps_per_epoch"), by_text)
-        now = resuming.of_old(recipe, task.steps_per_epoch, names)
+        was = resuming.of_old(keys, start.state.get("steps_per_epoch"), by_text)
+        now = resuming.of_old(keys, task.steps_per_epoch, names)
     found = resuming.changes(was, now)
     faults = [fault for source in sources for fault in resuming.unreadable(source)] if found else []
     resuming.refuse(

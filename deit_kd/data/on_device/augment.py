@@ -12,7 +12,7 @@ from deit_kd.data.on_device.jpegs import Decoder
 from deit_kd.data.on_device.pillow_ops import OPERATIONS, affine
 from deit_kd.data.transforms import Transform, train_transform
 from deit_kd.errors import UserError
-from deit_kd.recipe import Recipe
+from deit_kd.recipe import Augmentation, Data, Run
 
 
 class OnDevice(NamedTuple):
@@ -22,14 +22,14 @@ class OnDevice(NamedTuple):
     finish: Finish
 
 
-def choose_augmentation(recipe: Recipe, device: torch.device) -> Transform | OnDevice:
+def choose_augmentation(data: Data, augmentation: Augmentation, run: Run, device: torch.device) -> Transform | OnDevice:
     """The training transform for where `run.augment_on` says: of auto the device if it is a GPU and can do it.
 
     Raises:
         UserError: the recipe says device, and its augmentation cannot be done there; or what `train_transform` and `Decoder` refuse.
     """
-    chosen = _choose(recipe, device)
-    if recipe.run.decode_on == "device":
+    chosen = _choose(data, augmentation, run, device)
+    if run.decode_on == "device":
         if not isinstance(chosen, OnDevice):
             raise UserError(
                 "run.decode_on=device: images are augmented in the workers here; use run.augment_on=device, or run.decode_on=workers"
@@ -39,15 +39,15 @@ def choose_augmentation(recipe: Recipe, device: torch.device) -> Transform | OnD
     return chosen
 
 
-def _choose(recipe: Recipe, device: torch.device) -> Transform | OnDevice:
-    stated = recipe.run.augment_on
+def _choose(data: Data, augmentation: Augmentation, run: Run, device: torch.device) -> Transform | OnDevice:
+    stated, decodes = run.augment_on, run.decode_on == "device"
     if stated == "cpu" or (stated == "auto" and device.type != "cuda"):
-        return train_transform(recipe)
+        return train_transform(data, augmentation)
     try:
-        return OnDevice(WorkerTransform(recipe), Finish(recipe, device))
+        return OnDevice(WorkerTransform(data, augmentation, decodes), Finish(data, device, decodes))
     except CannotBeDrawnError as error:
         if stated == "auto":
-            return train_transform(recipe)
+            return train_transform(data, augmentation)
         raise UserError(f"run.augment_on=device: {error}; use run.augment_on=cpu") from None
 
 
@@ -58,14 +58,14 @@ class Finish:
         UserError: what `Decoder` refuses.
     """
 
-    def __init__(self, recipe: Recipe, device: torch.device):
-        self.device, size = device, recipe.data.img_size
-        self.mean, self.std = (torch.tensor(each, device=device).view(-1, 1, 1) for each in (recipe.data.mean, recipe.data.std))
-        self.fill = torch.tensor([min(255, round(255 * each)) for each in recipe.data.mean], dtype=torch.uint8, device=device)
+    def __init__(self, data: Data, device: torch.device, decodes: bool):
+        self.device, size = device, data.img_size
+        self.mean, self.std = (torch.tensor(each, device=device).view(-1, 1, 1) for each in (data.mean, data.std))
+        self.fill = torch.tensor([min(255, round(255 * each)) for each in data.mean], dtype=torch.uint8, device=device)
         levels = (torch.arange(65536, dtype=torch.float64) + 0.5) / 65536
         self.normal = torch.special.ndtri(levels).float().to(device)
         self.places = _scramble(torch.arange(3 * size * size, dtype=torch.int32)).view(3, size, size).to(device)
-        self.decoder = Decoder(size, device) if recipe.run.decode_on == "device" else None
+        self.decoder = Decoder(size, device) if decodes else None
 
     def __call__(self, images: Tensor | None, plan: BatchPlan) -> Tensor:
         """Images [B,3,H,W] uint8, without those that are yet to be decoded -> all, float32, normalized, on the device.
@@ -95,7 +95,7 @@ class Finish:
 
     def _decode(self, images: Tensor | None, jpegs: Jpegs) -> Tensor:
         """The whole batch; no images: all of it are JPEGs."""
-        assert self.decoder is not None, "workers send what they are told to"
+        assert self.decoder is not None, "workers send JPEGs only to a device that decodes"
         decoded = self.decoder(jpegs)
         if images is None:
             return decoded

@@ -23,7 +23,7 @@ from torchvision.transforms import CenterCrop, ColorJitter, InterpolationMode, N
 from deit_kd.data.decode import Jpeg
 from deit_kd.data.sources.base import pixels, pixels_or_jpeg
 from deit_kd.data.transforms import MustFit, augment_operations, train_transform
-from deit_kd.recipe import Recipe
+from deit_kd.recipe import Augmentation, Data
 
 
 class Crop(NamedTuple):
@@ -86,12 +86,12 @@ class WorkerTransform:
         CannotBeDrawnError: see there.
     """
 
-    def __init__(self, recipe: Recipe):
+    def __init__(self, data: Data, augmentation: Augmentation, sends_jpegs: bool):
         self.geometry: list[Callable[[Tensor], Tensor]] = []
         self.colors: list[Callable[[list[Any]], list[Any]]] = []
         self.erasing: RandomErasing | None = None
         self.crop: RandomResizedCropAndInterpolation | None = None
-        transform: Any = train_transform(recipe)
+        transform: Any = train_transform(data, augmentation)
         for step in transform.transforms:
             if isinstance(step, RandomResizedCropAndInterpolation):
                 self.crop = step
@@ -100,7 +100,7 @@ class WorkerTransform:
                 self.geometry.append(step)
             elif operations := augment_operations(step):
                 for operation in operations:
-                    operation.aug_fn = partial(_record, operation.name, recipe.data.img_size)
+                    operation.aug_fn = partial(_record, operation.name, data.img_size)
                 self.colors.append(step)
             elif isinstance(step, ColorJitter):
                 self.colors.append(partial(_jitter, step))
@@ -108,9 +108,9 @@ class WorkerTransform:
                 self.erasing = step
                 self.erasing.per_pixel = False  # the worker makes no noise
             elif not isinstance(step, (MaybeToTensor, Normalize)):
-                raise CannotBeDrawnError(f"auto_augment={recipe.augmentation.auto_augment} is not made of single operations")
-        self.size = recipe.data.img_size
-        self.sends_jpegs = recipe.run.decode_on == "device"
+                raise CannotBeDrawnError(f"auto_augment={augmentation.auto_augment} is not made of single operations")
+        self.size = data.img_size
+        self.sends_jpegs = sends_jpegs
         self.read = pixels_or_jpeg if self.sends_jpegs else pixels  # of (source, index), what this takes
 
     def __call__(self, read: Tensor | Jpeg) -> AugmentParams:
