@@ -65,7 +65,7 @@ def _write_card(run_folder: Path) -> Path:
         raise UserError(f"{run_folder}: its metrics.jsonl holds no evaluation; give the command of the run again, which evaluates")
     last, chosen = exported(metrics, run)  # not the last, where the best are kept
     ema = "ema_top1" in last
-    name = f"{run['name']}: {what(recipe.student, recipe.data.img_size)}"
+    name = f"{run['name']}: {student_in_words(recipe.student, recipe.data.img_size)}"
     teachers = run["teachers"]
     on_hub = [teacher["name"].removeprefix("hf-hub:") for teacher in teachers if teacher["name"].startswith("hf-hub:")]
     data = ModelCardData(
@@ -131,8 +131,8 @@ def _label_names(file: Path) -> list[str]:
     return labels
 
 
-def what(student: Student, img_size: int) -> str:
-    """What a student is: its architecture's name where that says its shape, else the shape in words."""
+def student_in_words(student: Student, img_size: int) -> str:
+    """The architecture's name if it says the shape, else its name and the shape in words."""
     name, size, arguments = student.name, img_size, student.model_args
     words = {"embed_dim": "width {}", "depth": "depth {}", "patch_size": "patches of {} px"}
     shape = [text.format(arguments[key]) for key, text in words.items() if key in arguments]
