@@ -193,10 +193,10 @@ def plot_report(report: Mapping[str, Any], names: Sequence[str], file: Path) -> 
     else:
         left.axis("off")
         if "confusions" in report:
-            told = (
+            reason = (
                 f"{len(names):,} classes are too many for a picture of their confusions;\nthe most frequent ones are in report.md"
             )
-            left.text(0.5, 0.5, told, ha="center", va="center")
+            left.text(0.5, 0.5, reason, ha="center", va="center")
     points = report["reliability"]
     right.plot([0, 1], [0, 1], color="gray", linestyle=":")
     sizes = [20 + 300 * point["images"] / report["images"] for point in points]
@@ -215,7 +215,7 @@ def plot_report(report: Mapping[str, Any], names: Sequence[str], file: Path) -> 
 def contact_sheet(
     images: Sequence[Image.Image], labels: Sequence[str], predictions: Sequence[str], confidences: Sequence[float], file: Path
 ) -> None:
-    """One picture of images with what they are and what a student takes them for, the mistakes in red."""
+    """One picture of images with labels and predictions, mistakes in red."""
     columns = 8
     rows = -(-len(images) // columns)
     figure, grid = plt.subplots(rows, columns, figsize=(1.5 * columns, 2.0 * rows), squeeze=False)

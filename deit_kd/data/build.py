@@ -72,10 +72,10 @@ def _warn_of_empty_classes(train: Source, val: Source) -> None:
 
 
 def example_images(source: Source, data: Data, evaluation: Evaluation, count: int = 4) -> Tensor:
-    """[count,3,H,W]: the first images that can be read, as in evaluation.
+    """The first readable images [count,3,H,W], transformed as in evaluation.
 
     Raises:
-        UserError: not one can be read.
+        UserError: none can be read.
     """
     transform, images = evaluation_transform(data, evaluation), []
     for index in range(min(len(source), 100)):
@@ -105,7 +105,7 @@ def loader_config(data: Data, run: Run, accelerator: Accelerator, warn: Callable
 
 
 def accumulation(global_batch_size: int, num_processes: int, device_batch_size: int | None) -> int:
-    """Micro-steps an optimizer step, so that none is larger than `device_batch_size`.
+    """The number of micro-batches in an optimizer step of a process; none is larger than `device_batch_size`.
 
     Raises:
         UserError: the global batch does not divide evenly.

@@ -17,11 +17,11 @@ from deit_kd.errors import UserError
 from deit_kd.recipe import Augmentation, Data, Evaluation
 
 Transform = Callable[[Image.Image], Tensor]
-MOST_RESIZED = 2**26  # pixels; an image of any usual size and shape has far less than a tenth of them
+MOST_RESIZED = 2**26  # pixels; images of usual sizes and shapes have less than a tenth of this
 
 
 class MustFit:
-    """A step that gives images on as they are, and refuses those of which the next step would make too large ones.
+    """Returns images unchanged, but refuses those that the next step would make too large.
 
     Args:
         resize: the next step.
@@ -55,7 +55,7 @@ class MustFit:
 
 
 def train_transform(data: Data, augmentation: Augmentation) -> Transform:
-    """Random crop (resized, or of the padded image), flip, automatic augmentation and erasing; gives [3,H,W] float32, normalized."""
+    """Random crop (resized, or of the padded image), flip, automatic augmentation, erasing; returns [3,H,W] float32, normalized."""
     aug = augmentation
     try:
         transform = create_transform(
@@ -99,7 +99,7 @@ def augment_operations(step: Any) -> list[AugmentOp]:
 
 
 def evaluation_transform(data: Data, evaluation: Evaluation) -> Transform:
-    """Resize the short side to img_size / crop_pct, center crop; gives [3,H,W] float32, normalized."""
+    """Resizes the short side to img_size / crop_pct and crops the center; returns [3,H,W] float32, normalized."""
     return own_transform(
         input_size=data.img_size,
         crop_pct=evaluation.crop_pct,
@@ -110,7 +110,7 @@ def evaluation_transform(data: Data, evaluation: Evaluation) -> Transform:
 
 
 def own_transform(**config: Any) -> Transform:
-    """What timm does to images for evaluation, as a network's own configuration has it; it refuses images that it would make too large."""
+    """Timm's evaluation transform for a network's own configuration; it refuses images that it would make too large."""
     transform = create_transform(**config, is_training=False)
     first = transform.transforms[0]
     if isinstance(first, (Resize, ResizeKeepRatio)):

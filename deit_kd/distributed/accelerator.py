@@ -1,4 +1,4 @@
-"""The processes of a run, what was launched, and what their environment says of numbers."""
+"""The processes of a run, how they were launched, and the variables of their environment that change numbers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from deit_kd.text import lines_for_terminal
 
 
 class Speaking(Accelerator):
-    """Accelerate, whose lines for people hold names of others."""
+    """Accelerate, which makes names of others safe for a terminal."""
 
     def print(self, *args: Any, **kwargs: Any) -> None:
         """On the main process alone; see `text.for_terminal`."""
@@ -56,7 +56,7 @@ REFUSED = {
     "ACCELERATE_USE_MEGATRON_LM": _Variable(_off, _STRATEGY),
     "ACCELERATE_USE_PARALLELISM_CONFIG": _Variable(_off, _STRATEGY),
 }
-# What moves roundings and nothing that a recipe states: said, and kept in run.json.
+# These change roundings, and nothing that a recipe states: they are printed and kept in run.json.
 RECORDED = (
     *("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "CUBLAS_WORKSPACE_CONFIG", "TORCH_BLAS_PREFER_CUBLASLT"),
     *("ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY"),
@@ -66,19 +66,19 @@ RECORDED = (
 
 
 def environment() -> dict[str, str]:
-    """The variables that are set and move roundings."""
+    """The variables that are set and change roundings."""
     return {name: os.environ[name] for name in RECORDED if os.environ.get(name)}
 
 
 def must_agree(clip_grad: float | None, precision: str) -> None:
-    """Refuses variables that ask for other numbers than the recipe.
+    """Refuses variables that would change a run's numbers against its recipe.
 
     Args:
         clip_grad: the recipe's `optim.clip_grad`.
         precision: the one that runs: no, bf16 or fp16.
 
     Raises:
-        UserError: one does.
+        UserError: a variable does.
     """
     for name, variable in REFUSED.items():
         value = os.environ.get(name, "")

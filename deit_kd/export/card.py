@@ -35,7 +35,7 @@ SIZES = r"_(?:tiny|small|medium|base|large|huge|giant|little|nano|micro)(?=_|$)"
 
 @contextmanager
 def files_that_agree(run_folder: Path) -> Iterator[None]:
-    """Each file of a run is checked when it is read; what one lacks that another promises is one line, too."""
+    """Each file of a run is checked when it is read; if two do not agree, the error is one line, too."""
     try:
         yield
     except UserError:
@@ -119,7 +119,7 @@ def _write_card(run_folder: Path) -> Path:
 
 
 def _label_names(file: Path) -> list[str]:
-    """Of a config.json; names of folders may be no Unicode, which strict schemas refuse."""
+    """label_names of a config.json, read by hand: names of folders may be no valid Unicode, which strict schemas refuse."""
     content = read_bytes(file, REMEDY, 64 * MEGABYTE)
     try:
         config = json.loads(content)
@@ -144,7 +144,7 @@ def student_in_words(student: Student, img_size: int) -> str:
 
 
 def redact_recipe(document: Any) -> Any:
-    """A recipe's values for others: where its author keeps files is not their business."""
+    """A recipe's values without the author's paths and secrets."""
     paths = ("name", "weights", "cache", "class_means")
     if isinstance(document, Mapping):
         return {

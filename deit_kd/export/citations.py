@@ -1,4 +1,4 @@
-"""Which papers a run stands on: a card cites those of the losses and networks that its recipe names, and no other."""
+"""The papers that a card cites: those of the losses and networks that the recipe names, and no others."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ torch.save(student(torch.load(sys.argv[2], weights_only=True)), sys.argv[3])
 
 
 def publish(run: Path, repository: str, *, private: bool, dry_run: bool, license: str | None, despite_teacher: bool) -> list[str]:
-    """Checks a run's student as a stranger would, and uploads it with card, recipe, metrics, plots and license in one commit.
+    """Checks a run's student in a process of its own, and uploads it with card, recipe, metrics, plots and license in one commit.
 
     What was uploaded before an interruption is not sent again.
 
@@ -216,7 +216,7 @@ def _with_pictures(card: str, folder: Path) -> str:
     shown = [(file, PICTURES.get(file.stem, file.stem)) for file in sorted((folder / "plots").glob("*.png"))]
     if not shown or "](plots/" in card:
         return card
-    pictures = "\n\n".join(f"![{for_markdown(told)}](plots/{quote(file.name)})" for file, told in shown)
+    pictures = "\n\n".join(f"![{for_markdown(title)}](plots/{quote(file.name)})" for file, title in shown)
     before, limits, after = card.partition("\n## Limits\n")
     return f"{before.rstrip()}\n\n## Curves\n\n{pictures}\n{limits}{after}"
 
@@ -241,9 +241,9 @@ def must_be_clean(folder: Path, run: Path) -> None:
                 f"{run / 'student' / file.relative_to(folder)}: cannot be looked into ({' '.join(str(error).split())[:200]}); remove it"
             ) from None
         if found:
-            told = "; ".join(for_terminal(short(each)) for each in found[:3])
+            secrets = "; ".join(for_terminal(short(each)) for each in found[:3])
             raise UserError(
-                f"{run / 'student'}: {file.relative_to(folder)} holds {told}, which would be published; write the card again with "
+                f"{run / 'student'}: {file.relative_to(folder)} holds {secrets}, which would be published; write the card again with "
                 "deit-kd card, or remove it there"
             )
 

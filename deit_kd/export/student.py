@@ -1,4 +1,4 @@
-"""The one export: bare timm keys, contiguous copies, reloaded by plain timm and compared before it counts as done."""
+"""The export of a student: bare timm keys, contiguous copies, reloaded by plain timm and compared."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def export_student(
     Args:
         student: the bare timm model.
         folder: where to.
-        data: for the preprocessing.
-        evaluation: for the preprocessing, too.
+        data: size and normalization of images.
+        evaluation: how images are cropped.
         model_args: of the architecture.
         class_names: [K] names, stored as label_names.
         teacher_licenses: of the weights that it learned from.
@@ -79,7 +79,7 @@ def fill_folder(
         folder: where to; it is there. `timm.create_model("local-dir:FOLDER", pretrained=True)` loads it.
         preprocessing: of timm's pretrained_cfg, what differs from the architecture's own.
         arguments: of the architecture.
-        class_names: [K] names, stored as label_names; None where nobody knows them.
+        class_names: [K] names, stored as label_names; None if unknown.
         about: what else config.json says, under deit_kd.
 
     Raises:
@@ -128,7 +128,7 @@ def license(of_teachers: Sequence[object]) -> str:
 
 @torch.inference_mode()
 def compare(student: TimmModel, folder: Path) -> None:
-    """Loads the folder as a stranger would and compares logits on fixed random images.
+    """Loads the folder with plain timm and compares logits on fixed random images.
 
     Raises:
         UserError: they differ.

@@ -26,15 +26,15 @@ from deit_kd.seed import derive_seed
 
 
 def build_teachers(recipe: Recipe, class_names: Sequence[str] | int | None, pretrained: bool = True) -> list[AnyTeacher]:
-    """The teacher of each distillation of the recipe, the same object where two distillations name the same.
+    """The teacher of each distillation of the recipe; distillations that name the same teacher share one object.
 
-    A teacher gets the images that the student gets, and must know the data's classes if its logits are distilled. It is in half
-    precision, if that is stated, from `speed.prepare` on, which folds it first. One with a cache is not built: the cache is opened.
+    A teacher sees the student's images, and must have the data's classes if its logits are distilled. `acceleration.prepare` folds it
+    and then puts it into half precision, if that is stated. Of a teacher with a cache only the cache is opened.
 
     Args:
         recipe: names them.
-        class_names: of the data; a number where there are no data yet, None where nobody knows it.
-        pretrained: False counts only: random weights, whatever the recipe says, but no other classes.
+        class_names: of the data; a number where there are no data yet, None if unknown.
+        pretrained: False is for counting: random weights, whatever the recipe says, with the same classes.
 
     Raises:
         UserError: see `load_teacher` and `CachedTeacher`; labels of other names, or images of a size that a teacher refuses.
@@ -74,9 +74,9 @@ def build_teachers(recipe: Recipe, class_names: Sequence[str] | int | None, pret
             )
             for doubt in doubts(teacher, recipe.data.img_size, recipe.data.mean) if config.weights != "random" else ():
                 warn(doubt)
-            if compares_logits and number not in (None, teacher.num_classes):  # where it is counted; else `load_teacher` says so
+            if compares_logits and number not in (None, teacher.num_classes):  # when counting; else `load_teacher` raises it
                 raise UserError(other_classes(config.name, teacher.num_classes, number))
-            teacher.gives_feature_map = False  # nothing but its taps is read in training
+            teacher.gives_feature_map = False  # training reads its taps alone
             teacher.probe(torch.zeros(1, 3, recipe.data.img_size, recipe.data.img_size))  # one of a fixed size may refuse it
             if config.precision in ("bfloat16", "float16") and pretrained:
                 teacher.stated_dtype = getattr(torch, config.precision)
@@ -93,7 +93,7 @@ def build_teachers(recipe: Recipe, class_names: Sequence[str] | int | None, pret
 
 
 def resolve(recipe: Recipe) -> Recipe:
-    """The recipe with the architecture of the weights that it goes on from, and the first teacher's size and normalization for auto.
+    """The recipe with auto replaced: the architecture of the weights to fine-tune, the first teacher's image size and normalization.
 
     Raises:
         UserError: weights or a teacher that cannot be read; weights of another architecture than it names; what then does not fit.
@@ -126,14 +126,14 @@ def resolve(recipe: Recipe) -> Recipe:
 def build_distiller(
     recipe: Recipe, num_classes: int, teachers: Sequence[AnyTeacher], labels: Tensor | None = None, pretrained: bool = True
 ) -> Distiller:
-    """Student and a projector for each distillation; fresh weights that depend on the recipe's seed alone, or those to go on from.
+    """Student and a projector for each distillation, with fresh weights that depend on the recipe's seed alone, or with those to fine-tune.
 
     Args:
         recipe: names them.
         num_classes: of the data.
         teachers: one a distillation, on the CPU or the meta device like the result.
         labels: [N] int of the training images, for a contrastive memory.
-        pretrained: False counts only: random weights, whatever the recipe says.
+        pretrained: False is for counting: random weights, whatever the recipe says.
 
     Raises:
         UserError: a head, tap or width that does not fit, or weights that cannot be read.
@@ -154,10 +154,10 @@ def build_distiller(
     ]
     distiller = Distiller(student, projectors, [distillation.distill.student_tap for distillation in distillations])
     heads = distiller.distillation_heads
-    taught = sum(token is not None for token in tokens(distillations, heads))
-    if heads > 1 and taught not in (0, heads):
+    used = sum(token is not None for token in tokens(distillations, heads))
+    if heads > 1 and used not in (0, heads):
         raise UserError(
-            f"student.name={recipe.student.name}: has {heads} distillation tokens, and the logits of {taught} teachers go to them; state "
+            f"student.name={recipe.student.name}: has {heads} distillation tokens, and the logits of {used} teachers go to them; state "
             f"{heads} with kd_head=distillation or both, or take a student with one token"
         )
     for distillation in distillations:
@@ -174,7 +174,7 @@ def build_distiller(
 
 
 def build_models(recipe: Recipe, num_classes: int | None) -> tuple[int, list[AnyTeacher], Distiller]:
-    """(classes, the teacher of each distillation, student with projectors) on the meta device, where weights take no memory: to count them.
+    """(classes, the teacher of each distillation, student with projectors) on the meta device, where weights take no memory.
 
     Args:
         recipe: names them, `resolve`d.
@@ -235,12 +235,12 @@ def _freeze(student: TimmModel, finetune: Finetune) -> None:
 
 
 def tokens(distillations: Sequence[Distillation], heads: int) -> list[int | None]:
-    """Which distillation head each distillation teaches: the first that teaches one the first, and so on; a single head is everybody's."""
-    teaches = [
+    """The distillation head that each distillation trains, in order; None: it trains none. A single head serves all."""
+    trains = [
         bool(distillation.distill.kd_weight) and distillation.distill.kd_head in ("distillation", "both")
         for distillation in distillations
     ]
-    return [min(sum(teaches[:n]), max(heads, 1) - 1) if each else None for n, each in enumerate(teaches)]
+    return [min(sum(trains[:n]), max(heads, 1) - 1) if each else None for n, each in enumerate(trains)]
 
 
 def _same_labels(teacher: Sequence[str], data: Sequence[Any]) -> None:

@@ -1,4 +1,4 @@
-"""What is known of a network before its weights are read: where they are, and what its configuration says of classes and images."""
+"""Facts about a network before its weights are read: where they are, and the classes and images of its configuration."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Trained students: from folders, the hub, timm, and files of weights that do not say what network they are of."""
+"""Trained students, from folders, the hub, timm, and files of weights that do not name their network."""
 
 from __future__ import annotations
 
@@ -72,7 +72,9 @@ def load_student(
         _must_be_few(source, architecture, network.arguments if network else {}, img_size)
     changed |= {"img_size": img_size} if img_size is not None and own.get("fixed_input_size") else {}
     if network:
-        model = network.load(drawn_before=img_size is not None, **changed)  # fresh heads of a seed are those that they always were
+        model = network.load(
+            drawn_before=img_size is not None, **changed
+        )  # so that a seed gives the same fresh heads as in earlier versions
     else:
         if img_size is not None:
             _create(name)  # likewise
@@ -200,7 +202,7 @@ class Found(NamedTuple):
 
 
 def read_student(path: Path) -> Found:
-    """Tells by names and shapes which DeiT a file of weights is of.
+    """Finds by names and shapes of tensors which DeiT a file of weights is of.
 
     Raises:
         UserError: see `open_weights` and `must_be_finite`; or no DeiT, one of another shape, or one with parts missing.

@@ -1,4 +1,4 @@
-"""What a recipe amounts to before anything is trained: shapes, parameters, compute, memory, disk. Counted on the meta device."""
+"""Shapes, parameters, compute, memory and disk of a recipe, counted on the meta device before anything is trained."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ class Plan:
 
     @property
     def gradient_bytes(self) -> int:
-        """Of all that is trained, float32."""
+        """Bytes of the gradients of all that is trained, float32."""
         return 4 * (self.student_parameters + self.projector_parameters)
 
     @property
     def teacher_parameters(self) -> int:
-        """Of all teachers."""
+        """Parameters of all teachers."""
         return sum(parameters for _, parameters, _ in self.teachers)
 
     @property
     def teacher_gmacs(self) -> float:
-        """Of all teachers, each at its own image size."""
+        """GMACs of all teachers, each at its own image size."""
         return sum(gmacs for _, _, gmacs in self.teachers)
 
     @property
@@ -144,7 +144,7 @@ def _gathered(distill: Distill, classes: int, ours: Tapped | None, theirs: Tappe
 
 
 def _tap_line(distillation: Distillation, distiller: Distiller, image: torch.Tensor, projected: Tapped, theirs: Tapped) -> str:
-    """What one distillation compares, with all shapes on the way."""
+    """The features that one distillation compares, with all shapes."""
     distill, student = distillation.distill, distiller.student
     assert distill.student_tap is not None
     ours = select_feature(student, forward_with_intermediates(student, image, distiller.stages), distill.student_tap)
@@ -156,7 +156,7 @@ def _tap_line(distillation: Distillation, distiller: Distiller, image: torch.Ten
 
 
 def _teacher_lines(teacher: Teacher) -> Iterator[str]:
-    """What a recipe asks of a teacher beside its name."""
+    """Image size and cache of a teacher, where they are stated."""
     if teacher.img_size:
         yield f"           {teacher.name} sees images of {teacher.img_size} x {teacher.img_size}"
     if teacher.cache:
@@ -185,7 +185,7 @@ def describe(
     lr_factor: float,
     keep_checkpoints: int,
 ) -> str:
-    """The dry run's text: a table of networks, one of shapes, and what the whole run would take; without images not how long."""
+    """The dry run's text: a table of networks, one of shapes, and the compute of the whole run if the number of images is known."""
     lines = [
         f"student    {student_name}  {plan.student_parameters:,} parameters  {plan.student_gmacs:.3f} GMACs",
         *(f"teacher    {name}  {parameters:,} parameters  {gmacs:.3f} GMACs" for name, parameters, gmacs in plan.teachers or ()),

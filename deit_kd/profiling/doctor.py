@@ -1,4 +1,4 @@
-"""What is wrong with an environment, before a run finds out: one line a check, alone or under any launcher."""
+"""Checks of an environment before a run: one line a check, alone or under any launcher."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ SLOW, CLOCK, BANDWIDTH = 1.5, 5.0, 1e9  # slowest over fastest process; seconds;
 def run_checks(
     recipe: Recipe, data: Path | None, output: Path, accelerator: Accelerator, fault: str | None = None
 ) -> Iterator[Line]:
-    """Lines, in every process the same. A check that breaks is a line too, not the end. What fails would end a run, what warns would not.
+    """Yields a line for each check, the same in every process. A check that raises gives a line, too. `fail` would end a run, `warn` would not.
 
     Args:
         recipe: whose data, teacher and student are looked at; `build.resolve`d.
@@ -81,7 +81,7 @@ def run_checks(
                 line = check()
         except (UserError, OSError, RuntimeError) as error:
             line = Line("fail", name, " ".join(str(error).split())[:300])
-        except Exception as error:  # what nobody thought of is a line as well
+        except Exception as error:  # an unexpected error is a line as well
             line = Line("fail", name, " ".join(f"{type(error).__name__}: {error}".split())[:300])
         if doubtful := start.new(warnings):
             severity = "warn" if line.severity == "ok" else line.severity
@@ -118,8 +118,8 @@ def _versions(accelerator: Accelerator) -> Line:
 def _devices(accelerator: Accelerator) -> Line:
     gpu = accelerator.device.type == "cuda"
     name = torch.cuda.get_device_name(accelerator.device) if gpu else f"CPU, {len(os.sched_getaffinity(0))} cores"
-    told = [f"{rank}: {where}" for rank, where in enumerate(_everywhere(f"{name} on {socket.gethostname()}", accelerator))]
-    text = "; ".join(told[:16]) + ("; ..." if len(told) > 16 else "")
+    places = [f"{rank}: {where}" for rank, where in enumerate(_everywhere(f"{name} on {socket.gethostname()}", accelerator))]
+    text = "; ".join(places[:16]) + ("; ..." if len(places) > 16 else "")
     if not gpu and shutil.which("nvidia-smi") and os.environ.get("ACCELERATE_USE_CPU") is None:
         return Line(
             "warn", "devices", f"{text}; nvidia-smi is here but torch finds no GPU: install a CUDA build of torch, or a driver"
@@ -170,7 +170,7 @@ def _speed(accelerator: Accelerator) -> Line:
     slowest = max(range(len(seconds)), key=seconds.__getitem__)
     text = f"a product of matrices takes {min(seconds) * 1000:.2f} to {max(seconds) * 1000:.2f} ms, longest on process {slowest}"
     if max(seconds) > SLOW * min(seconds):
-        return Line("warn", "speed", f"{text}: everybody waits for it; is something else running there?")
+        return Line("warn", "speed", f"{text}: all processes wait for it; is something else running there?")
     return Line("ok", "speed", text)
 
 
@@ -192,7 +192,7 @@ def _same(name: str, value: str, text: str, accelerator: Accelerator) -> Line:
 
 
 def _same_data(line: Line, start: ready.Checks, accelerator: Accelerator) -> Line:
-    """What was found of the data, unless another process has others."""
+    """The line of the data check, unless another process has other data."""
     fingerprints = line.text
     if start.sources:
         train, val = start.sources

@@ -1,4 +1,4 @@
-"""`deit-kd plan`: what a recipe takes, from counts and the roofline, as text and JSON; and beside it what a few steps here took."""
+"""`deit-kd plan`: compute, memory and hours of a recipe from counts and the roofline, as text and JSON; and the time of some steps measured here."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Forecast:
 
 
 def forecast(recipe: Recipe, data: Path | None, images: int | None, gpu: str | None, gpus: int, nodes: int) -> Forecast:
-    """Counts and predicts.
+    """Counts a recipe's work and predicts its time on devices.
 
     Args:
         recipe: what would be trained.
@@ -120,7 +120,7 @@ def count_step(recipe: Recipe, num_classes: int | None, half: bool) -> StepCost:
 
 
 def _core_seconds(train: Source, recipe: Recipe) -> tuple[float, float]:
-    """For runs on a CPU and on a GPU, by where each augments."""
+    """Seconds of one core for an image, in a run on a CPU and in one on a GPU."""
     cpu, places = torch.device("cpu"), _augments_on(recipe)
     seconds = {}
     for place in sorted(set(places)):
@@ -131,7 +131,7 @@ def _core_seconds(train: Source, recipe: Recipe) -> tuple[float, float]:
 
 
 def _augments_on(recipe: Recipe) -> tuple[_Place, _Place]:
-    """Where `run.augment_on` would have it on a CPU, and on a GPU: cpu or device."""
+    """Where a run on a CPU and one on a GPU augment, by `run.augment_on`: cpu or device."""
     if recipe.run.augment_on != "auto":
         return recipe.run.augment_on, recipe.run.augment_on
     try:

@@ -19,7 +19,7 @@ from deit_kd.models import AnyTeacher
 from deit_kd.models.folding import fold_batch_norms
 from deit_kd.recipe import Distillation
 
-SMALL, LARGE = 2, 4  # the two batches whose difference tells what an image costs
+SMALL, LARGE = 2, 4  # two batch sizes; the difference of their costs is that of images
 
 
 class Operation(NamedTuple):
@@ -104,7 +104,7 @@ def count_operations(
             fold_batch_norms(teacher.model, partial(teacher.model, image))
     cast_to_half = torch.autocast("cpu", torch.bfloat16) if half else nullcontext()
     passes, saved = [], []
-    with FakeTensorMode(allow_non_fake_inputs=True):  # fake CPU tensors: unlike meta's, they meet autocast
+    with FakeTensorMode(allow_non_fake_inputs=True):  # autocast works on fake CPU tensors, not on meta's
         for model in (*each_teacher, distiller):
             model._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device="cpu", requires_grad=t.requires_grad))
         distiller.train()
@@ -113,15 +113,15 @@ def count_operations(
             counted, kept = _step(taps, each_teacher, teachers, distiller, images, cast_to_half)
             passes.append(counted)
             saved.append(kept)
-    taught, forward, backward = (_per_image(small, large) for small, large in zip(*passes, strict=True))
+    teacher, forward, backward = (_per_image(small, large) for small, large in zip(*passes, strict=True))
     per_image = (saved[1] - saved[0]) / (LARGE - SMALL)
     return StepCost(
-        teacher=taught,
+        teacher=teacher,
         student_forward=forward,
         student_backward=backward,
         saved_bytes_per_image=per_image,
         fixed_saved_bytes=saved[0] - SMALL * per_image,
-        teacher_peak_per_image=max((each.bytes_per_image for each in taught), default=0.0),
+        teacher_peak_per_image=max((each.bytes_per_image for each in teacher), default=0.0),
         trained_parameters=sum(p.numel() for p in distiller.parameters() if p.requires_grad),
         teacher_parameters=sum(p.numel() for model in each_teacher for p in model.parameters()),
     )

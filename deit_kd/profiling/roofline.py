@@ -1,7 +1,7 @@
-"""How long a recipe takes, on devices that need not be there: counted work against what a device gives.
+"""How long a recipe takes on devices, which need not be there: counted work divided by what a device can do.
 
-Seconds of a pass are the sum over its operations of max(FLOPs / peak, bytes / bandwidth), divided by the share of that which such networks were
-seen to reach, plus what starting an operation costs where that is more. Of GPUs every number here is a prediction; see `EFFICIENCY`.
+Seconds of a pass are the sum over its operations of max(FLOPs / peak, bytes / bandwidth), divided by the share of the peak that such networks
+reach, or the time to launch the operations where that is longer. Every number for GPUs is a prediction; see `EFFICIENCY`.
 """
 
 from __future__ import annotations
@@ -62,12 +62,12 @@ class Prediction:
 
     @property
     def step_seconds(self) -> float:
-        """Of everything, nothing hidden behind anything."""
+        """Seconds of all parts, none of them hidden behind another."""
         return self.teacher_seconds + self.student_seconds + self.all_reduce_seconds + self.gather_seconds
 
 
 def seconds_of(operations: Iterable[Operation], batch: int, device: Device, efficiency: float) -> float:
-    """A pass over `batch` images."""
+    """Seconds of a pass over `batch` images."""
     operations = list(operations)
     moved = [
         max(each.flops * batch / device.flops, (each.bytes_per_image * batch + each.fixed_bytes) / device.bandwidth)
@@ -88,7 +88,7 @@ def state_bytes(training: Training, plan: Plan, work: StepCost) -> float:
 def memory_bytes(training: Training, plan: Plan, work: StepCost, batch: int) -> float:
     """What a training step of `batch` images holds at its peak.
 
-    The teacher has gone when the student's activations are kept; at the peak, all are there and the largest operation of backward works.
+    The teacher's activations are freed before the student's are kept. At the peak all of these are held, and the largest backward operation runs.
     """
     student = work.saved_bytes_per_image + max(each.bytes_per_image for each in work.student_backward)
     images = 3 * training.img_size**2 * 4

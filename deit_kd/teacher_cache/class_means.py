@@ -1,4 +1,4 @@
-"""A teacher's class means: the mean of its pooled features over the training images of each class, which ND points students to.
+"""A teacher's class means: the mean of its pooled features over the training images of each class, which norm_direction reads.
 
 Wang et al. (2023) take them with the teacher in evaluation mode from randomly cropped and flipped training images, and so does this:
 crop and flip are the recipe's, without colors, erasing and mixing. Sums are in float64 and the crops the same each time, so that two
@@ -32,7 +32,7 @@ from deit_kd.recipe import Augmentation, Data, Distill
 from deit_kd.seed import derive_seed
 from deit_kd.text import for_terminal
 
-OTHER = {  # what a file must agree on, and what it is of if it does not
+OTHER = {  # what a file must agree on, and of what it is if it does not
     "teacher": "another teacher",
     "teacher_sha256": "other weights of this teacher",
     "classes": "other classes",
@@ -89,7 +89,7 @@ def stated_means(
     distill: Distill,
     teacher: AnyTeacher,
 ) -> Tensor | None:
-    """The class means [K,E] that one distillation reads, those of `auto` kept in `output`; None: it reads none.
+    """The class means [K,E] that one distillation reads, those of `auto` kept in `output`; None: the distillation reads none.
 
     Raises:
         UserError: the stated file is not there; see `load_or_compute`.
@@ -108,7 +108,7 @@ def must_fit(data: Data, augmentation: Augmentation, distill: Distill, teacher: 
     """Refuses a stated file that is not there, or of another teacher or data where these are given.
 
     Raises:
-        UserError: it is so.
+        UserError: the file is missing or does not fit.
     """
     if distill.class_means in (None, "auto") or not distill.feature_weight:
         return
@@ -149,7 +149,7 @@ def _compute(
 
 
 def _identity(data: Data, augmentation: Augmentation, teacher: AnyTeacher, source: Source) -> dict[str, Any]:
-    """What a file must agree on."""
+    """The facts that a file must agree on."""
     aug = augmentation
     crop = aug.crop_scale, aug.crop_padding, aug.horizontal_flip, *(["upright"] if source.upright else [])
     return {
@@ -161,7 +161,7 @@ def _identity(data: Data, augmentation: Augmentation, teacher: AnyTeacher, sourc
     }
 
 
-class _Told(Document):
+class _Metadata(Document):
     """The metadata of a file of class means."""
 
     teacher: str
@@ -179,9 +179,9 @@ def _read(file: Path, expected: dict[str, Any], width: int) -> Tensor:
         with safe_open(file, "pt") as content:
             stated, found = content.metadata() or {}, content.get_slice("class_means")
             found_shape, dtype = tuple(found.get_shape()), found.get_dtype()
-            told = parse_json(stated.get("deit_kd", ""), f"{file}: its metadata", _Told, remedy)
+            metadata = parse_json(stated.get("deit_kd", ""), f"{file}: its metadata", _Metadata, remedy)
             for key, value in expected.items():
-                if getattr(told, key) != value:
+                if getattr(metadata, key) != value:
                     raise UserError(f"{file}: holds class means of {OTHER[key]}; give the file of this recipe, or class_means=auto")
             if (found_shape, dtype) != (shape, "F32"):
                 raise UserError(f"{file}: holds numbers {dtype} of shape {found_shape}, not F32 of {shape}; {remedy}")

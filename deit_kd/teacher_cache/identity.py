@@ -1,4 +1,4 @@
-"""What the images that a teacher sees depend on, and the teacher itself: all that a cache of its answers must agree on with a run."""
+"""The identity of a teacher's cache: all that its images and its teacher depend on, which must be the same in a run that reads it."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def cache_identity(teacher: Teacher, data: Data, loader: TrainLoader, holdout: f
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that make images."""
+    """Versions of the packages that make images."""
     return {name: version(name) for name in PACKAGES}
 
 
@@ -79,10 +79,10 @@ def must_agree(folder: Path, cached: Mapping[str, Any], wanted: Mapping[str, Any
     if None in (cached.get(optional), wanted.get(optional)):
         passed = (*passed, optional)
     different = [name for name in names if name not in passed and cached.get(name) != wanted.get(name)]
-    told = [f"{_short(name)} was {_short(cached.get(name))}, is {_short(wanted.get(name))}" for name in different[:8]]
-    told += [f"{len(different) - 8} more"] if len(different) > 8 else []
-    if told:
-        raise UserError(f"teacher.cache={folder}: was made for another stream or teacher ({'; '.join(told)}); {remedy}")
+    lines = [f"{_short(name)} was {_short(cached.get(name))}, is {_short(wanted.get(name))}" for name in different[:8]]
+    lines += [f"{len(different) - 8} more"] if len(different) > 8 else []
+    if lines:
+        raise UserError(f"teacher.cache={folder}: was made for another stream or teacher ({'; '.join(lines)}); {remedy}")
 
 
 def check_identity(teacher: CachedTeacher, wanted: Mapping[str, Any], warn: Callable[[str], None]) -> None:
@@ -99,7 +99,7 @@ def check_identity(teacher: CachedTeacher, wanted: Mapping[str, Any], warn: Call
 
 
 def of_validation(data: Data, evaluation: Evaluation, source: Source) -> dict[str, Any]:
-    """What a teacher's accuracy depends on beside the teacher."""
+    """What a teacher's accuracy depends on, beside the teacher: the validation images and how they are cropped."""
     view = [data.img_size, data.mean, data.std, evaluation.crop_pct, evaluation.interpolation]
     view += ["upright"] if source.upright else []
     found = {"view": view, **of_images(source)}

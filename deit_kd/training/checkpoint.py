@@ -34,7 +34,7 @@ MOST_BYTES = 2000 * MEGABYTE  # of a state.json, which holds the lines of metric
 
 
 class _DependsOn(Document):
-    """What a run depends on, as far as somebody reads it; keys of a recipe may have any value."""
+    """What a run depends on, as far as code reads it; keys of a recipe may have any value."""
 
     classes: list[str] = []
     validation_classes: list[str] = []

@@ -55,7 +55,7 @@ def depends_on(
 
 
 def of_images(source: Source) -> dict[str, Any]:
-    """What tells images apart, wherever they lie: number, labels, the content of some, the sizes of files."""
+    """Facts that differ between data sets, whatever their place: number, labels, the content of some images, the sizes of files."""
     content = hashlib.sha256()
     for index in some(source):
         content.update(_content(source, index))
@@ -69,7 +69,7 @@ def of_images(source: Source) -> dict[str, Any]:
 
 
 def some(source: Source) -> list[int]:
-    """Images anywhere among all of a source, the same each time."""
+    """Indices of images spread over a source, the same each time."""
     return np.random.default_rng(0).permutation(len(source))[:SOME].tolist()
 
 
@@ -85,7 +85,7 @@ def unreadable(source: Source) -> list[str]:
 
 
 def changes(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Each key whose value is another now, with both values. What an earlier version did not know is not compared."""
+    """Each key whose value has changed, with both values. A key that an earlier version did not store is not compared."""
     found = []
     for key, a in renamed.current(was).items():
         b = now.get(key)
@@ -134,7 +134,7 @@ def refuse(
             f"{'; '.join(unreadable[:3])}: remove it, or set data.on_bad_image=skip, and" if unreadable else "to go on with this,"
         )
         way = f"{mend} add {flag}; or {way}"
-    raise UserError(f"{fault} ({'; '.join(tell(change) for change in left[:5])}); {way}")
+    raise UserError(f"{fault} ({'; '.join(in_words(change) for change in left[:5])}); {way}")
 
 
 def may_change(key: str) -> bool:
@@ -162,7 +162,7 @@ def of_old(keys: Mapping[str, Any], steps_per_epoch: int | None, classes: Sequen
     return plain({**keys, TRAINING: {"steps_an_epoch": steps_per_epoch}, "classes": list(classes)})
 
 
-def tell(change: Mapping[str, Any]) -> str:
+def in_words(change: Mapping[str, Any]) -> str:
     """A change in words."""
     key, was, now = change["key"], change["was"], change["now"]
     if isinstance(was, dict) and isinstance(now, dict):

@@ -22,7 +22,7 @@ Text = Annotated[str, Field(max_length=10_000)]
 
 
 class _Kept(Document):
-    """A mapping whose other keys are not checked, because nobody reads them."""
+    """A mapping whose other keys are not checked, because no code reads them."""
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False, frozen=True)
 
@@ -219,7 +219,7 @@ def copies(folder: Path) -> dict[str, str]:
 
 
 def note_saved(folder: Path) -> None:
-    """Writes into run.json that the run has had a checkpoint: from now on it is not begun anew without being told to."""
+    """Writes into run.json that the run has had a checkpoint: from now on only --resume none begins it anew."""
     with optional(f"writing {folder / 'run.json'}"):
         try:
             run = read_run(folder)

@@ -1,4 +1,4 @@
-"""What a run says of itself at its start: recipe.yaml, run.json, and lines for people."""
+"""What a run writes and prints at its start: recipe.yaml, run.json, and lines for people."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ def describe(
     sources: tuple[Source, Source],
     start: Start,
 ) -> None:
-    """Compares what the run depends on, checks the disk, writes run.json and recipe.yaml, says what will happen, starts the trackers.
+    """Compares what the run depends on, checks the disk, writes run.json and recipe.yaml, prints what will happen, starts the trackers.
 
     Raises:
-        UserError: the run depends on what is another now, or the disk is too small.
+        UserError: something that the run depends on has changed, or the disk is too small.
     """
     counted = build.make_plan(recipe, task.num_classes)
     needed = counted.checkpoint_bytes * (recipe.run.keep_checkpoints + 1) + 4 * counted.student_parameters
@@ -60,7 +60,7 @@ def describe(
         accepted = compare_data(output, task, recipe, sources, start, accelerator.print)
         _must_hold(output, needed, recipe.run.on_full_disk, accelerator.print)
         run = _facts(output, recipe, accelerator, task, total_steps, accelerated, counted)
-        _tell_other_code(start.run, run, accelerator.print)
+        _report_other_code(start.run, run, accelerator.print)
         # run.json first: it makes the folder a run's.
         before = {
             "earlier_sessions": _earlier_sessions(start.run),
@@ -94,13 +94,13 @@ def _counted(source: Source) -> str:
     return f"{len(source):,} images{left_out}"
 
 
-def _tell_other_code(before: Mapping[str, Any] | None, now: Mapping[str, Any], say: Callable[[str], None]) -> None:
-    """Says what moves numbers a little and is another than in the session before."""
+def _report_other_code(before: Mapping[str, Any] | None, now: Mapping[str, Any], say: Callable[[str], None]) -> None:
+    """Reports what differs from the session before and may change numbers a little."""
     names = ("deit_kd", "commit", "versions", "hardware", "precision", "environment", "augmented_on", "decoded_on")
     pairs = [(name, before[name], now[name]) for name in names if before and name in before and before[name] != now[name]]
-    told = [f"{name} {short(was, 300)} -> {short(new, 300)}" for name, was, new in pairs]
-    if told:
-        say(f"other than in the session before, so that numbers may differ a little: {'; '.join(told)}")
+    changed = [f"{name} {short(was, 300)} -> {short(new, 300)}" for name, was, new in pairs]
+    if changed:
+        say(f"other than in the session before, so that numbers may differ a little: {'; '.join(changed)}")
 
 
 def _must_hold(output: Path, needed: float, on_full_disk: str, say: Callable[[str], None]) -> None:
@@ -175,11 +175,11 @@ def _for_trackers(recipe: Recipe) -> Iterator[tuple[str, str]]:
 
 
 def _earlier_sessions(before: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    """What run.json said of the sessions before this one: a card must not speak of the last alone."""
+    """What run.json holds of the sessions before this one, so that a card describes all of them."""
     if before is None:
         return []
-    told = ("command", "commit", "hardware", "processes", "micro_batch_size", "precision", "augmented_on", "decoded_on", "speed")
-    return [*before.get("earlier_sessions", []), {key: before[key] for key in (*told, "environment") if key in before}]
+    kept = ("command", "commit", "hardware", "processes", "micro_batch_size", "precision", "augmented_on", "decoded_on", "speed")
+    return [*before.get("earlier_sessions", []), {key: before[key] for key in (*kept, "environment") if key in before}]
 
 
 def commit() -> str:

@@ -42,9 +42,9 @@ def must_be_ours(real: Path, output: Path, data: Path | None) -> None:
         if holds_a_student(real) and _is_student(real):
             raise UserError(f"--output {output}: is an exported student; give the folder of a run, or another --output")
         if not _is_likely_run(real):
-            told = ", ".join(sorted(path.name for path in real.iterdir())[:3])
+            names = ", ".join(sorted(path.name for path in real.iterdir())[:3])
             raise UserError(
-                f"--output {output}: holds {for_terminal(told)[:200]} ..., which train.py did not make; give another --output"
+                f"--output {output}: holds {for_terminal(names)[:200]} ..., which train.py did not make; give another --output"
             )
     student = real / "student"
     if os.path.lexists(student) and not _is_student(student):

@@ -1,4 +1,4 @@
-"""The beginning of a run in its folder: whose it is, who is in it, which checkpoint to go on from, and whether that still fits."""
+"""The start of a run in its folder: whether the folder is ours and free, which checkpoint to go on from, and whether it still fits."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def entered(
         resume: auto, none, or the path of a checkpoint. With none an existing run is moved aside, not deleted.
         accept: keys, with commas between them, of what may have changed; see `resume.MAY_CHANGE`.
         data: the folder of the data.
-        accelerator: for doing this once and telling people.
+        accelerator: does this on the main process and prints.
 
     Raises:
         UserError: the folder is not of this project, of another recipe or in use, or the checkpoint is not there.
@@ -89,10 +89,10 @@ def entered(
 
 
 def must_fit(output: Path, recipe: Recipe, resume: str, accept: str | None, data: Path | None) -> None:
-    """Looks whether `entered` would refuse the folder for what it is, or for its recipe; changes nothing there.
+    """Refuses a folder that `entered` would refuse for its content or its recipe; changes nothing there.
 
     Raises:
-        UserError: it would.
+        UserError: as `entered`.
     """
     accepted, real = resuming.parse_accepted(accept), Path(os.path.realpath(output))
     run_place.must_be_ours(real, output, data)
@@ -124,7 +124,7 @@ def _move_aside(real: Path, output: Path, say: Callable[[str], None]) -> None:
 
 
 def _find(output: Path, recipe: Recipe, resume: str, accepted: tuple[str, ...], say: Callable[[str], None]) -> Start:
-    """The start in a folder that is this process's: where to go on, if what the run depends on is as it was."""
+    """The start in a folder that this process holds: the checkpoint to go on from, if what the run depends on is the same."""
     stored, run = _stored_recipe(output, say), _stored_run(output, say)
     recorded = _accepted_before(run)
     now = number_keys(recipe)
@@ -170,7 +170,7 @@ def _find(output: Path, recipe: Recipe, resume: str, accepted: tuple[str, ...], 
 
 
 def _of_worth(output: Path, run: Mapping[str, Any] | None) -> str | None:
-    """What would be lost if a run began anew in this folder, in words; None if it is nothing."""
+    """What a new start in this folder would lose, in words; None if nothing."""
     lines = read_metrics(output)
     saved = None if run is None else run.get("saved")  # runs of before do not say
     if lines and saved is not False:
@@ -217,7 +217,7 @@ def _copied_run(path: Path, state: Mapping[str, Any], say: Callable[[str], None]
     try:
         return run_files.parse_run(state["folder"]["run.json"], str(path / "state.json"))
     except (UserError, KeyError, TypeError):
-        say(f"{path}: does not say how the run began; its card will tell of this session alone")
+        say(f"{path}: does not say how the run began; its card will describe this session alone")
         return None
 
 
@@ -228,7 +228,7 @@ def _accepted_before(run: Mapping[str, Any] | None) -> list[dict[str, Any]]:
 def compare_data(
     output: Path, task: Task, recipe: Recipe, sources: tuple[Source, Source], start: Start, say: Callable[[str], None]
 ) -> list[dict[str, Any]]:
-    """Notes in the task what the run depends on; refuses other data, teachers or weights than the checkpoint's.
+    """Stores in the task what the run depends on; refuses other data, teachers or weights than the checkpoint's.
 
     Returns:
         All changes that were accepted so far.
@@ -259,9 +259,9 @@ def compare_data(
         faults,
     )
     _must_be_reachable(start.checkpoint, start.state, recipe.epochs, task.steps_per_epoch, bool(found or recorded))
-    new = [{**change, "told": redact(resuming.tell(change)), "step": start.state["step"]} for change in found]
+    new = [{**change, "told": redact(resuming.in_words(change)), "step": start.state["step"]} for change in found]
     for change in new:
-        say(f"goes on with a change that was accepted, and is recorded in run.json: {resuming.tell(change)}")
+        say(f"goes on with a change that was accepted, and is recorded in run.json: {resuming.in_words(change)}")
     return [*recorded, *(change for change in new if change not in recorded)]
 
 
@@ -279,7 +279,7 @@ def _must_be_reachable(path: Path, state: Mapping[str, Any], epochs: int, steps_
 
 
 def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T | None:
-    """Does it on the main process, which gets the answer; where it fails, all processes do."""
+    """Calls `work` on the main process, which gets its result; if it fails, all processes raise the error."""
     answer: list[Any] = [None]
     found: T | None = None
     if accelerator.is_main_process:

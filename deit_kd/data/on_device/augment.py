@@ -1,4 +1,4 @@
-"""Augmentation of whole batches on the device, by what the workers drew for each sample."""
+"""Augmentation of whole batches on the device, with the random parameters that workers drew for each sample."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from deit_kd.recipe import Augmentation, Data, Run
 
 
 class OnDevice(NamedTuple):
-    """Augmentation in two parts: workers decode, crop, flip and draw what else is done; the device does that to whole batches."""
+    """Augmentation in two parts: workers decode, crop, flip and draw the rest; the device applies the rest to whole batches."""
 
     worker: WorkerTransform
     finish: Finish
 
 
 def choose_augmentation(data: Data, augmentation: Augmentation, run: Run, device: torch.device) -> Transform | OnDevice:
-    """The training transform for where `run.augment_on` says: of auto the device if it is a GPU and can do it.
+    """The training transform where `run.augment_on` says; auto is the device if it is a GPU and supports the augmentation.
 
     Raises:
         UserError: the recipe says device, and its augmentation cannot be done there; or what `train_transform` and `Decoder` refuse.
@@ -52,7 +52,7 @@ def _choose(data: Data, augmentation: Augmentation, run: Run, device: torch.devi
 
 
 class Finish:
-    """The device's part: the plan's operations, normalization, erasing. Nothing in it waits for the device, but for `Decoder`.
+    """The device's part: the plan's operations, normalization, erasing. Only `Decoder` makes the host wait for the device.
 
     Raises:
         UserError: what `Decoder` refuses.
@@ -94,7 +94,7 @@ class Finish:
         return normalized
 
     def _decode(self, images: Tensor | None, jpegs: Jpegs) -> Tensor:
-        """The whole batch; no images: all of it are JPEGs."""
+        """The whole batch, decoded; `images` is None where all are JPEGs."""
         assert self.decoder is not None, "workers send JPEGs only to a device that decodes"
         decoded = self.decoder(jpegs)
         if images is None:
@@ -104,9 +104,9 @@ class Finish:
         return whole.index_copy_(0, members, decoded).index_copy_(0, others, images)
 
     def _erase(self, images: Tensor, boxes: Tensor, noise: Tensor) -> Tensor:
-        """Boxes filled with standard normal noise: a function of seed and place, so the same however a batch is cut, on any device.
+        """Fills boxes with standard normal noise. It depends on seed and place alone, so it is the same however a batch is cut, on any device.
 
-        It has 65,536 values, those in the middle of equal shares of the distribution.
+        The noise takes 65,536 values, the midpoints of equal shares of the distribution.
         """
         top, left, height, width = boxes.view(-1, 4, 1, 1, 1).unbind(1)
         row = torch.arange(images.shape[2], device=self.device).view(1, 1, -1, 1)
