@@ -282,10 +282,8 @@ def class_means(options: argparse.Namespace) -> None:
     teachers = build.build_teachers(recipe, source.class_names)
     teacher = teachers[recipe.distillations().index(distillations[0])].to(accelerator.device)
     acceleration.prepare(recipe.run, [teacher], partial(example_images, val, recipe.data, recipe.evaluation), accelerator)
-    placed, output = (
-        loader_config(recipe.data, recipe.run, accelerator, lambda text: accelerator.print(for_terminal(text))),
-        options.output,
-    )
+    placed = loader_config(recipe.data, recipe.run, accelerator, lambda text: accelerator.print(for_terminal(text)))
+    output = options.output
     with workspace(output, "deit-kd class-means") if accelerator.is_main_process else nullcontext() as made:
         file = [output if made is None or os.path.lexists(output) else made]
         broadcast_object_list(file)  # one process looks
@@ -525,24 +523,13 @@ def bench(options: argparse.Namespace) -> None:
     recipe = recipes.load(options.recipe, options.overrides)
     from dataclasses import asdict
 
-    import torch
-
-    from deit_kd.profiling.advice import Conditions, advise, bottleneck_of, describe
+    from deit_kd.profiling.advice import advise, bottleneck_of, conditions_of, describe
     from deit_kd.profiling.bench import StepBenchmark
     from deit_kd.profiling.bench import bench as run_bench
 
     benchmark = StepBenchmark(recipe, options.data, options.device, options.device_batch_size)
     timed = run_bench(benchmark, options.steps)
-    conditions = Conditions(
-        cores=os.cpu_count() or 1,
-        threads=torch.get_num_threads(),
-        gpus=torch.cuda.device_count(),
-        accumulation_steps=benchmark.task.accumulation_steps,
-        source=recipe.data.source,
-        img_size=benchmark.recipe.data.img_size,
-        precision=recipe.run.precision,
-        has_several_teachers=bool(recipe.teachers),
-    )
+    conditions = conditions_of(benchmark)
     benchmark.accelerator.print(describe(timed, conditions))
     if benchmark.accelerator.is_main_process:
         _write_json(options.json, asdict(timed) | {"wall": bottleneck_of(timed), "advice": advise(timed, conditions)})

@@ -1,4 +1,4 @@
-"""The model card, made from what a run stored (recipe.yaml, run.json, metrics.jsonl) and nothing else."""
+"""The model card, made from the files that a run stored: recipe.yaml, run.json, metrics.jsonl."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A finished run -> a repository of the hub: checked, assembled, and sent in one commit."""
+"""Publishes a finished run on the hub: checks it, assembles the files, and sends them in one commit."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def publish(run: Path, repository: str, *, private: bool, dry_run: bool, license
 
 @torch.inference_mode()
 def _same_logits(student: Path) -> str:
-    """In a process of its own, with timm alone where timm knows the architecture."""
+    """Compares logits in a process of its own, with timm alone where timm has the architecture."""
     architecture, _, pretrained = read_config(student / "config.json", REMEDY)
     load_student(student)  # which registers ours
     ours = model_entrypoint(architecture).__module__.startswith("deit_kd.")
@@ -141,7 +141,7 @@ def _same_logits(student: Path) -> str:
 
 
 def _same_numbers(run: Path) -> str:
-    """What the card claims is what the run measured."""
+    """Compares the card's numbers with those that the run measured."""
     last, _ = exported(read_metrics(run), read_run(run))
     if not last:
         raise UserError(f"{run / 'metrics.jsonl'}: holds no evaluation; give the command of the run again, which evaluates")
@@ -159,10 +159,10 @@ def _again(run: Path) -> str:
 
 
 def _card(file: Path, run: Path) -> ModelCard:
-    """A card, whoever changed it.
+    """The card of a student, which may have been edited.
 
     Raises:
-        UserError: its front matter is not as the hub reads it.
+        UserError: the hub cannot read its front matter.
     """
     content = read_bytes(file, _again(run), 16 * MEGABYTE)
     try:
@@ -222,7 +222,7 @@ def _with_pictures(card: str, folder: Path) -> str:
 
 
 def must_be_clean(folder: Path, run: Path) -> None:
-    """Looks into every file that is about to leave the machine.
+    """Searches every file of a folder for secrets, paths and names of pictures before it is uploaded.
 
     Args:
         folder: all of it is published.
@@ -280,7 +280,7 @@ def _class_names(folder: Path) -> list[str]:
 
 
 def _of_values(value: Any, names: list[str]) -> list[str]:
-    """What is in the texts of a JSON document, other than the names of classes."""
+    """The texts of a JSON document, without the names of classes."""
     if isinstance(value, str):
         return [] if value in names else leaks(value)
     if isinstance(value, dict):

@@ -1,18 +1,21 @@
-"""What a benchmark shows: which part is the bottleneck, and what to change."""
+"""Advice from a benchmark: which part is the bottleneck, and what to change."""
 
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 
-from deit_kd.profiling.bench import Bench
+import torch
+
+from deit_kd.profiling.bench import Bench, StepBenchmark
 
 SMALL_SHARE = 0.15  # of a step; less than this is not worth a change
 
 
 @dataclass(frozen=True)
 class Conditions:
-    """What advice must know beside the bench."""
+    """What advice depends on beside the benchmark."""
 
     cores: int  # of the machine
     threads: int  # that torch computes with, in each process on a CPU
@@ -24,8 +27,23 @@ class Conditions:
     has_several_teachers: bool  # there is no cache for these
 
 
+def conditions_of(benchmark: StepBenchmark) -> Conditions:
+    """The conditions of this machine and the benchmark's recipe."""
+    recipe = benchmark.recipe
+    return Conditions(
+        cores=os.cpu_count() or 1,
+        threads=torch.get_num_threads(),
+        gpus=torch.cuda.device_count(),
+        accumulation_steps=benchmark.task.accumulation_steps,
+        source=recipe.data.source,
+        img_size=recipe.data.img_size,
+        precision=recipe.run.precision,
+        has_several_teachers=bool(recipe.teachers),
+    )
+
+
 def data_seconds(bench: Bench) -> float:
-    """Seconds a step that the data cost: the wait, or what workers on the cores that compute slow it by."""
+    """Seconds that data cost a step: the wait for them, or the delay by workers that share its cores."""
     core = (bench.read + bench.transform) * bench.images_per_step / bench.processes if bench.workers else 0.0
     slowed = min(bench.whole - bench.step_only, core) if bench.device == "cpu" and not math.isnan(core) else 0.0
     return max(bench.wait, slowed)

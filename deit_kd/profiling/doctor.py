@@ -90,7 +90,7 @@ def run_checks(
 
 
 def verdict(lines: Sequence[Line]) -> str:
-    """The last line: which checks would end a run, and which only warn."""
+    """The last line: the checks that would end a run, and those that only warn."""
     fails, warns = ([line.name for line in lines if line.severity == severity] for severity in ("fail", "warn"))
     if not fails and not warns:
         return "all is well: a run would start"
@@ -99,7 +99,7 @@ def verdict(lines: Sequence[Line]) -> str:
 
 
 def _everywhere(value: Any, accelerator: Accelerator) -> list[Any]:
-    """The value of each process; alone gather_object would take a list apart."""
+    """The value of each process; on one process gather_object would flatten a list."""
     return gather_object([value]) if accelerator.num_processes > 1 else [value]  # type: ignore[no-any-return]
 
 

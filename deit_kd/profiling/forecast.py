@@ -153,7 +153,7 @@ def _stated(recipe: Recipe, images: int | None) -> tuple[int, int, str]:
 
 
 def as_json(found: Forecast) -> dict[str, Any]:
-    """Everything that the text says, and more; bytes and seconds."""
+    """All numbers of the text, and more, in bytes and seconds."""
     batches = [1 << n for n in range(5, 11)]
     return {
         "recipe": found.recipe.student.name,
@@ -283,7 +283,7 @@ def _size(count: float) -> str:
 
 
 def measure(found: Forecast, data: Path | None, device: str, device_batch_size: int | None, steps: int) -> dict[str, Any]:
-    """Steps of the real loop on this machine, and what was predicted for it.
+    """Times steps of the real loop on this machine; returns them beside the prediction.
 
     Raises:
         UserError: as train.py.
@@ -317,7 +317,7 @@ def measure(found: Forecast, data: Path | None, device: str, device_batch_size: 
 
 
 def compare(measured: dict[str, Any]) -> str:
-    """Measured beside predicted, ms a step."""
+    """A table of measured and predicted milliseconds a step."""
     seconds, predicted = measured["seconds"], measured["predicted"]
     lines = [
         f"Measured: {measured['steps']} steps on {measured['processes']} x {measured['device']}, {measured['images_per_second']:,.3g} images/s "

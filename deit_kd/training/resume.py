@@ -1,4 +1,4 @@
-"""What a run depends on beside its code, and which of it may change under way."""
+"""What a run depends on beside its code, and which of these facts may change when it is resumed."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def refuse(
     unreadable: Sequence[str] = (),
     begun: str = "",
 ) -> None:
-    """Ends the run unless each change is accepted, or was and is recorded.
+    """Ends the run unless each change is accepted now, or was accepted before and is recorded.
 
     Args:
         fault: the beginning of the line.

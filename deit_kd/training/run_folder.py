@@ -104,8 +104,10 @@ def _report_other_code(before: Mapping[str, Any] | None, now: Mapping[str, Any],
 
 
 def _must_hold(output: Path, needed: float, on_full_disk: str, say: Callable[[str], None]) -> None:
-    """Refuses a disk that is too small for the checkpoints, or says so."""
-    there = sum(file.stat().st_size for file in (output / "checkpoints").rglob("*") if file.is_file())  # new ones push these out
+    """Refuses a disk that is too small for the checkpoints; with on_full_disk=go_on it only warns."""
+    there = sum(
+        file.stat().st_size for file in (output / "checkpoints").rglob("*") if file.is_file()
+    )  # new checkpoints replace these
     free = shutil.disk_usage(output).free + there
     if free < needed:
         fault = f"no space left for checkpoints in {output}: {needed / 1e6:.0f} MB are needed, {free / 1e6:.0f} MB are free"
@@ -123,7 +125,7 @@ def _facts(
     accelerated: Acceleration,
     counted: Plan,
 ) -> dict[str, Any]:
-    """What run.json says of this session."""
+    """The facts of this session for run.json."""
     loader, val = task.train_loader, task.val_loader.source
     weights = task.depends_on["starting_weights"]
     return {
@@ -168,7 +170,7 @@ def _facts(
 
 
 def _for_trackers(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    """The recipe for a tracker, which may send it elsewhere."""
+    """The recipe's keys and values without paths and secrets, because a tracker may upload them."""
     paths = ("name", "weights", "cache", "class_means")
     for key, value in recipes.flatten(recipe):
         yield key, redact_path(str(value)) if key.rpartition(".")[2] in paths else redact(str(value))

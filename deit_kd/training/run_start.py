@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Start:
-    """How a run begins. All but the checkpoint is known to the main process alone.
+    """How a run begins. Only the main process has more than the checkpoint.
 
     Attributes:
         checkpoint: to go on from; its files are whole.
@@ -71,7 +71,7 @@ def entered(
 
         def enter() -> Start:
             accepted = resuming.parse_accepted(accept)
-            real = Path(os.path.realpath(output))  # of a link, what it leads to is the run
+            real = Path(os.path.realpath(output))  # a link stands for the folder that it leads to
             run_place.must_be_ours(real, output, data)
             if resume == "none" and real.is_dir() and not run_place.is_empty(real):
                 _move_aside(real, output, accelerator.print)
@@ -84,7 +84,7 @@ def entered(
 
         start = on_main(accelerator, enter)
         chosen: list[Path | None] = [start.checkpoint if start else None]
-        broadcast_object_list(chosen)  # one process looks, all go on from the same
+        broadcast_object_list(chosen)  # one process looks for it, and all use the same
         yield start or Start(chosen[0])
 
 
@@ -112,7 +112,7 @@ def number_keys(recipe: Recipe) -> dict[str, Any]:
 
 
 def _move_aside(real: Path, output: Path, say: Callable[[str], None]) -> None:
-    """Renames a run's folder; nobody writes there meanwhile."""
+    """Renames a run's folder, holding its lock."""
     stamp = real.with_name(f"{real.name}.{time.strftime('%Y%m%d-%H%M%S')}")
     aside = next(path for n in count() if not os.path.lexists(path := stamp.with_name(f"{stamp.name}{n and f'-{n}' or ''}")))
     with locked(real, "train.py", shown=output):
@@ -149,7 +149,7 @@ def _find(output: Path, recipe: Recipe, resume: str, accepted: tuple[str, ...], 
         path = checkpoint.newest(folder, say, accepts=lambda state: state.get("recipe") in fits or accepts(state))
         state = {} if path is None else checkpoint.read_state(path)
     else:
-        state = checkpoint.verify(path)  # says now what is wrong with it
+        state = checkpoint.verify(path)  # reports now what is wrong with it
         if state.get("recipe") not in fits:
             compare(state.get("depends_on") or {"recipe": "unknown"}, f"--resume {path}: is of another recipe")
     if path is None:
@@ -165,14 +165,14 @@ def _find(output: Path, recipe: Recipe, resume: str, accepted: tuple[str, ...], 
         say(f"going on from {path}")
     checkpoint.set_aside_after(folder, path, say)
     if path is not None and path.parent == folder:
-        checkpoint.prune(folder, path, recipe.run.keep_checkpoints)  # as a save would have, had it not been killed
+        checkpoint.prune(folder, path, recipe.run.keep_checkpoints)  # a save that was killed may not have done it
     return Start(path, state, run, accepted)
 
 
 def _of_worth(output: Path, run: Mapping[str, Any] | None) -> str | None:
     """What a new start in this folder would lose, in words; None if nothing."""
     lines = read_metrics(output)
-    saved = None if run is None else run.get("saved")  # runs of before do not say
+    saved = None if run is None else run.get("saved")  # runs of earlier versions do not say
     if lines and saved is not False:
         return "what a run measured"
     if run_place.holds_a_student(output / "student"):
@@ -194,7 +194,7 @@ def _drop_lines(file: Path, say: Callable[[str], None]) -> None:
 
 
 def _stored_recipe(output: Path, say: Callable[[str], None]) -> Recipe | None:
-    """What recipe.yaml of a run says; None if it is not there, or damaged."""
+    """The recipe in recipe.yaml of a run; None if it is missing or damaged."""
     file = output / "recipe.yaml"
     try:
         return recipes.load(file) if os.path.lexists(file) else None
@@ -204,7 +204,7 @@ def _stored_recipe(output: Path, say: Callable[[str], None]) -> Recipe | None:
 
 
 def _stored_run(output: Path, say: Callable[[str], None]) -> dict[str, Any] | None:
-    """run.json; None if it is not there, or damaged."""
+    """The content of run.json; None if it is missing or damaged."""
     try:
         return run_files.read_run(output) if os.path.lexists(output / "run.json") else None
     except UserError as error:
@@ -213,7 +213,7 @@ def _stored_run(output: Path, say: Callable[[str], None]) -> dict[str, Any] | No
 
 
 def _copied_run(path: Path, state: Mapping[str, Any], say: Callable[[str], None]) -> dict[str, Any] | None:
-    """run.json as a checkpoint holds it."""
+    """The copy of run.json in a checkpoint; None if there is none."""
     try:
         return run_files.parse_run(state["folder"]["run.json"], str(path / "state.json"))
     except (UserError, KeyError, TypeError):
@@ -269,7 +269,7 @@ def _must_be_reachable(path: Path, state: Mapping[str, Any], epochs: int, steps_
     """Refuses a step that the run does not have, and an epoch of other length than the same data have.
 
     Raises:
-        UserError: the checkpoint says so.
+        UserError: the checkpoint has such a step or epoch.
     """
     then = state.get("steps_per_epoch") or steps_per_epoch
     if then != steps_per_epoch and not changed:
