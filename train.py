@@ -106,7 +106,7 @@ def dry_run(recipe: recipes.Recipe, options: argparse.Namespace, output: Path) -
     from deit_kd.distributed.accelerator import make_accelerator
     from deit_kd.tasks import ready
 
-    accelerator = make_accelerator(recipe, options.device, output)
+    accelerator = make_accelerator(recipe.run, recipe.optim.clip_grad, options.device, output)
     checks = ready.Checks(
         recipe, options.data, accelerator, options.device_batch_size, True, output, options.resume, options.accept_changes
     )
@@ -119,7 +119,7 @@ def train(recipe: recipes.Recipe, options: argparse.Namespace, output: Path) -> 
     from deit_kd.training import run_start
 
     sharded = fsdp.fsdp_requested()
-    accelerator = make_accelerator(recipe, options.device, output)
+    accelerator = make_accelerator(recipe.run, recipe.optim.clip_grad, options.device, output)
     with run_start.entered(output, recipe, options.resume, options.accept_changes, options.data, accelerator) as start:
         complete = train_in(output, recipe, options, accelerator, sharded, start)
     if not complete:
@@ -129,7 +129,8 @@ def train(recipe: recipes.Recipe, options: argparse.Namespace, output: Path) -> 
 def train_in(
     output: Path, recipe: recipes.Recipe, options: argparse.Namespace, accelerator: Accelerator, sharded: bool, start: Start
 ) -> bool:
-    from deit_kd.models.build import build_teachers, example_images
+    from deit_kd.data.build import example_images
+    from deit_kd.models.build import build_teachers
     from deit_kd.tasks import outcome, ready
     from deit_kd.tasks.classification import Classification
     from deit_kd.training import acceleration, metrics, optim, run_folder, setup
@@ -142,9 +143,11 @@ def train_in(
     with accelerator.main_process_first():  # one process downloads, the others find it
         sources = ready.must_start(recipe, options.data, accelerator, options.device_batch_size)
     teachers = [teacher.to(accelerator.device) for teacher in build_teachers(recipe, sources[0].class_names)]
-    accelerated = acceleration.prepare(recipe.run, teachers, partial(example_images, recipe, sources[1]), accelerator, sharded)
+    example = partial(example_images, sources[1], recipe.data, recipe.evaluation)
+    accelerated = acceleration.prepare(recipe.run, teachers, example, accelerator, sharded)
     task = Classification(recipe, accelerator, sources, teachers, output, options.device_batch_size, say, accelerated.compiled)
-    optimizer, ema = setup.prepare(task, recipe, accelerator, sharded)
+    make_optimizer = partial(optim.build_optimizer, recipe.optim, recipe.finetune, recipe.lr_factor())
+    optimizer, ema = setup.prepare(task, make_optimizer, recipe.ema_decay, accelerator, sharded)
 
     total_steps = recipe.epochs * task.steps_per_epoch
     stop_at = min(total_steps, options.max_steps or total_steps)
@@ -165,7 +168,7 @@ def train_in(
         on_full_disk=recipe.run.on_full_disk,
         reads_every_step=sharded or accelerator.device.type == "cpu",
     )
-    schedule = optim.build_schedule(recipe, task.steps_per_epoch)
+    schedule = optim.build_schedule(recipe.optim, recipe.lr_factor(), recipe.epochs, task.steps_per_epoch)
     best = Best(accelerator, task.student, ema, task.holdout_loader is not None) if recipe.run.keep_best else None
     complete = fit(task, accelerator, optimizer, schedule, loop, tracker, output, ema, resume, best)
     if accelerated.compiled and not tracker.lines("compiled"):

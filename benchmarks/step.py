@@ -45,7 +45,7 @@ from deit_kd.data import Batch
 from deit_kd.data.sources.base import ArraySource
 from deit_kd.models import build
 from deit_kd.profiling.devices import Device
-from deit_kd.profiling.operations import count_operations
+from deit_kd.profiling.forecast import count_step
 from deit_kd.profiling.roofline import seconds_of
 from deit_kd.tasks.classification import Classification
 from deit_kd.training import acceleration, optim
@@ -90,7 +90,9 @@ def ours(recipe: recipes.Recipe, accelerator: Accelerator, start: dict[str, Tens
         {name.removeprefix("student."): value for name, value in start.items() if name.startswith("student.")}
     )
     task.module.to(accelerator.device)
-    task.module, optimizer = accelerator.prepare(task.module, optim.build_optimizer(recipe, task.module))
+    task.module, optimizer = accelerator.prepare(
+        task.module, optim.build_optimizer(recipe.optim, recipe.finetune, recipe.lr_factor(), task.module)
+    )
     task.module.train()
     values: dict[str, Any] = {"clip_grad": recipe.optim.clip_grad, "accumulation_steps": 1, "reads_every_step": False}
     loop = Loop(
@@ -266,7 +268,7 @@ def measure(options: argparse.Namespace, batch_size: int, device: torch.device, 
     else:
         times = paired_rounds({name: partial(faulted, name) for name in steps}, options.rounds, before=ready)
     rows: dict[str, dict[str, float]] = {}
-    work = count_operations(recipe, CLASSES, half=on_gpu)
+    work = count_step(recipe, CLASSES, half=on_gpu)
     for name, seconds in times.items():
         middle, low, high = ratio(times[BASE], seconds)
         rows[name] = {"seconds": float(np.median(seconds)), "images_per_second": batch_size / float(np.median(seconds))}

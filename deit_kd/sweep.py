@@ -67,9 +67,14 @@ def run_grid(recipe: str, overrides: Sequence[str], output: Path, data: Path | N
     faults: dict[str, str] = {}  # the first combination that has it
     for cell in cells:
         try:
-            _refuse_another(output / _name(cell, cells), recipes.load(recipe, [f"{key}={value}" for key, value in cell.items()]))
+            loaded = recipes.load(recipe, [f"{key}={value}" for key, value in cell.items()])
+            stored = output / _name(cell, cells) / "recipe.yaml"
+            changed = recipes.differences(recipes.load(stored), loaded) if stored.exists() else []
         except recipes.RecipeError as error:
             faults.setdefault(str(error), _name(cell, cells))
+            continue
+        if changed:
+            raise UserError(f"{stored.parent}: holds a run of another recipe ({'; '.join(changed[:5])}); give another --output")
     if faults:
         raise UserError("\n  ".join(f"{name}: {fault}" for fault, name in faults.items()))
     _refuse_foreign(output, [_name(cell, cells) for cell in cells])
@@ -174,12 +179,6 @@ def _shown(key: str, cell: Cell, cells: Sequence[Cell]) -> str:
     told = _public(key, cell[key])
     alike = [value for value in dict.fromkeys(other[key] for other in cells) if _public(key, value) == told]
     return told if len(alike) == 1 else f"{told} ({alike.index(cell[key]) + 1})"
-
-
-def _refuse_another(folder: Path, recipe: recipes.Recipe) -> None:
-    stored = folder / "recipe.yaml"
-    if stored.exists() and (changed := recipes.differences(recipes.load(stored), recipe)):
-        raise UserError(f"{folder}: holds a run of another recipe ({'; '.join(changed[:5])}); give another --output")
 
 
 def _refuse_foreign(output: Path, names: Sequence[str]) -> None:

@@ -269,6 +269,7 @@ def class_means(options: argparse.Namespace) -> None:
         )
     from accelerate.utils import broadcast_object_list
 
+    from deit_kd.data.build import example_images, loader_config, open_data
     from deit_kd.distributed.accelerator import on_cpu, plain_accelerator
     from deit_kd.files.outputs import must_not_be_data, settle, workspace
     from deit_kd.models import build
@@ -277,15 +278,18 @@ def class_means(options: argparse.Namespace) -> None:
 
     must_not_be_data(options.output, options.data)
     accelerator = plain_accelerator(on_cpu(options.device))
-    source, val = build.open_data(recipe, options.data)
+    source, val = open_data(recipe.data, options.data)
     teachers = build.build_teachers(recipe, source.class_names)
     teacher = teachers[recipe.distillations().index(distillations[0])].to(accelerator.device)
-    acceleration.prepare(recipe.run, [teacher], partial(build.example_images, recipe, val), accelerator)
-    placed, output = build.loader_config(recipe, accelerator, lambda text: accelerator.print(for_terminal(text))), options.output
+    acceleration.prepare(recipe.run, [teacher], partial(example_images, val, recipe.data, recipe.evaluation), accelerator)
+    placed = loader_config(recipe.data, recipe.run, accelerator, lambda text: accelerator.print(for_terminal(text)))
+    output = options.output
     with workspace(output, "deit-kd class-means") if accelerator.is_main_process else nullcontext() as made:
         file = [output if made is None or os.path.lexists(output) else made]
         broadcast_object_list(file)  # one process looks
-        means = load_or_compute(file[0], recipe, teacher, source, accelerator, placed)
+        means = load_or_compute(
+            file[0], recipe.data, recipe.augmentation, teacher, source, accelerator, placed, recipe.global_batch_size
+        )
         if made is not None and file[0] == made:
             settle(made, output)
     accelerator.print(f"{options.output}: {means.shape[0]} classes x {means.shape[1]}; pass distill.class_means={options.output}")
@@ -304,6 +308,7 @@ def cache_teacher(options: argparse.Namespace) -> None:
         raise UserError(
             f"epochs: {views} are more views than the {MOST_VIEWS:,} of a cache; give --views, and later epochs show them again"
         )
+    from deit_kd.data.build import example_images, open_data
     from deit_kd.distributed.accelerator import make_accelerator
     from deit_kd.files.outputs import must_not_be_data
     from deit_kd.models import Teacher, build
@@ -314,11 +319,12 @@ def cache_teacher(options: argparse.Namespace) -> None:
     compared = [distillation.distill for distillation in recipe.distillations()]
     features = options.features or ("bf16" if any(distill.feature_weight for distill in compared) else "none")
     logits = options.logits or ("full" if any(distill.kd_weight for distill in compared) else "none")
-    accelerator = make_accelerator(recipe, options.device, options.output)
+    accelerator = make_accelerator(recipe.run, recipe.optim.clip_grad, options.device, options.output)
     with accelerator.main_process_first():
-        sources = build.open_data(recipe, options.data)
-    asked = build.build_teachers(recipe, sources[0].class_names)[0]
-    example = partial(build.example_images, recipe, sources[1])
+        sources = open_data(recipe.data, options.data)
+    asked = build.build_teachers(recipe, sources[0].class_names)[0].live
+    assert asked, "no cache was stated"
+    example = partial(example_images, sources[1], recipe.data, recipe.evaluation)
     accelerated = acceleration.prepare(recipe.run, [asked.to(accelerator.device)], example, accelerator)
     ran = f"{accelerated.teachers[0]}" + (", compiled" if accelerated.compiled else "")
     accelerator.print(f"teacher {asked.info.name}, {ran}")
@@ -480,7 +486,7 @@ def doctor(options: argparse.Namespace) -> None:
     output = options.output or recipes.run_folder(options.recipe)
     try:
         try:
-            accelerator = make_accelerator(recipe, options.device, output)
+            accelerator = make_accelerator(recipe.run, recipe.optim.clip_grad, options.device, output)
         except UserError as error:
             fault = str(error)
             accelerator = plain_accelerator(cpu=options.device != "cuda")  # the rest can be looked at all the same
@@ -517,18 +523,16 @@ def bench(options: argparse.Namespace) -> None:
     recipe = recipes.load(options.recipe, options.overrides)
     from dataclasses import asdict
 
-    import torch
-
-    from deit_kd.profiling.advice import Machine, advise, bottleneck_of, describe
+    from deit_kd.profiling.advice import advise, bottleneck_of, conditions_of, describe
     from deit_kd.profiling.bench import StepBenchmark
     from deit_kd.profiling.bench import bench as run_bench
 
     benchmark = StepBenchmark(recipe, options.data, options.device, options.device_batch_size)
     timed = run_bench(benchmark, options.steps)
-    machine = Machine(os.cpu_count() or 1, torch.get_num_threads(), torch.cuda.device_count(), benchmark.task.accumulation_steps)
-    benchmark.accelerator.print(describe(recipe, timed, machine))
+    conditions = conditions_of(benchmark)
+    benchmark.accelerator.print(describe(timed, conditions))
     if benchmark.accelerator.is_main_process:
-        _write_json(options.json, asdict(timed) | {"wall": bottleneck_of(timed), "advice": advise(recipe, timed, machine)})
+        _write_json(options.json, asdict(timed) | {"wall": bottleneck_of(timed), "advice": advise(timed, conditions)})
     benchmark.accelerator.end_training()
 
 

@@ -1,4 +1,4 @@
-"""How good a network is: an exact count over every image of a loader once, whatever the number of processes."""
+"""Accuracy: an exact count over every image of a loader once, whatever the number of processes."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ def measure_student(distiller: Distiller, loader: EvaluationLoader, accelerator:
 def near_chance(
     teachers: Sequence[AnyTeacher], measured: Sequence[Mapping[str, Any]], labels: np.ndarray, num_classes: int
 ) -> list[str]:
-    """A line of each teacher that knows hardly more of the validation images than one answer for all of them would get.
+    """A warning for each teacher whose top-1 is hardly better than that of one answer for all validation images.
 
     Args:
-        teachers: one a distillation; random ones are tests, and nothing is said of them.
+        teachers: one a distillation; there is no warning for random ones, which are for tests.
         measured: lines of `Classification.evaluate_teachers`, of which the last counts; a teacher that was not measured is not in it.
         labels: [N] int of the validation images.
         num_classes: K.
@@ -84,7 +84,7 @@ def measure(
         heads: of which top1 is counted as well.
 
     Raises:
-        UserError: not one image could be read.
+        UserError: no image could be read.
     """
     names = ["images", "top1", *(f"{head}top1" for head in heads or ()), "top5", "nll"]
     sums = {name: torch.zeros((), dtype=torch.float64, device=accelerator.device) for name in names}

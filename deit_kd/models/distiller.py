@@ -121,7 +121,7 @@ def _project(projector: nn.Module, features: Tapped, teacher: Tapped) -> Tapped:
 def build_distillation_projector(
     distillation: Distillation, student: TimmModel, teacher: AnyTeacher, image: Tensor, labels: Tensor | None, seed: int
 ) -> nn.Module:
-    """The projector between two taps, whose shapes one forward of each model tells.
+    """The projector between two taps, whose shapes come from one forward of each model.
 
     Args:
         distillation: names taps and projector.
@@ -160,10 +160,10 @@ def build_distillation_projector(
 
 @torch.no_grad()
 def probe_student(student: TimmModel, image: Tensor, taps: Sequence[Tap] = ()) -> Intermediates:
-    """What the student makes of one image [1,3,H,W], to know the shapes; the student stays as it is.
+    """The student's output for one image [1,3,H,W], for its shapes; the student is not changed.
 
     Raises:
-        UserError: it takes images of another size alone.
+        UserError: the student takes images of another size only.
     """
     was_training, stages = student.training, stages_of(student, taps)
     try:

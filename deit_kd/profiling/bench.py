@@ -20,11 +20,12 @@ from torch import nn
 from tqdm import tqdm
 
 from deit_kd.data import Batch, Source
+from deit_kd.data.build import example_images, open_data
 from deit_kd.data.on_device.augment import OnDevice, choose_augmentation
 from deit_kd.distributed import fsdp
 from deit_kd.distributed.accelerator import make_accelerator
 from deit_kd.errors import UserError
-from deit_kd.models import build, summary
+from deit_kd.models import build
 from deit_kd.recipe import Recipe
 from deit_kd.tasks.classification import Classification
 from deit_kd.training import acceleration, optim, setup
@@ -139,20 +140,21 @@ class StepBenchmark:
         self.recipe = recipe = build.resolve(recipe)
         self.folder = tempfile.TemporaryDirectory()  # for what an interruption saves
         nowhere = Path(self.folder.name)
-        self.accelerator = make_accelerator(recipe, device, nowhere)
+        self.accelerator = make_accelerator(recipe.run, recipe.optim.clip_grad, device, nowhere)
         with self.accelerator.main_process_first():
-            self.sources: tuple[Source, Source] = build.open_data(recipe, data)
+            self.sources: tuple[Source, Source] = open_data(recipe.data, data)
         teachers = build.build_teachers(recipe, self.sources[0].class_names)
         teachers = [teacher.to(self.accelerator.device) for teacher in teachers]
         say = self.accelerator.print
-        example = partial(build.example_images, recipe, self.sources[1])
+        example = partial(example_images, self.sources[1], recipe.data, recipe.evaluation)
         self.accelerated = acceleration.prepare(recipe.run, teachers, example, self.accelerator, sharded)
         compiled = self.accelerated.compiled
         self.task = _Timed(recipe, self.accelerator, self.sources, teachers, nowhere, device_batch_size, say, compiled)
         self.loader, self.stream = self.task.train_loader, _Endless(self.task.train_loader.epoch)
-        self.schedule = optim.build_schedule(recipe, self.task.steps_per_epoch)
+        self.schedule = optim.build_schedule(recipe.optim, recipe.lr_factor(), recipe.epochs, self.task.steps_per_epoch)
         self.reads_every_step = sharded or self.accelerator.device.type == "cpu"  # as train.py has it
-        self.optimizer, self.ema = setup.prepare(self.task, recipe, self.accelerator, sharded)
+        make_optimizer = partial(optim.build_optimizer, recipe.optim, recipe.finetune, recipe.lr_factor())
+        self.optimizer, self.ema = setup.prepare(self.task, make_optimizer, recipe.ema_decay, self.accelerator, sharded)
 
     def time(self, steps: int, same_batch: bool = False) -> dict[str, float]:
         """Seconds a step of the real loop: `whole`, and `data`, `teacher`, `student` of it. A fifth more steps warm up.
@@ -208,7 +210,7 @@ class StepBenchmark:
         """Seconds of an all-reduce of the gradients and of a gather of what losses of the whole batch compare, by themselves."""
         if self.accelerator.num_processes == 1:
             return 0.0, 0.0
-        counted = summary.make_plan(self.recipe, self.task.num_classes)
+        counted = build.make_plan(self.recipe, self.task.num_classes)
         gradients = torch.zeros(counted.gradient_bytes // 4, device=self.accelerator.device)
         rows = torch.zeros(self.loader.micro_batch_size, max(1, counted.gathered_per_image), device=self.accelerator.device)
 
@@ -262,7 +264,7 @@ def image_seconds(
     source: Source, recipe: Recipe, device: torch.device, images: int = 64, most_seconds: float = 1.5
 ) -> tuple[float, float]:
     """Seconds of one core to read and decode an image, and for what else a worker does to it: means over images spread over the source."""
-    chosen, taken, reading, augmenting = choose_augmentation(recipe, device), 0, 0.0, 0.0
+    chosen, taken, reading, augmenting = choose_augmentation(recipe.data, recipe.augmentation, recipe.run, device), 0, 0.0, 0.0
     transform: Callable[[Any], Any] = chosen.worker if isinstance(chosen, OnDevice) else chosen
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in a worker

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -31,13 +32,13 @@ from deit_kd.models import AnyTeacher, CachedTeacher, Distiller, StudentOutput, 
 from deit_kd.models.build import build_distiller, tokens
 from deit_kd.models.features import TimmModel
 from deit_kd.models.statistics import frozen_statistics
-from deit_kd.recipe import Distillation, Recipe, fingerprint
+from deit_kd.recipe import Recipe, fingerprint
 from deit_kd.tasks.closeness import closeness
 from deit_kd.tasks.distillation import Terms
 from deit_kd.tasks.measure import in_one_piece, measure_teachers, spectrum
 from deit_kd.tasks.ready import make_loaders
 from deit_kd.tasks.teacher_ahead import keep_for_this_stream
-from deit_kd.teacher_cache.class_means import load_or_compute, must_fit
+from deit_kd.teacher_cache.class_means import stated_means
 from deit_kd.training.metrics import Clock, Tracker
 
 _Taught = dict[AnyTeacher, TeacherOutput]
@@ -57,7 +58,7 @@ class Classification:
         compiled: torch.compile's mode for student, projectors and losses; None for none.
 
     Raises:
-        UserError: a batch that does not divide, a cache of other images, or what `build_distiller` and `class_means.load_or_compute` refuse.
+        UserError: a batch that does not divide, a cache of other images, or what `build_distiller` and `class_means.stated_means` refuse.
     """
 
     def __init__(
@@ -97,17 +98,12 @@ class Classification:
         self.distiller, self.student, self.projectors = distiller, distiller.student, distiller.projectors
         self.module: nn.Module = distiller
         self.global_batch = GlobalBatch(accelerator, self.accumulation_steps)
-
-        def means(distillation: Distillation, teacher: AnyTeacher) -> Tensor | None:
-            stated = distillation.distill.class_means
-            if stated is None or not distillation.distill.feature_weight:
-                return None
-            file = output / f"class_means_{teacher.info.sha256[:8]}.safetensors" if stated == "auto" else Path(stated)
-            must_fit(recipe, distillation.distill, None, None)
-            return load_or_compute(file, recipe, teacher, train, accelerator, self.train_loader.loader_config)
-
+        sections, here = (recipe.data, recipe.augmentation), self.train_loader.loader_config
+        means = partial(stated_means, output, *sections, train, accelerator, here, recipe.global_batch_size)
         self.terms = [
-            Terms(distillation, number, token or 0, teacher, recipe, means(distillation, teacher), self.global_batch, compiled)
+            Terms(
+                distillation, number, token or 0, teacher, recipe, means(distillation.distill, teacher), self.global_batch, compiled
+            )
             for number, (distillation, token, teacher) in enumerate(
                 zip(distillations, tokens(distillations, distiller.distillation_heads), teachers, strict=True)
             )

@@ -46,7 +46,7 @@ def measure_teachers(
     metrics: dict[str, float] = {}
     for number, teacher in enumerate(dict.fromkeys(teachers)):
         if isinstance(teacher, CachedTeacher):  # it was measured when it was cached, on what was then evaluated
-            same = teacher.manifest["validation"] == identity.of_validation(recipe, loader.source)
+            same = teacher.manifest["validation"] == identity.of_validation(recipe.data, recipe.evaluation, loader.source)
             metrics |= teacher.manifest["accuracy"] if same else {}
         elif distills_logits[teachers.index(teacher)]:
             overflown = torch.zeros(1, device=accelerator.device)

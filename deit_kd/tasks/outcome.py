@@ -31,7 +31,10 @@ def write(
         best.put_into(student, output, tracker)
     licenses = [teacher.info.license for teacher in task.teachers]
     licenses += [task.origin["license"]] if task.recipe.finetune else []
-    export.export_student(student, output / "student", task.recipe, class_names, licenses)
+    recipe = task.recipe
+    export.export_student(
+        student, output / "student", recipe.data, recipe.evaluation, recipe.student.model_args, class_names, licenses
+    )
     say = task.accelerator.print
     say(f"student {output / 'student'}")
     for name, make, again in (

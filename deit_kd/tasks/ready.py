@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 
 from deit_kd.data import EvaluationLoader, Source, TrainLoader
+from deit_kd.data.build import BAD_IMAGE, accumulation, loader_config, open_data
 from deit_kd.data.on_device.augment import choose_augmentation
 from deit_kd.data.sources.base import split_holdout
 from deit_kd.data.transforms import evaluation_transform
@@ -70,11 +71,11 @@ def make_loaders(
         train, holdout = split_holdout(train, tune.holdout, derive_seed(recipe.seed, "holdout"))
     if len(val) < accelerator.num_processes:
         raise UserError(f"{val.origin}: {len(val)} validation images are fewer than the {accelerator.num_processes} processes")
-    steps = build.accumulation(recipe.global_batch_size, accelerator.num_processes, device_batch_size)
-    here = build.loader_config(recipe, accelerator, warn)
+    steps = accumulation(recipe.global_batch_size, accelerator.num_processes, device_batch_size)
+    here = loader_config(recipe.data, recipe.run, accelerator, warn)
     loader = TrainLoader(
         train,
-        choose_augmentation(recipe, accelerator.device),
+        choose_augmentation(recipe.data, recipe.augmentation, recipe.run, accelerator.device),
         recipe.augmentation,
         here,
         num_classes=len(train.class_names),
@@ -84,11 +85,13 @@ def make_loaders(
         memory=cached,
     )
     if cached is not None:
-        identity.check_identity(cached, recipe, loader, accelerator.mixed_precision, warn)
+        stated, share = recipe.distillations()[0].teacher, tune.holdout if tune else 0.0
+        wanted = identity.cache_identity(stated, recipe.data, loader, share, accelerator.mixed_precision)
+        identity.check_identity(cached, wanted, warn)
     micro = loader.micro_batch_size
     if micro < 2 and any(distillation.distill.feature_weight for distillation in recipe.distillations()):
         raise UserError(f"global_batch_size={recipe.global_batch_size}: leaves {micro} image a micro-batch, feature losses need 2")
-    transform = evaluation_transform(recipe)
+    transform = evaluation_transform(recipe.data, recipe.evaluation)
     held = None if holdout is None else EvaluationLoader(holdout, transform, here, batch_size=micro)
     return Loaders(loader, EvaluationLoader(val, transform, here, batch_size=micro), held)
 
@@ -148,11 +151,11 @@ class Checks:
 
     def open_data(self) -> str:
         """Images of both splits, some of them read, and the classes."""
-        train, val = build.open_data(self.recipe, self.data)
+        train, val = open_data(self.recipe.data, self.data)
         for source in (train, val):
             for fault in unreadable(source):
                 if self.recipe.data.on_bad_image == "refuse":
-                    raise UserError(f"{fault}; {build.BAD_IMAGE}")
+                    raise UserError(f"{fault}; {BAD_IMAGE}")
                 self.warnings.append(f"{fault}; it is left out")
         self.sources = train, val
         return f"{len(train):,} training and {len(val):,} validation images of {train.origin}"
@@ -160,7 +163,7 @@ class Checks:
     def batch(self) -> str:
         """How the global batch is cut, and whether a teacher's cache is of these images."""
         if self.sources is None:
-            steps = build.accumulation(self.recipe.global_batch_size, self.accelerator.num_processes, self.device_batch_size)
+            steps = accumulation(self.recipe.global_batch_size, self.accelerator.num_processes, self.device_batch_size)
             return f"{self.recipe.global_batch_size} images on {self.accelerator.num_processes} processes in {steps} pieces"
         cached = next((teacher for teacher in self.teachers if isinstance(teacher, CachedTeacher)), None)
         tell = self.warnings.append if self.reads_weights else _nobody  # the run makes them again, and says so itself
@@ -214,13 +217,14 @@ class Checks:
         place = None if tune is None else locate(tune.weights)
         for number, distillation in enumerate(self.recipe.distillations()):
             teacher = self.teachers[number] if self.teachers else None
-            must_fit(self.recipe, distillation.distill, teacher, self.loaders and self.loaders.train.source)
+            train = self.loaders and self.loaders.train.source
+            must_fit(self.recipe.data, self.recipe.augmentation, distillation.distill, teacher, train)
         if self.reads_weights and self.loaders and place and place.here and len(self.teachers) == len(self.recipe.distillations()):
             labels = torch.from_numpy(self.loaders.train.source.labels)
             built = build.build_distiller(self.recipe, len(self.loaders.train.source.class_names), self.teachers, labels)
         else:
             *_, built = build.build_models(self.recipe, classes)
-        optim.build_optimizer(self.recipe, built)
+        optim.build_optimizer(self.recipe.optim, tune, self.recipe.lr_factor(), built)
         return f"{self.recipe.student.name}" + (f", weights {place.words}" if place else ", fresh weights")
 
     def folder(self) -> str:
@@ -283,8 +287,19 @@ def rehearse(found: Checks, say: Callable[[str], None]) -> None:
             warn(warning)
     train = found.sources[0] if found.sources else None
     try:
-        counted = summary.make_plan(found.recipe, len(train.class_names) if train else None)
-        say(summary.describe(found.recipe, counted, len(train) if train else None))
+        recipe = found.recipe
+        text = summary.describe(
+            build.make_plan(recipe, len(train.class_names) if train else None),
+            len(train) if train else None,
+            student_name=recipe.student.name,
+            teachers=[distillation.teacher for distillation in recipe.distillations()],
+            epochs=recipe.epochs,
+            global_batch_size=recipe.global_batch_size,
+            optim=recipe.optim,
+            lr_factor=recipe.lr_factor(),
+            keep_checkpoints=recipe.run.keep_checkpoints,
+        )
+        say(text)
     except UserError as error:
         faults = faults or [str(error)]  # else it is one of them again
     if len(faults) == 1:

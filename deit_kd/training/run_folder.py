@@ -1,4 +1,4 @@
-"""What a run says of itself at its start: recipe.yaml, run.json, and lines for people."""
+"""What a run writes and prints at its start: recipe.yaml, run.json, and lines for people."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ from deit_kd.distributed.accelerator import environment
 from deit_kd.errors import UserError
 from deit_kd.files.documents import short
 from deit_kd.files.whole import write_json, write_text
-from deit_kd.models import CachedTeacher, summary
+from deit_kd.models import CachedTeacher, build
+from deit_kd.models.summary import Plan
 from deit_kd.recipe import Recipe
 from deit_kd.text import for_terminal, redact, redact_path, redact_words
 from deit_kd.training.run_files import plain
@@ -46,12 +47,12 @@ def describe(
     sources: tuple[Source, Source],
     start: Start,
 ) -> None:
-    """Compares what the run depends on, checks the disk, writes run.json and recipe.yaml, says what will happen, starts the trackers.
+    """Compares what the run depends on, checks the disk, writes run.json and recipe.yaml, prints what will happen, starts the trackers.
 
     Raises:
-        UserError: the run depends on what is another now, or the disk is too small.
+        UserError: something that the run depends on has changed, or the disk is too small.
     """
-    counted = summary.make_plan(recipe, task.num_classes)
+    counted = build.make_plan(recipe, task.num_classes)
     needed = counted.checkpoint_bytes * (recipe.run.keep_checkpoints + 1) + 4 * counted.student_parameters
     loader, val, cut = task.train_loader, task.val_loader.source, fsdp.is_sharded(task.student)
 
@@ -59,7 +60,7 @@ def describe(
         accepted = compare_data(output, task, recipe, sources, start, accelerator.print)
         _must_hold(output, needed, recipe.run.on_full_disk, accelerator.print)
         run = _facts(output, recipe, accelerator, task, total_steps, accelerated, counted)
-        _tell_other_code(start.run, run, accelerator.print)
+        _report_other_code(start.run, run, accelerator.print)
         # run.json first: it makes the folder a run's.
         before = {
             "earlier_sessions": _earlier_sessions(start.run),
@@ -93,18 +94,20 @@ def _counted(source: Source) -> str:
     return f"{len(source):,} images{left_out}"
 
 
-def _tell_other_code(before: Mapping[str, Any] | None, now: Mapping[str, Any], say: Callable[[str], None]) -> None:
-    """Says what moves numbers a little and is another than in the session before."""
+def _report_other_code(before: Mapping[str, Any] | None, now: Mapping[str, Any], say: Callable[[str], None]) -> None:
+    """Reports what differs from the session before and may change numbers a little."""
     names = ("deit_kd", "commit", "versions", "hardware", "precision", "environment", "augmented_on", "decoded_on")
     pairs = [(name, before[name], now[name]) for name in names if before and name in before and before[name] != now[name]]
-    told = [f"{name} {short(was, 300)} -> {short(new, 300)}" for name, was, new in pairs]
-    if told:
-        say(f"other than in the session before, so that numbers may differ a little: {'; '.join(told)}")
+    changed = [f"{name} {short(was, 300)} -> {short(new, 300)}" for name, was, new in pairs]
+    if changed:
+        say(f"other than in the session before, so that numbers may differ a little: {'; '.join(changed)}")
 
 
 def _must_hold(output: Path, needed: float, on_full_disk: str, say: Callable[[str], None]) -> None:
-    """Refuses a disk that is too small for the checkpoints, or says so."""
-    there = sum(file.stat().st_size for file in (output / "checkpoints").rglob("*") if file.is_file())  # new ones push these out
+    """Refuses a disk that is too small for the checkpoints; with on_full_disk=go_on it only warns."""
+    there = sum(
+        file.stat().st_size for file in (output / "checkpoints").rglob("*") if file.is_file()
+    )  # new checkpoints replace these
     free = shutil.disk_usage(output).free + there
     if free < needed:
         fault = f"no space left for checkpoints in {output}: {needed / 1e6:.0f} MB are needed, {free / 1e6:.0f} MB are free"
@@ -120,9 +123,9 @@ def _facts(
     task: Task,
     total_steps: int,
     accelerated: Acceleration,
-    counted: summary.Plan,
+    counted: Plan,
 ) -> dict[str, Any]:
-    """What run.json says of this session."""
+    """The facts of this session for run.json."""
     loader, val = task.train_loader, task.val_loader.source
     weights = task.depends_on["starting_weights"]
     return {
@@ -167,18 +170,18 @@ def _facts(
 
 
 def _for_trackers(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    """The recipe for a tracker, which may send it elsewhere."""
+    """The recipe's keys and values without paths and secrets, because a tracker may upload them."""
     paths = ("name", "weights", "cache", "class_means")
     for key, value in recipes.flatten(recipe):
         yield key, redact_path(str(value)) if key.rpartition(".")[2] in paths else redact(str(value))
 
 
 def _earlier_sessions(before: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    """What run.json said of the sessions before this one: a card must not speak of the last alone."""
+    """What run.json holds of the sessions before this one, so that a card describes all of them."""
     if before is None:
         return []
-    told = ("command", "commit", "hardware", "processes", "micro_batch_size", "precision", "augmented_on", "decoded_on", "speed")
-    return [*before.get("earlier_sessions", []), {key: before[key] for key in (*told, "environment") if key in before}]
+    kept = ("command", "commit", "hardware", "processes", "micro_batch_size", "precision", "augmented_on", "decoded_on", "speed")
+    return [*before.get("earlier_sessions", []), {key: before[key] for key in (*kept, "environment") if key in before}]
 
 
 def commit() -> str:

@@ -16,11 +16,13 @@ from accelerate import Accelerator, debug_launcher
 from accelerate.state import AcceleratorState
 from conftest import SMALL
 from safetensors.torch import load_file, save_file
+from sections import scheduling
 from test_distillation import OBJECTIVES
 from torch import Tensor, nn
 
 from deit_kd import recipe as recipes
 from deit_kd.data import Batch
+from deit_kd.data.build import open_data
 from deit_kd.distributed import fsdp
 from deit_kd.models import build
 from deit_kd.recipe import Recipe
@@ -68,7 +70,7 @@ def steps(
     recipe = recipes.load("quickstart", [*SMALL[3:], *SIZE, *overrides])
     accelerator = Accelerator(cpu=True)
     assert accelerator.num_processes == processes
-    sources = build.open_data(recipe, None)
+    sources = open_data(recipe.data, None)
     (teacher,) = build.build_teachers(recipe, sources[0].class_names)
     teacher.double().dtype = torch.float64
     task = Double(recipe, accelerator, sources, [teacher], folder, 256 // processes // accumulation, print)
@@ -115,7 +117,7 @@ def train(
         on_full_disk="stop",
         reads_every_step=True,
     )
-    tracker, schedule = Tracker(accelerator, folder, until), build_schedule(recipe, task.steps_per_epoch)
+    tracker, schedule = Tracker(accelerator, folder, until), build_schedule(*scheduling(recipe), task.steps_per_epoch)
     resume = checkpoint.newest(folder / "checkpoints", print)
     assert fit(task, accelerator, optimizer, schedule, loop, tracker, folder, ema, resume)
     return gradients

@@ -15,6 +15,7 @@ import timm
 import torch
 from conftest import ROOT
 from PIL import Image
+from sections import optimizing
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor
 
@@ -119,7 +120,7 @@ def test_no_decay_list_reaches_the_wrapped_student() -> None:
 
     recipe = recipes.load("quickstart")
     distiller = Distiller(build_student(recipe.student, 10, 28), [torch.nn.Linear(96, 8)], ["pooled"])
-    groups = build_optimizer(recipe, distiller).param_groups
+    groups = build_optimizer(*optimizing(recipe), distiller).param_groups
     undecayed = {id(p) for group in groups if group["weight_decay"] == 0 for p in group["params"]}
     names = {name for name, p in distiller.named_parameters() if id(p) in undecayed}
     assert {"student.pos_embed", "student.cls_token", "student.dist_token", "projectors.0.bias", "student.norm.weight"} <= names

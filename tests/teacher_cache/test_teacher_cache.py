@@ -24,6 +24,7 @@ from torch import Tensor
 
 from deit_kd import cli
 from deit_kd import recipe as recipes
+from deit_kd.data.build import example_images, open_data
 from deit_kd.data.sources.catalog import EMBEDDED
 from deit_kd.errors import UserError
 from deit_kd.models import CachedTeacher, Teacher, build, teacher_formats
@@ -78,9 +79,9 @@ def make_task(
 ) -> Classification:
     recipe = recipes.load("quickstart", [*SIZE, f"teacher.cache={cache or 'null'}", *overrides])
     accelerator = Accelerator(cpu=True)
-    sources = build.open_data(recipe, data)
+    sources = open_data(recipe.data, data)
     teachers = build.build_teachers(recipe, sources[0].class_names)
-    acceleration.prepare(recipe.run, teachers, partial(build.example_images, recipe, sources[1]), accelerator)
+    acceleration.prepare(recipe.run, teachers, partial(example_images, sources[1], recipe.data, recipe.evaluation), accelerator)
     return Classification(recipe, accelerator, sources, teachers, folder, device_batch_size, print)
 
 
@@ -234,10 +235,10 @@ def _write_as_one_of_two(data: Path, output: Path) -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
     recipe, accelerator = recipes.load("quickstart", SIZE), Accelerator(cpu=True)
     assert accelerator.num_processes == 2
-    sources = build.open_data(recipe, data)
+    sources = open_data(recipe.data, data)
     (teacher,) = build.build_teachers(recipe, sources[0].class_names)
     assert isinstance(teacher, Teacher)
-    acceleration.prepare(recipe.run, [teacher], partial(build.example_images, recipe, sources[1]), accelerator)
+    acceleration.prepare(recipe.run, [teacher], partial(example_images, sources[1], recipe.data, recipe.evaluation), accelerator)
     formats = ("float32", "float32")
     write_cache(recipe, teacher, sources, output, accelerator, views=2, formats=formats, ran="", shard_bytes=50_000)
 

@@ -327,7 +327,7 @@ def test_the_main_thread_does_nothing_for_each_image(on: str, fashion_folder: Pa
     for size in (60, 120):
         batches = TrainLoader(
             open_source("image_folder", fashion_folder, "train"),
-            choose_augmentation(recipe, cpu),
+            choose_augmentation(recipe.data, recipe.augmentation, recipe.run, cpu),
             recipe.augmentation,
             LoaderConfig(cpu, 1, 0, 1, "refuse", print),
             num_classes=10,

@@ -30,9 +30,9 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 import train
 from deit_kd import recipe as recipes
-from deit_kd.data import Batch, open_source
+from deit_kd.data import Batch, build, open_source
 from deit_kd.data.transforms import evaluation_transform
-from deit_kd.models import build, load_teacher
+from deit_kd.models import load_teacher
 from deit_kd.tasks.classification import Classification
 from deit_kd.training import task as training_task
 from deit_kd.training.metrics import TIMES, Clock, Tracker
@@ -578,7 +578,7 @@ def test_a_teacher_that_overflows_later_is_refused_before_the_first_step(
 ) -> None:
     """The images that half precision is tried with are few; all of validation are evaluated anyway."""
     recipe, source = recipes.load("quickstart"), open_source("fashion_mnist", None, "val")
-    transform = evaluation_transform(recipe)
+    transform = evaluation_transform(recipe.data, recipe.evaluation)
     images = torch.stack([transform(source[n][0]) for n in range(len(source))])
     teacher = load_teacher("quickstart_teacher", image_mean=recipe.data.mean, image_std=recipe.data.std)
     largest = torch.cat([teacher(some).logits.abs().amax(1) for some in images.split(250)])
