@@ -131,50 +131,49 @@ def train_in(
 ) -> bool:
     from deit_kd.data.build import example_images
     from deit_kd.models.build import build_teachers
-    from deit_kd.tasks import outcome, ready
-    from deit_kd.tasks.classification import Classification
+    from deit_kd.tasks import TASKS, outcome, ready
     from deit_kd.training import acceleration, metrics, optim, run_folder, setup
     from deit_kd.training.best import Best
     from deit_kd.training.loop import fit
-    from deit_kd.training.task import Loop
-
-    say, resume = accelerator.print, start.checkpoint
 
     with accelerator.main_process_first():  # one process downloads, the others find it
         sources = ready.must_start(recipe, options.data, accelerator, options.device_batch_size)
     teachers = [teacher.to(accelerator.device) for teacher in build_teachers(recipe, sources[0].class_names)]
     example = partial(example_images, sources[1], recipe.data, recipe.evaluation)
     accelerated = acceleration.prepare(recipe.run, teachers, example, accelerator, sharded)
-    task = Classification(recipe, accelerator, sources, teachers, output, options.device_batch_size, say, accelerated.compiled)
+    task = TASKS[recipe.task](
+        recipe, accelerator, sources, teachers, output, options.device_batch_size, accelerator.print, accelerated.compiled
+    )
     make_optimizer = partial(optim.build_optimizer, recipe.optim, recipe.finetune, recipe.lr_factor())
     optimizer, ema = setup.prepare(task, make_optimizer, recipe.ema_decay, accelerator, sharded)
+    schedule = optim.build_schedule(recipe.optim, recipe.lr_factor(), recipe.epochs, task.steps_per_epoch)
 
     total_steps = recipe.epochs * task.steps_per_epoch
     stop_at = min(total_steps, options.max_steps or total_steps)
     run_folder.describe(output, recipe, accelerator, task, total_steps, accelerated, sources, start)
     tracker = metrics.Tracker(accelerator, output, stop_at, goes_on=recipe.run.on_full_disk == "go_on")
-    if resume is None and any(task.distills_logits):
-        tracker.log("teacher", 0, task.evaluate_teachers())
-    task.warn_of_poor_teachers(tracker)
-    loop = Loop(
+    task.evaluate_teachers(tracker, first=start.checkpoint is None)
+    by_holdout = recipe.finetune is not None and recipe.finetune.holdout > 0
+    best = Best(accelerator, task.student, ema, by_holdout) if recipe.run.keep_best else None
+    complete = fit(
+        task,
+        accelerator,
+        optimizer,
+        schedule,
+        recipe.run,
+        tracker,
+        output,
         total_steps=stop_at,
-        accumulation_steps=task.accumulation_steps,
-        images_per_step=task.train_loader.global_batch_size,
         clip_grad=recipe.optim.clip_grad,
-        log_every_steps=recipe.run.log_every_steps,
-        eval_every_epochs=recipe.run.eval_every_epochs,
-        save_every_steps=task.steps_per_epoch if recipe.run.save_every_steps == "epoch" else recipe.run.save_every_steps,
-        keep_checkpoints=recipe.run.keep_checkpoints,
-        on_full_disk=recipe.run.on_full_disk,
         reads_every_step=sharded or accelerator.device.type == "cpu",
+        ema=ema,
+        resume=start.checkpoint,
+        best=best,
     )
-    schedule = optim.build_schedule(recipe.optim, recipe.lr_factor(), recipe.epochs, task.steps_per_epoch)
-    best = Best(accelerator, task.student, ema, task.holdout_loader is not None) if recipe.run.keep_best else None
-    complete = fit(task, accelerator, optimizer, schedule, loop, tracker, output, ema, resume, best)
     if accelerated.compiled and not tracker.lines("compiled"):
         tracker.log("compiled", stop_at, acceleration.compiled_graphs())
     if complete:
-        outcome.write(task, output, ema, best, sources[0].class_names, tracker)
+        outcome.write(task, recipe, accelerator, output, ema, best, sources[0].class_names, tracker)
     tracker.close()
     return complete
 

@@ -32,7 +32,7 @@ from benchmarks.paired import facts, paired_rounds, ratio
 from deit_kd import recipe as recipes
 from deit_kd.data.build import example_images
 from deit_kd.data.sources.base import ArraySource
-from deit_kd.models import CachedTeacher, Teacher, build
+from deit_kd.models import CachedTeacher, build
 from deit_kd.tasks.classification import Classification
 from deit_kd.teacher_cache.write import write_cache
 from deit_kd.training import acceleration
@@ -64,8 +64,8 @@ def make_arm(
         recipe.run, teachers, partial(example_images, sources[0], recipe.data, recipe.evaluation), accelerator
     )
     if not FORMATS.keys() <= {path.name for path in folder.iterdir()}:
-        (teacher,) = teachers
-        assert teacher.live
+        teacher = teachers[0].live
+        assert teacher
         for name, formats in FORMATS.items():
             write_cache(
                 recipe, teacher, sources, folder / name, accelerator, views=1, formats=formats, ran=f"{accelerated.teachers[0]}"

@@ -311,7 +311,7 @@ def cache_teacher(options: argparse.Namespace) -> None:
     from deit_kd.data.build import example_images, open_data
     from deit_kd.distributed.accelerator import make_accelerator
     from deit_kd.files.outputs import must_not_be_data
-    from deit_kd.models import Teacher, build
+    from deit_kd.models import build
     from deit_kd.teacher_cache.write import write_cache
     from deit_kd.training import acceleration
 

@@ -12,9 +12,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from deit_kd.errors import UserError
-from deit_kd.models.cached_teacher import AnyTeacher, read_manifest
+from deit_kd.models.cached_teacher import read_manifest
 from deit_kd.models.distiller import Distiller, shape_of
 from deit_kd.models.features import Tapped, forward_with_intermediates, select_feature
+from deit_kd.models.teacher import AnyTeacher
 from deit_kd.recipe import Distill, Distillation, Optim, Teacher
 from deit_kd.recipe.objectives import couples_samples
 

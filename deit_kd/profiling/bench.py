@@ -26,12 +26,11 @@ from deit_kd.distributed import fsdp
 from deit_kd.distributed.accelerator import make_accelerator
 from deit_kd.errors import UserError
 from deit_kd.models import build
-from deit_kd.recipe import Recipe
+from deit_kd.recipe import Recipe, Run
 from deit_kd.tasks.classification import Classification
 from deit_kd.training import acceleration, optim, setup
 from deit_kd.training.loop import fit
 from deit_kd.training.metrics import Tracker
-from deit_kd.training.task import Loop
 
 NEVER = 1 << 40  # steps
 
@@ -66,9 +65,7 @@ class Bench:
 
 
 class _Timed(Classification):
-    """The task without its evaluations; it is over after `steps`, so that nothing is saved."""
-
-    steps = 1
+    """The task without its evaluations. It stops at the first one, before the loop saves anything."""
 
     def evaluate(self, ema: nn.Module | None = None) -> dict[str, float]:
         return {}
@@ -76,9 +73,8 @@ class _Timed(Classification):
     def inspect(self) -> dict[str, Any]:
         return {}
 
-    def is_over(self, evaluations: list[dict[str, Any]]) -> bool:
-        self._asked = not getattr(self, "_asked", True)  # before the first step, and after the last
-        return self._asked
+    def stop_early(self, evaluations: list[dict[str, Any]]) -> bool:
+        return bool(evaluations)
 
 
 class _Endless:
@@ -98,7 +94,8 @@ class _Kept(Tracker):
 
     def __init__(self, accelerator: Accelerator, what: str, steps: int):
         super().__init__(accelerator, Path(os.devnull).parent / "none", steps)
-        self.kept: list[Mapping[str, Any]] = []
+        self.kept: list[dict[str, Any]] = []
+        self.evaluations: list[dict[str, Any]] = []
         hidden = None if accelerator.is_main_process else True
         self.bar = tqdm(total=steps, desc=what, unit="step", delay=2, leave=False, disable=hidden)
 
@@ -106,7 +103,7 @@ class _Kept(Tracker):
         pass
 
     def lines(self, kind: str) -> list[dict[str, Any]]:
-        return []
+        return self.evaluations if kind == "eval" else []
 
     def say(self, text: str) -> None:
         if not text.startswith("stopped at step"):  # nothing is kept that could go on
@@ -116,8 +113,8 @@ class _Kept(Tracker):
         self.bar.update()
 
     def log(self, kind: str, step: int, values: Mapping[str, Any], with_the_next: bool = False) -> None:
-        if kind == "train":
-            self.kept.append(values)
+        if kind in ("train", "eval"):
+            (self.kept if kind == "train" else self.evaluations).append(dict(values))
 
 
 class StepBenchmark:
@@ -166,22 +163,23 @@ class StepBenchmark:
         task: Any = self.task
         same = list(itertools.islice(self.loader.epoch(0), self.task.accumulation_steps)) if same_batch else None
         task.train_loader, task.steps_per_epoch = _Endless(self.loader.epoch, same), steps
-        loop = Loop(
-            total_steps=NEVER,
-            accumulation_steps=task.accumulation_steps,
-            images_per_step=self.loader.global_batch_size,
-            clip_grad=self.recipe.optim.clip_grad,
-            log_every_steps=every,
-            eval_every_epochs=1,
-            save_every_steps=NEVER,
-            keep_checkpoints=1,
-            on_full_disk="stop",
-            reads_every_step=self.reads_every_step,
-        )
+        run = Run(log_every_steps=every, eval_every_epochs=1, save_every_steps=NEVER)
         tracker = _Kept(self.accelerator, "step alone" if same_batch else "end to end", steps)
         folder = Path(self.folder.name)
         busy = time.process_time()
-        over = fit(task, self.accelerator, self.optimizer, self.schedule, loop, tracker, folder, self.ema)
+        over = fit(
+            task,
+            self.accelerator,
+            self.optimizer,
+            self.schedule,
+            run,
+            tracker,
+            folder,
+            total_steps=NEVER,
+            clip_grad=self.recipe.optim.clip_grad,
+            reads_every_step=self.reads_every_step,
+            ema=self.ema,
+        )
         busy = (time.process_time() - busy) / steps
         tracker.bar.close()
         if not over:  # a signal

@@ -10,20 +10,16 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from deit_kd.data import EvaluationLoader, Source, TrainLoader
-from deit_kd.data.build import BAD_IMAGE, accumulation, loader_config, open_data
-from deit_kd.data.on_device.augment import choose_augmentation
-from deit_kd.data.sources.base import split_holdout
-from deit_kd.data.transforms import evaluation_transform
+from deit_kd.data import Source
+from deit_kd.data.build import BAD_IMAGE, accumulation, open_data
 from deit_kd.errors import UserError
 from deit_kd.export.student import PERMISSIVE
 from deit_kd.files.warn import collected, warn
-from deit_kd.models import AnyTeacher, CachedTeacher, build, summary
+from deit_kd.models import AnyTeacher, build, summary
 from deit_kd.models.facts import facts_of, locate, unread
 from deit_kd.models.teacher import doubts, other_classes
 from deit_kd.recipe import Recipe
-from deit_kd.seed import derive_seed
-from deit_kd.teacher_cache import identity
+from deit_kd.tasks.setup import Loaders, make_loaders
 from deit_kd.teacher_cache.class_means import must_fit
 from deit_kd.training import optim, run_start
 
@@ -34,66 +30,6 @@ class Line(NamedTuple):
     severity: str
     name: str
     text: str
-
-
-class Loaders(NamedTuple):
-    """The loaders of a run; `holdout` is of the images that fine-tuning holds out."""
-
-    train: TrainLoader
-    val: EvaluationLoader
-    holdout: EvaluationLoader | None
-
-
-def make_loaders(
-    recipe: Recipe,
-    accelerator: Accelerator,
-    sources: tuple[Source, Source],
-    device_batch_size: int | None,
-    warn: Callable[[str], None],
-    cached: CachedTeacher | None = None,
-) -> Loaders:
-    """The loaders of this process.
-
-    Args:
-        recipe: what is trained.
-        accelerator: says where, and among how many processes.
-        sources: train and val.
-        device_batch_size: the largest micro-batch of one device; None for no accumulation.
-        warn: tells people something.
-        cached: the teacher whose answers are read.
-
-    Raises:
-        UserError: a batch that does not divide or has too few images, too few images, or a cache of other images.
-    """
-    train, val = sources
-    tune, holdout = recipe.finetune, None
-    if tune is not None and tune.holdout:
-        train, holdout = split_holdout(train, tune.holdout, derive_seed(recipe.seed, "holdout"))
-    if len(val) < accelerator.num_processes:
-        raise UserError(f"{val.origin}: {len(val)} validation images are fewer than the {accelerator.num_processes} processes")
-    steps = accumulation(recipe.global_batch_size, accelerator.num_processes, device_batch_size)
-    here = loader_config(recipe.data, recipe.run, accelerator, warn)
-    loader = TrainLoader(
-        train,
-        choose_augmentation(recipe.data, recipe.augmentation, recipe.run, accelerator.device),
-        recipe.augmentation,
-        here,
-        num_classes=len(train.class_names),
-        seed=recipe.seed,
-        global_batch_size=recipe.global_batch_size,
-        accumulation_steps=steps,
-        memory=cached,
-    )
-    if cached is not None:
-        stated, share = recipe.distillations()[0].teacher, tune.holdout if tune else 0.0
-        wanted = identity.cache_identity(stated, recipe.data, loader, share, accelerator.mixed_precision)
-        identity.check_identity(cached, wanted, warn)
-    micro = loader.micro_batch_size
-    if micro < 2 and any(distillation.distill.feature_weight for distillation in recipe.distillations()):
-        raise UserError(f"global_batch_size={recipe.global_batch_size}: leaves {micro} image a micro-batch, feature losses need 2")
-    transform = evaluation_transform(recipe.data, recipe.evaluation)
-    held = None if holdout is None else EvaluationLoader(holdout, transform, here, batch_size=micro)
-    return Loaders(loader, EvaluationLoader(val, transform, here, batch_size=micro), held)
 
 
 class Checks:
@@ -165,9 +101,8 @@ class Checks:
         if self.sources is None:
             steps = accumulation(self.recipe.global_batch_size, self.accelerator.num_processes, self.device_batch_size)
             return f"{self.recipe.global_batch_size} images on {self.accelerator.num_processes} processes in {steps} pieces"
-        cached = next((teacher for teacher in self.teachers if isinstance(teacher, CachedTeacher)), None)
         tell = self.warnings.append if self.reads_weights else _nobody  # the run makes them again, and says so itself
-        self.loaders = make_loaders(self.recipe, self.accelerator, self.sources, self.device_batch_size, tell, cached)
+        self.loaders = make_loaders(self.recipe, self.accelerator, self.sources, self.device_batch_size, tell, self.teachers)
         loader = self.loaders.train
         return (
             f"{loader.global_batch_size} images = {self.accelerator.num_processes} x {loader.accumulation_steps} x "

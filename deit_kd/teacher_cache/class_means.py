@@ -67,9 +67,10 @@ def load_or_compute(
         UserError: the file is of another teacher, label set, data or crop; or a class has no readable image.
     """
     if not os.path.lexists(file):
-        assert teacher.live, "a cache has no answers to these images; a recipe with one names a file"
+        network = teacher.live
+        assert network, "a cache has no answers to these images; a recipe with one names a file"
         accelerator.print(f"computing the class means of {teacher.info.name} over {len(source):,} images, for {file.name}")
-        means = _compute(data, augmentation, teacher, source, accelerator, loader_config, global_batch_size)
+        means = _compute(data, augmentation, network, source, accelerator, loader_config, global_batch_size)
         if accelerator.is_main_process:
             file.parent.mkdir(parents=True, exist_ok=True)
             stated = json.dumps(_identity(data, augmentation, teacher, source))

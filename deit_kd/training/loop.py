@@ -84,7 +84,11 @@ def fit(
     elif step % eval_every == 0 or step >= total_steps:  # the checkpoint is older than the evaluation of its step
         evaluated = [line for line in tracker.lines("eval") if line["step"] == step]
         _evaluate(task, tracker, step, ema, best, evaluated[-1] if evaluated else None)
-    clock, window, guard = Clock(accelerator.device), Window(step), StepGuard(task, accelerator, optimizer, tracker, reads_every_step)
+    clock, window, guard = (
+        Clock(accelerator.device),
+        Window(step),
+        StepGuard(task, accelerator, optimizer, tracker, reads_every_step),
+    )
     over, batches = _is_over(task, tracker, accelerator), None
     task.module.train()
 

@@ -41,7 +41,8 @@ class StepGuard:
         self, task: Task, accelerator: Accelerator, optimizer: torch.optim.Optimizer, tracker: Tracker, reads_every_step: bool
     ):
         self.task, self.accelerator, self.tracker, self.on_gpu = task, accelerator, tracker, accelerator.device.type == "cuda"
-        self.optimizer, self.bare = optimizer, getattr(optimizer, "optimizer", optimizer)
+        self.optimizer = optimizer
+        self.bare: Any = getattr(optimizer, "optimizer", optimizer)
         fused = getattr(self.bare, "_step_supports_amp_scaling", False)
         self.deferred = not reads_every_step and fused and accelerator.scaler is None
         self.found_inf = torch.zeros((), device=accelerator.device)

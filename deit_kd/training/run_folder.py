@@ -25,7 +25,7 @@ from deit_kd.distributed.accelerator import environment
 from deit_kd.errors import UserError
 from deit_kd.files.documents import short
 from deit_kd.files.whole import write_json, write_text
-from deit_kd.models import CachedTeacher, build
+from deit_kd.models import build
 from deit_kd.models.summary import Plan
 from deit_kd.recipe import Recipe
 from deit_kd.text import for_terminal, redact, redact_path, redact_words
@@ -52,14 +52,15 @@ def describe(
     Raises:
         UserError: something that the run depends on has changed, or the disk is too small.
     """
-    counted = build.make_plan(recipe, task.num_classes)
+    facts = task.facts()
+    counted = build.make_plan(recipe, facts["data"]["num_classes"])
     needed = counted.checkpoint_bytes * (recipe.run.keep_checkpoints + 1) + 4 * counted.student_parameters
-    loader, val, cut = task.train_loader, task.val_loader.source, fsdp.is_sharded(task.student)
+    cut = fsdp.is_sharded(task.student)
 
     def begin() -> None:
         accepted = compare_data(output, task, recipe, sources, start, accelerator.print)
         _must_hold(output, needed, recipe.run.on_full_disk, accelerator.print)
-        run = _facts(output, recipe, accelerator, task, total_steps, accelerated, counted)
+        run = _facts(output, recipe, accelerator, task, facts, total_steps, accelerated, counted)
         _report_other_code(start.run, run, accelerator.print)
         # run.json first: it makes the folder a run's.
         before = {
@@ -71,27 +72,30 @@ def describe(
         write_text(output / "recipe.yaml", recipes.dump(recipe))
 
     on_main(accelerator, begin)
-    loading = f"{accelerator.num_processes} x {loader.accumulation_steps} x {loader.micro_batch_size}"
+    loading = f"{accelerator.num_processes} x {task.accumulation_steps} x {facts['micro_batch_size']}"
+    train_images, val_images = (
+        _counted(facts["data"][key], source) for key, source in zip(("train_images", "val_images"), sources, strict=True)
+    )
     accelerator.print(
-        f"train   {_counted(loader.source)} of {for_terminal(loader.source.origin)}; validation {_counted(val)}\n"
+        f"train   {train_images} of {for_terminal(sources[0].origin)}; validation {val_images}\n"
         f"student {for_terminal(recipe.student.name)}, {counted.student_parameters:,} parameters; projector {counted.projector_parameters:,}\n"
         + "".join(
-            f"teacher {for_terminal(name)}, {parameters:,} parameters, {for_terminal(teacher.describe()) if isinstance(teacher, CachedTeacher) else quick}\n"
+            f"teacher {for_terminal(name)}, {parameters:,} parameters, {for_terminal(teacher.cache.describe()) if teacher.cache else quick}\n"
             for (name, parameters, _), teacher, quick in zip(
                 counted.teachers, dict.fromkeys(task.teachers), accelerated.teachers, strict=True
             )
         )
         + "".join(f"tap     {tap}\n" for tap in counted.taps)
-        + f"steps   {total_steps:,} of {loader.global_batch_size} = {loading} images "
+        + f"steps   {total_steps:,} of {task.images_per_step} = {loading} images "
         f"(processes x accumulation x device), {'each with its part of the weights, ' if cut else ''}on {hardware(accelerator.device)}, precision {accelerator.mixed_precision}"
     )
     if recipe.run.trackers:
         accelerator.init_trackers("deit_kd", config=dict(_for_trackers(recipe)))
 
 
-def _counted(source: Source) -> str:
+def _counted(images: int, source: Source) -> str:
     left_out = f" (left out: {for_terminal(source.left_out)})" if source.left_out else ""
-    return f"{len(source):,} images{left_out}"
+    return f"{images:,} images{left_out}"
 
 
 def _report_other_code(before: Mapping[str, Any] | None, now: Mapping[str, Any], say: Callable[[str], None]) -> None:
@@ -121,13 +125,13 @@ def _facts(
     recipe: Recipe,
     accelerator: Accelerator,
     task: Task,
+    facts: dict[str, Any],
     total_steps: int,
     accelerated: Acceleration,
     counted: Plan,
 ) -> dict[str, Any]:
     """The facts of this session for run.json."""
-    loader, val = task.train_loader, task.val_loader.source
-    weights = task.depends_on["starting_weights"]
+    tune, weights = recipe.finetune, task.depends_on["starting_weights"]
     return {
         "name": output.resolve().name,
         "deit_kd": deit_kd.__version__,
@@ -138,33 +142,16 @@ def _facts(
         "hardware": hardware(accelerator.device),
         "precision": accelerator.mixed_precision,
         "environment": environment(),
-        "augmented_on": loader.augments_on,
-        "decoded_on": loader.decodes_on,
         "processes": accelerator.num_processes,
         "sharded": fsdp.is_sharded(task.student),
         "speed": asdict(accelerated),
-        "accumulation_steps": task.accumulation_steps,
-        "micro_batch_size": loader.micro_batch_size,
-        "global_batch_size": loader.global_batch_size,
         "total_steps": total_steps,
-        "data": {
-            "name": val.name,
-            "train_images": len(loader.source),
-            "val_images": len(val),
-            "num_classes": task.num_classes,
-        },
+        **facts,
         "student": {"parameters": counted.student_parameters, "gmacs": counted.student_gmacs},
-        "finetuned_from": recipe.finetune and {"source": redact_path(recipe.finetune.weights), "sha256": weights, **task.origin},
-        "held_out_images": len(task.holdout_loader.source) if task.holdout_loader else 0,
+        "finetuned_from": tune and {"source": redact_path(tune.weights), "sha256": weights, **facts["finetuned_from"]},
         "projector_parameters": counted.projector_parameters,
         "teachers": [
-            {
-                **teacher.info.told(),
-                "gmacs": gmacs,
-                "img_size": teacher.img_size or recipe.data.img_size,
-                "cache": teacher.told() if isinstance(teacher, CachedTeacher) else None,
-            }
-            for teacher, (_, _, gmacs) in zip(dict.fromkeys(task.teachers), counted.teachers, strict=True)
+            {**teacher, "gmacs": gmacs} for teacher, (_, _, gmacs) in zip(facts["teachers"], counted.teachers, strict=True)
         ],
     }
 

@@ -49,8 +49,8 @@ class Task(Protocol):
     def evaluate(self, ema: nn.Module | None) -> dict[str, float]:
         """Metrics over the validation data; those of `ema` have names that begin with ema_."""
 
-    def evaluate_teachers(self, tracker: Tracker, step: int) -> None:
-        """Logs the same metrics of the teachers before the first step, and warns of teachers near chance."""
+    def evaluate_teachers(self, tracker: Tracker, first: bool) -> None:
+        """At the run's `first` start logs the metrics of the teachers; at each start warns of teachers near chance."""
 
     def stop_early(self, evaluations: list[dict[str, Any]]) -> bool:
         """Whether the evaluations so far show that more steps do not help."""

@@ -25,14 +25,13 @@ from deit_kd.data import Batch
 from deit_kd.data.build import open_data
 from deit_kd.distributed import fsdp
 from deit_kd.models import build
-from deit_kd.recipe import Recipe
+from deit_kd.recipe import Recipe, Run
 from deit_kd.tasks.classification import Classification
 from deit_kd.training import checkpoint
 from deit_kd.training.loop import fit
 from deit_kd.training.metrics import Tracker, read_metrics
 from deit_kd.training.optim import build_schedule
 from deit_kd.training.setup import prepare
-from deit_kd.training.task import Loop
 
 LAYOUTS = [(1, 1), (2, 1), (4, 1), (1, 4), (2, 2)]  # processes, accumulation steps
 COUPLED = ["logsum_correlation", "logsum_difference", "logsum none", "logsum l2", "dist", "cc", "crd", "nd", "kl"]
@@ -105,21 +104,22 @@ def train(
             gradients.setdefault(name, fsdp.gather({name: parameter.grad.clone()})[name])
 
     optimizer.optimizer.register_step_pre_hook(keep)
-    loop = Loop(
-        total_steps=until,
-        accumulation_steps=task.accumulation_steps,
-        images_per_step=256,
-        clip_grad=recipe.optim.clip_grad,
-        log_every_steps=1,
-        eval_every_epochs=1,
-        save_every_steps=1,
-        keep_checkpoints=9,
-        on_full_disk="stop",
-        reads_every_step=True,
-    )
     tracker, schedule = Tracker(accelerator, folder, until), build_schedule(*scheduling(recipe), task.steps_per_epoch)
     resume = checkpoint.newest(folder / "checkpoints", print)
-    assert fit(task, accelerator, optimizer, schedule, loop, tracker, folder, ema, resume)
+    assert fit(
+        task,
+        accelerator,
+        optimizer,
+        schedule,
+        Run(log_every_steps=1, save_every_steps=1, keep_checkpoints=9),
+        tracker,
+        folder,
+        total_steps=until,
+        clip_grad=recipe.optim.clip_grad,
+        reads_every_step=True,
+        ema=ema,
+        resume=resume,
+    )
     return gradients
 
 

@@ -30,6 +30,7 @@ from deit_kd.errors import UserError
 from deit_kd.models import CachedTeacher, Teacher, build, teacher_formats
 from deit_kd.models.teacher import RELEASED
 from deit_kd.tasks.classification import Classification
+from deit_kd.tasks.evaluate import measure_teachers
 from deit_kd.teacher_cache import identity
 from deit_kd.teacher_cache.identity import versions
 from deit_kd.teacher_cache.write import write_cache
@@ -83,6 +84,10 @@ def make_task(
     teachers = build.build_teachers(recipe, sources[0].class_names)
     acceleration.prepare(recipe.run, teachers, partial(example_images, sources[1], recipe.data, recipe.evaluation), accelerator)
     return Classification(recipe, accelerator, sources, teachers, folder, device_batch_size, print)
+
+
+def teacher_metrics(task: Classification) -> dict[str, float]:
+    return measure_teachers(task.teachers, [True], (task.recipe.data, task.recipe.evaluation), task.val_loader, task.accelerator)
 
 
 def terms_of(task: Classification, epoch: int, steps: int) -> list[dict[str, float]]:
@@ -196,9 +201,9 @@ def test_a_run_from_the_cache_is_told_resumes_exactly_and_goes_round(
     assert "features float32, logits float32" in card
     assert re.search(r"\| Run for it \| \d+ batch norms folded, channels_last, float32; features differ by", card)
     (told,) = [line for line in read_metrics(tmp_path / "whole") if line["kind"] == "teacher"]
-    live = make_task(data, None, tmp_path).evaluate_teachers()
+    live = teacher_metrics(make_task(data, None, tmp_path))
     assert told["teacher_top1"] == live["teacher_top1"] > 80, "measured while it was cached"
-    assert make_task(data, exact, tmp_path, "evaluation.crop_pct=0.9").evaluate_teachers() == {}, "another view was not measured"
+    assert teacher_metrics(make_task(data, exact, tmp_path, "evaluation.crop_pct=0.9")) == {}, "another view was not measured"
     code, printed = train_cli(*common[:-1], "--output", tmp_path / "whole")
     assert code == 2
     assert f"teacher.cache: {exact} -> None" in printed, "a run of the cache is not one of the teacher"
