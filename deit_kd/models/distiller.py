@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from einops import rearrange
 from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 
@@ -25,7 +26,7 @@ from deit_kd.models.features import (
 )
 from deit_kd.models.projectors.contrastive_memory import ContrastiveMemory
 from deit_kd.models.projectors.review_fusion import ReviewFusion
-from deit_kd.models.projectors.vectors import Orthonormal, build_projector, project
+from deit_kd.models.projectors.vectors import Orthonormal, build_projector
 from deit_kd.models.teacher import AnyTeacher
 from deit_kd.recipe import Distillation, Projector
 from deit_kd.recipe.objectives import FEATURE_OBJECTIVES
@@ -88,7 +89,7 @@ class Distiller(nn.Module):
         projected: list[Tapped | None] = [None] * len(teachers)
         for number, (projector, tap, teacher) in enumerate(zip(self.projectors, self.taps, teachers, strict=bool(teachers))):
             if tap is not None and teacher is not None:
-                projected[number] = _project(projector, select_feature(student, hidden, tap), teacher)
+                projected[number] = project(projector, select_feature(student, hidden, tap), teacher)
         return StudentOutput(logits, tuple(dist_logits), tuple(projected))
 
     def train(self, mode: bool = True) -> Distiller:
@@ -107,14 +108,18 @@ class Distiller(nn.Module):
         return {f"student.{name}" for name in listed} | constrained
 
 
-def _project(projector: nn.Module, features: Tapped, teacher: Tapped) -> Tapped:
+def project(projector: nn.Module, features: Tapped, teacher: Tapped) -> Tapped:
+    """The student's features in the teacher's width; a projector of vectors acts on the channels at each place of a map [B,D,H,W]."""
     if isinstance(projector, ReviewFusion):
         return projector(features, [(level.shape[2], level.shape[3]) for level in teacher])
     if isinstance(projector, ContrastiveMemory):
         return list(projector(features, teacher))  # the teacher's embedding is trained as well
     if isinstance(features, list):
         return features
-    return project(projector, features)
+    if features.ndim == 2:
+        return projector(features)
+    rows = projector(rearrange(features, "b d h w -> (b h w) d"))
+    return rearrange(rows, "(b h w) e -> b e h w", b=len(features), h=features.shape[2])
 
 
 @torch.no_grad()

@@ -97,8 +97,10 @@ def count_networks(
             if teacher in outputs:
                 continue
             with FlopCounterMode(display=False) as counter:
-                outputs[teacher] = output = _forward(teacher, f"teacher {distillation.teacher.name}", image)
-            counted.append((distillation.teacher.name, count(teacher), counter.get_total_flops() / 2 / len(image) / 1e9))
+                network = teacher.live
+                assert network, "only counted, so no cache was opened"
+                outputs[teacher] = output = _forward(network, f"teacher {distillation.teacher.name}", image)
+            counted.append((distillation.teacher.name, count(network), counter.get_total_flops() / 2 / len(image) / 1e9))
             number = f" {len(outputs) - 1}" if len(set(teachers)) > 1 else ""
             shapes += [(f"teacher{number} {name}", getattr(output, name).shape) for name in ("logits", "features")]
         tapped = [

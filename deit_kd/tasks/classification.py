@@ -28,7 +28,7 @@ from deit_kd.models.statistics import frozen_statistics
 from deit_kd.recipe import Recipe, fingerprint
 from deit_kd.tasks.closeness import closeness
 from deit_kd.tasks.evaluate import StudentEvaluation, in_one_piece, measure_teachers, spectrum
-from deit_kd.tasks.setup import make_distiller, make_loaders, make_terms
+from deit_kd.tasks.setup import make_distiller, make_loaders, make_terms, run_facts
 from deit_kd.training.metrics import Clock, Tracker
 
 Answers = dict[AnyTeacher, TeacherOutput]
@@ -175,29 +175,5 @@ class Classification:
         return spectrum(self.projectors[0]) if self.projectors else {}
 
     def facts(self) -> dict[str, Any]:
-        """See `Task`."""
-        loader, val = self.train_loader, self.val_loader.source
-        license = self.student.pretrained_cfg.get("license") or "unknown"
-        return {
-            "augmented_on": loader.augments_on,
-            "decoded_on": loader.decodes_on,
-            "accumulation_steps": loader.accumulation_steps,
-            "micro_batch_size": loader.micro_batch_size,
-            "global_batch_size": loader.global_batch_size,
-            "data": {
-                "name": val.name,
-                "train_images": len(loader.source),
-                "val_images": len(val),
-                "num_classes": self.num_classes,
-            },
-            "finetuned_from": {"license": license} if self.recipe.finetune else None,
-            "held_out_images": self.held_out,
-            "teachers": [
-                {
-                    **each.info.facts(),
-                    "img_size": each.img_size or self.recipe.data.img_size,
-                    "cache": each.cache and each.cache.facts(),
-                }
-                for each in dict.fromkeys(self.teachers)
-            ],
-        }
+        """See `run_facts`."""
+        return run_facts(self.recipe, self.student, self.teachers, self.train_loader, self.val_loader.source, self.held_out)

@@ -1,10 +1,10 @@
-"""The parts of a task, built from a recipe: loaders, the distiller, and the terms of each teacher."""
+"""The parts of a task, built from a recipe: loaders, the distiller, and the terms of each teacher; and what run.json says of them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from deit_kd.distributed.global_batch import GlobalBatch
 from deit_kd.errors import UserError
 from deit_kd.models import AnyTeacher, Distiller
 from deit_kd.models.build import build_distiller, tokens
+from deit_kd.models.features import TimmModel
 from deit_kd.recipe import Recipe
 from deit_kd.seed import derive_seed
 from deit_kd.tasks.distillation import Terms
@@ -160,3 +161,42 @@ def make_terms(
             )
         )
     return terms, global_batch
+
+
+def run_facts(
+    recipe: Recipe, student: TimmModel, teachers: Sequence[AnyTeacher], train: TrainLoader, val: Source, held_out: int
+) -> dict[str, Any]:
+    """What run.json says of data, layout and teachers.
+
+    Args:
+        recipe: of the run.
+        student: whose license counts, if it was trained before.
+        teachers: one a distillation.
+        train: the loader of the training images.
+        val: the validation images.
+        held_out: how many training images are held out.
+    """
+    license = student.pretrained_cfg.get("license") or "unknown"
+    return {
+        "augmented_on": train.augments_on,
+        "decoded_on": train.decodes_on,
+        "accumulation_steps": train.accumulation_steps,
+        "micro_batch_size": train.micro_batch_size,
+        "global_batch_size": train.global_batch_size,
+        "data": {
+            "name": val.name,
+            "train_images": len(train.source),
+            "val_images": len(val),
+            "num_classes": len(train.source.class_names),
+        },
+        "finetuned_from": {"license": license} if recipe.finetune else None,
+        "held_out_images": held_out,
+        "teachers": [
+            {
+                **teacher.info.facts(),
+                "img_size": teacher.img_size or recipe.data.img_size,
+                "cache": teacher.cache and teacher.cache.facts(),
+            }
+            for teacher in dict.fromkeys(teachers)
+        ],
+    }

@@ -146,10 +146,7 @@ def _backward(
     stop: Stop,
     guard: StepGuard,
 ) -> StepTerms:
-    """The gradients of an optimizer step.
-
-    All processes agree on isfinite(loss) before the last backward pass, so that the reduction overlaps it.
-    """
+    """The gradients of a step. All processes agree on isfinite(loss) before the last backward, so that the reduction overlaps it."""
     done: StepTerms = []
     for micro in range(1, task.accumulation_steps + 1):
         with stop.waiting():

@@ -15,11 +15,11 @@ from deit_kd import losses
 from deit_kd import recipe as recipes
 from deit_kd.errors import UserError
 from deit_kd.models.build import build_distiller, build_teachers
-from deit_kd.models.distiller import Distiller
+from deit_kd.models.distiller import Distiller, project
 from deit_kd.models.features import forward_with_intermediates, select_feature, stages_of
 from deit_kd.models.projectors.contrastive_memory import ContrastiveMemory
 from deit_kd.models.projectors.review_fusion import ReviewFusion
-from deit_kd.models.projectors.vectors import Orthonormal, build_projector, first_matrix, project
+from deit_kd.models.projectors.vectors import Orthonormal, build_projector, first_matrix
 from deit_kd.recipe import Projector
 
 GENERATOR = torch.Generator()
@@ -111,9 +111,9 @@ def test_projectors_of_vectors_and_maps(config: Projector, kinds: list[str]) -> 
     projector = build_projector(config, 8, width).eval()
     assert [type(layer).__name__ for layer in (projector if isinstance(projector, nn.Sequential) else [projector])] == kinds
     places = random(3, 8, 2, 5)
-    projected = project(projector, places)
+    projected = project(projector, places, places)
     assert projected.shape == (3, width, 2, 5)
-    torch.testing.assert_close(projected[:, :, 1, 3], project(projector, places[:, :, 1, 3]))
+    torch.testing.assert_close(projected[:, :, 1, 3], project(projector, places[:, :, 1, 3], places))
     matrix = first_matrix(projector)
     assert (matrix is None) == (config.kind == "none")
     linears = [layer for layer in projector.modules() if isinstance(layer, nn.Linear)]
