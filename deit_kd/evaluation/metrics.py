@@ -17,17 +17,17 @@ from deit_kd.data import EvaluationLoader
 from deit_kd.data.loader import SKIPPED
 from deit_kd.errors import UserError
 from deit_kd.models import AnyTeacher, Distiller, StudentOutput
+from deit_kd.models.features import classifiers
 
 
 @torch.no_grad()
 def measure_student(distiller: Distiller, loader: EvaluationLoader, accelerator: Accelerator, prefix: str = "") -> dict[str, float]:
     """`measure` of the mean of the heads, and top1 of each head where there are several; leaves the student in evaluation mode."""
     distiller.eval()
-    classifiers = distiller.student.get_classifier() if distiller.has_tokens else ()
-    if not all(head.weight.any() for head in classifiers):  # fine-tuned with one head alone, the other is 0
-        classifiers = ()
-    heads = ["class_head_", "distillation_head_"] if classifiers else []
-    heads += [f"distillation_head_{number}_" for number in range(2, len(distiller.student.get_classifier()))] if heads else []
+    number = distiller.distillation_heads
+    heads = ["class_head_", "distillation_head_", *(f"distillation_head_{n}_" for n in range(2, number + 1))] if number else []
+    if not all(any(map(torch.any, head.parameters())) for head in classifiers(distiller.student)):
+        heads = []  # fine-tuned with one head alone, the other is 0
 
     def predict(images: Tensor) -> dict[str, Tensor]:
         output: StudentOutput = distiller(images)

@@ -136,7 +136,7 @@ def evaluate_model(
 
     heads = (
         ["mean", "class", *(f"distillation{n or ''}" for n in range(distiller.distillation_heads))]
-        if distiller.has_tokens
+        if distiller.distillation_heads
         else ["mean"]
     )
     hits = {f"{head} {k}": torch.zeros((), device=device) for head in heads for k in (1, 5)}

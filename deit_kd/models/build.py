@@ -163,9 +163,9 @@ def build_distiller(
             raise UserError(
                 f"distill.kd_loss=decoupled_distillation: needs 3 classes, the data has {num_classes}; use kl_distillation"
             )
-        if distillation.distill.kd_weight and distillation.distill.kd_head != "class" and not distiller.has_tokens:
+        if distillation.distill.kd_weight and distillation.distill.kd_head != "class" and not heads:
             raise UserError(
-                f"distill.kd_head={distillation.distill.kd_head}: {recipe.student.name} has no distillation token; use kd_head=class, or a "
+                f"distill.kd_head={distillation.distill.kd_head}: {recipe.student.name} has no distillation head; use kd_head=class, or a "
                 "student such as deit_tiny_distilled_patch16_224"
             )
     return distiller

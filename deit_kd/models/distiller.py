@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import torch
 from einops import rearrange
-from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 
 from deit_kd.errors import UserError
@@ -19,7 +18,9 @@ from deit_kd.models.features import (
     Tap,
     Tapped,
     TimmModel,
+    classifiers,
     forward_with_intermediates,
+    head_logits,
     select_feature,
     stages_of,
     wrong_size,
@@ -62,8 +63,7 @@ class Distiller(nn.Module):
         self.projectors = nn.ModuleList(projectors)
         self.taps = tuple(taps)
         self.stages = stages_of(student, [tap for tap in taps if tap is not None])
-        self.has_tokens = isinstance(student, VisionTransformerDistilled)
-        self.distillation_heads = len(student.get_classifier()) - 1 if self.has_tokens else 0
+        self.distillation_heads = len(classifiers(student)) - 1
 
     def forward(self, images: Tensor, teachers: Sequence[Tapped | None] = ()) -> StudentOutput:
         """The student, and with `teachers` its projections.
@@ -81,11 +81,7 @@ class Distiller(nn.Module):
     def _compute(self, images: Tensor, teachers: Sequence[Tapped | None]) -> StudentOutput:
         student = self.student
         hidden = forward_with_intermediates(student, images, self.stages if teachers else [])
-        if self.has_tokens:  # timm's forward_head would average the heads outside of its own training mode
-            tokens = enumerate(student.get_classifier())
-            logits, *dist_logits = [head(student.head_drop(hidden.final[:, token])) for token, head in tokens]
-        else:
-            logits, dist_logits = student.forward_head(hidden.final), []
+        logits, *dist_logits = head_logits(student, hidden.final)
         projected: list[Tapped | None] = [None] * len(teachers)
         for number, (projector, tap, teacher) in enumerate(zip(self.projectors, self.taps, teachers, strict=bool(teachers))):
             if tap is not None and teacher is not None:
