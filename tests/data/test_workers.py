@@ -278,7 +278,7 @@ def test_all_that_a_loading_process_needs_can_be_sent_to_it(overrides: list[str]
 
 def test_spawned_processes_give_the_same_stream(expected: list[str], fashion_folder: Path) -> None:
     script = (
-        "import sys, multiprocessing; multiprocessing.set_start_method('spawn'); sys.path.insert(0, 'tests'); "
+        "import sys, multiprocessing; multiprocessing.set_start_method('spawn'); sys.path[:0] = ['tests', 'tests/data']; "
         "from pathlib import Path; from test_workers import *; print(*stream(train_loader(Path(sys.argv[1]), 1)))"
     )
     done = run_script("-c", script, fashion_folder)

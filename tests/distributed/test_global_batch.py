@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from accelerate import Accelerator, debug_launcher
 from accelerate.state import AcceleratorState
 from conftest import SMALL
 from safetensors.torch import load_file, save_file
-from sections import scheduling
+from sections import optimizing, scheduling
 from test_distillation import OBJECTIVES
 from torch import Tensor, nn
 
@@ -30,7 +31,7 @@ from deit_kd.tasks.classification import Classification
 from deit_kd.training import checkpoint
 from deit_kd.training.loop import fit
 from deit_kd.training.metrics import Tracker, read_metrics
-from deit_kd.training.optim import build_schedule
+from deit_kd.training.optim import build_optimizer, build_schedule
 from deit_kd.training.setup import prepare
 
 LAYOUTS = [(1, 1), (2, 1), (4, 1), (1, 4), (2, 2)]  # processes, accumulation steps
@@ -92,7 +93,7 @@ def steps(
 def train(
     task: Classification, recipe: Recipe, accelerator: Accelerator, folder: Path, until: int, sharded: bool
 ) -> dict[str, Tensor]:
-    optimizer, ema = prepare(task, recipe, accelerator, sharded)
+    optimizer, ema = prepare(task, partial(build_optimizer, *optimizing(recipe)), recipe.ema_decay, accelerator, sharded)
     if sharded:
         qkv = task.student.get_parameter("blocks.1.attn.qkv.weight")
         assert (qkv.shape[0], qkv.to_local().shape[0]) == (144, 72)  # type: ignore[attr-defined]
