@@ -132,7 +132,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--data", type=Path, required=True, help="DIR with DIR/train/CLASS/ and DIR/val/CLASS/, or what data.source takes"
     )
     verb.add_argument("--output", type=Path, help="the run folder (default: runs/finetune_NAME)")
-    verb.add_argument("--recipe", default="finetune", help="finetune (default), finetune_probe, finetune_taught, or another")
+    verb.add_argument("--recipe", default="finetune", help="finetune (default), finetune:probe, finetune:taught, or another")
     verb.add_argument(
         "--img-size", type=bounded(int, 1, 4096), help="pixels a side, where they shall differ from the network's own"
     )
@@ -239,7 +239,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _recipe_options(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("recipe", help="a name in recipes/, or the path of a YAML file")
+    verb.add_argument("recipe", help="a name in recipes/, such as deit_ti or deit_vkd:small, or the path of a YAML file")
     verb.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe; of a grid key=value,value,...")
     verb.add_argument("--data", type=Path, help="the folder of the data")
 
@@ -340,7 +340,7 @@ def grid(options: argparse.Namespace) -> None:
     """Runs a grid, or the rest of it."""
     from deit_kd.sweep import run_grid
 
-    output = options.output or Path("runs") / f"grid_{Path(options.recipe).stem}"
+    output = options.output or Path("runs") / f"grid_{recipes.run_folder(options.recipe).name}"
     run_grid(options.recipe, options.overrides, output, options.data, options.jobs)
 
 

@@ -94,7 +94,11 @@ def find(name_or_path: str | Path) -> tuple[Path, str | None]:
         return path, variant
     if any(Path(each).suffix in (".yaml", ".yml") for each in (text, stem)):
         raise RecipeError(f"recipe file {printable(text)} does not exist")
-    hint = nearest(text, [*names(), *SHORT_NAMES]) or f"; known, or the path of a YAML file:\n{overview()}"
+    if stem in SHORT_NAMES:
+        raise RecipeError(f"{printable(text)}: {stem} is {SHORT_NAMES[stem]} already; a variant follows the name of a file")
+    hint = (
+        nearest(text, [*(known for known, _ in listing()), *SHORT_NAMES]) or f"; known, or the path of a YAML file:\n{overview()}"
+    )
     raise RecipeError(f"unknown recipe {short(text)}{hint}")
 
 
@@ -112,7 +116,7 @@ def take_variants(document: dict[str, Any], variant: str | None, file: Path) -> 
     if variant is None:
         return []
     if variant not in variants:
-        there = f"it has {', '.join(variants)}" if variants else "it has none"
+        there = f"it has {', '.join(variants)[:300]}" if variants else "it has none"
         raise RecipeError(printable(f"{file}: no variant is called {short(variant)}; {there}"))
     keys = {key: value for key, value in variants[variant].items() if key != "description"}
     return [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in keys.items()]

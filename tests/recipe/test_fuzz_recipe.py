@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT
 from fuzzing import bounded, changed, damaged, survives
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,7 +14,7 @@ from hypothesis import strategies as st
 from deit_kd import recipe as recipes
 from deit_kd.text import printable
 
-RIGHT = {name: (ROOT / "recipes" / f"{name}.yaml").read_bytes() for name in ("quickstart", "deit_ti_two_teachers", "finetune")}
+RIGHT = {name: recipes.find(name)[0].read_bytes() for name in ("quickstart", "deit_two_teachers", "finetune")}
 VALUES = {name: yaml.safe_load(content) for name, content in RIGHT.items()}
 PIECES = ("&a ", "*a", "<<: ", "!!python/name:os.system ", "!!binary ", "- ", "? ", ": ", "{", "}", "[", "]", "---\n", "...\n", "\t", "# ", "|\n",
     ">", "'", '"', "%YAML 1.2\n", "1:30", "010", "0x1F", "1e999", ".nan", "~", "yes", "null", "2020-01-01", "\\UFFFFFFFF", "\x00", "\x1b[31m",
