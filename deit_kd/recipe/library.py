@@ -85,7 +85,7 @@ def find(name_or_path: str | Path) -> tuple[Path, str | None]:
     Raises:
         RecipeError: there is no such recipe.
     """
-    text = str(name_or_path)
+    text = str(Path(name_or_path))
     name = SHORT_NAMES.get(text, text)
     if path := _file(name):
         return path, None
@@ -96,9 +96,8 @@ def find(name_or_path: str | Path) -> tuple[Path, str | None]:
         raise RecipeError(f"recipe file {printable(text)} does not exist")
     if stem in SHORT_NAMES:
         raise RecipeError(f"{printable(text)}: {stem} is {SHORT_NAMES[stem]} already; a variant follows the name of a file")
-    hint = (
-        nearest(text, [*(known for known, _ in listing()), *SHORT_NAMES]) or f"; known, or the path of a YAML file:\n{overview()}"
-    )
+    known = [*(each for each, _ in listing()), *SHORT_NAMES]
+    hint = nearest(text, known) or f"; known, or the path of a YAML file:\n{overview()}"
     raise RecipeError(f"unknown recipe {short(text)}{hint}")
 
 
@@ -130,9 +129,9 @@ def names() -> list[str]:
 
 def listing() -> Iterator[tuple[str, str]]:
     """(name, one line) of each file and of each of its variants: what --help prints and a shell completes."""
-    also: dict[str, str] = {name: f" (also {old})" for old, name in SHORT_NAMES.items()}
+    also = {name: f" (also {old})" for old, name in SHORT_NAMES.items()}
     for file in _files().values():
-        header, _, variants = file.read_text(encoding="utf-8").partition("\nvariants:\n")
+        header, _, variants = file.read_text(encoding="utf-8", errors="replace").partition("\nvariants:\n")
         first = header.partition("\n")[0].removeprefix("# ").strip()
         yield file.stem, f"{first}{also.get(file.stem, '')}"
         for variant, line in re.findall(r"^  ([\w.-]+):\n    description: (.*)$", variants, re.MULTILINE):
@@ -149,9 +148,9 @@ def run_folder(name_or_path: str | Path) -> Path:
     """Where a run of a recipe is kept unless somebody says where: runs/NAME_VARIANT, or the run folder that was named."""
     path = Path(name_or_path)
     with suppress(RecipeError, OSError):
-        if find(path) == (path / "recipe.yaml", None) and ((path / "run.json").exists() or (path / "checkpoints").is_dir()):
-            return path
         file, variant = find(path)
+        if file == path / "recipe.yaml" and ((path / "run.json").exists() or (path / "checkpoints").is_dir()):
+            return path
         if variant is not None and path.name not in SHORT_NAMES:
             return Path("runs") / f"{Path(str(path).removesuffix(f':{variant}')).stem}_{variant}"
     return Path("runs") / path.stem

@@ -154,3 +154,10 @@ def test_variants_say_how_they_differ(file: Path) -> None:
         values = dict(recipes.flatten(recipes.load(f"{file.stem}:{name}")))
         for key in set(keys) - {"description"}:
             assert own.get(key, own) != values.get(key, values), f"{name}: {key} is that of the file"
+
+
+def test_the_table_has_every_recipe() -> None:
+    table = (ROOT / "recipes/README.md").read_text()
+    assert [file.stem for file in FILES if f"`{file.stem}`" not in table] == []
+    for variant in {name.partition(":")[2] for name in NAMES} - {"", "distilled"}:
+        assert f"`{variant}`" in table or f":{variant}`" in table or variant.endswith(("_dkd", "_dist")), variant

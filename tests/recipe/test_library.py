@@ -88,7 +88,7 @@ def test_faults_of_variants(tmp_path: Path, variants: str, asked: str, message: 
         ("deit_vkdd:small", "unknown recipe 'deit_vkdd:small' (did you mean deit_vkd:small"),
         ("deit_s_vkdd", "unknown recipe 'deit_s_vkdd' (did you mean deit_s_vkd"),
         ("none.yaml:small", "recipe file none.yaml:small does not exist"),
-        ("", "unknown recipe ''"),
+        ("", "unknown recipe '.'"),
         (":", "unknown recipe ':'"),
     ],
 )
