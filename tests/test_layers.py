@@ -144,7 +144,7 @@ def test_the_project_names_no_machine() -> None:
     for file in [
         *FILES,
         ROOT / "train.py",
-        *(ROOT / "recipes").iterdir(),
+        *(ROOT / "recipes").rglob("*.*"),
         *(ROOT / "launch").iterdir(),
         *(ROOT / "docs").glob("*.md"),
         ROOT / "README.md",

@@ -65,7 +65,7 @@ def test_the_papers_ablations_are_one_grid() -> None:
     assert len(cells) == 108
     assert len({_name(cell, cells) for cell in cells}) == 108
     for cell in cells:
-        recipes.load(ROOT / "recipes" / "quickstart.yaml", [f"{key}={value}" for key, value in cell.items()])
+        recipes.load(ROOT / "recipes/quickstart/quickstart.yaml", [f"{key}={value}" for key, value in cell.items()])
 
 
 def test_a_grid_refuses_before_it_runs(tmp_path: Path) -> None:

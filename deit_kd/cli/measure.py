@@ -57,7 +57,7 @@ def grid(options: argparse.Namespace) -> None:
     """Runs a grid, or the rest of it."""
     from deit_kd.sweep import run_grid
 
-    output = options.output or Path("runs") / f"grid_{Path(options.recipe).stem}"
+    output = options.output or Path("runs") / f"grid_{recipes.run_folder(options.recipe).name}"
     run_grid(options.recipe, options.overrides, output, options.data, options.jobs)
 
 

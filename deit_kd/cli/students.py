@@ -139,7 +139,7 @@ def _add_finetune(verbs: Any) -> None:
         "--data", type=Path, required=True, help="DIR with DIR/train/CLASS/ and DIR/val/CLASS/, or what data.source takes"
     )
     verb.add_argument("--output", type=Path, help="the run folder (default: runs/finetune_NAME)")
-    verb.add_argument("--recipe", default="finetune", help="finetune (default), finetune_probe, finetune_taught, or another")
+    verb.add_argument("--recipe", default="finetune", help="finetune (default), finetune:probe, finetune:taught, or another")
     verb.add_argument(
         "--img-size", type=bounded(int, 1, 4096), help="pixels a side, where they shall differ from the network's own"
     )

@@ -23,11 +23,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser(
         prog="train.py",
         description="Distil a CNN teacher into a DeiT student, as a recipe says.",
-        epilog=f"recipes:\n{recipes.overview()}".replace("%", "%%"),
+        epilog=f"recipes:\n{recipes.overview()}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--recipe", help="a name in recipes/, or the path of a YAML file")
+    add("--recipe", help="a name from below, such as deit_ti or deit_vkd:small, or the path of a YAML file")
     add("--data", type=Path, help="the folder of the data; Fashion-MNIST needs none, a subset of it is embedded")
     add("--output", type=Path, help="the run folder (default: runs/RECIPE, or the folder of the run that --recipe names)")
     add(

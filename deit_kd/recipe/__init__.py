@@ -7,12 +7,9 @@ device batch) are flags of train.py, not keys.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
-import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +21,7 @@ from deit_kd.files.warn import warn
 from deit_kd.recipe import renamed
 from deit_kd.recipe.checks import READS, beyond_a_cache, impossible
 from deit_kd.recipe.document import FLOAT, Kind, RecipeError, hints, kind_of, read_override, read_yaml
+from deit_kd.recipe.library import FOLDER, File, find, listing, names, nearest, overview, run_folder, take_variants
 from deit_kd.recipe.partial import well_typed
 from deit_kd.recipe.schema import (
     Augmentation,
@@ -45,6 +43,7 @@ from deit_kd.recipe.schema import (
 from deit_kd.text import printable
 
 __all__ = [
+    "FOLDER",
     "READS",
     "Augmentation",
     "Data",
@@ -65,15 +64,15 @@ __all__ = [
     "differences",
     "fingerprint",
     "dump",
+    "find",
     "flatten",
+    "listing",
     "load",
     "names",
     "nearest",
     "overview",
+    "run_folder",
 ]
-
-FOLDER = Path(__file__).resolve().parent.parent.parent / "recipes"
-
 
 MOST_FAULTS = 20  # told at once
 # What other tools call a key; the nearest spelling would be another one.
@@ -98,7 +97,7 @@ MEANT = {
 }
 
 _ADAPTER = TypeAdapter(Recipe)
-_KIND = kind_of(Recipe)
+_KIND = kind_of(File)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -108,29 +107,26 @@ class _Dumper(yaml.SafeDumper):
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+0123456789."))
 
 
-def names() -> list[str]:
-    """The recipes that come with the project."""
-    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
-
-
 def load(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Reads, overrides and checks a recipe.
 
     Args:
-        name_or_path: a name in `recipes/`, the path of a YAML file, or a run folder.
+        name_or_path: a name in `recipes/`, the path of a YAML file, or a run folder; each may end in `:VARIANT`.
         overrides: `key=value` strings, keys dotted (`optim.lr=1e-3`), values as the key's type asks. One that chooses something (a loss, a
-            projector, an optimizer, a schedule) drops the keys that only the choice before read.
+            projector, an optimizer, a schedule) drops the keys that only the choice before read. They come after the keys of a variant.
 
     Raises:
-        RecipeError: unknown recipe, or every fault in it, each with key, value and remedy.
+        RecipeError: unknown recipe or variant, or every fault in it, each with key, value and remedy.
     """
-    path = _find(name_or_path)
+    path, variant = find(name_or_path)
     document = read_yaml(path, _KIND)
     if not isinstance(document, dict):
         raise RecipeError(f"{printable(str(path))}: a recipe is a mapping of sections; copy one of recipes/ to start")
+    differing = take_variants(document, variant, path)
     if said := renamed.update(document):
         warn(f"{printable(str(path))}: {'; '.join(said)}")
-    faults = [fault for override in overrides if (fault := _apply(document, override, overrides))]
+    faults = [f"variants.{variant}: {fault}" for override in differing if (fault := _apply(document, override, differing))]
+    faults += [fault for override in overrides if (fault := _apply(document, override, overrides))]
     try:
         recipe = _ADAPTER.validate_python(document)
         faults += impossible(recipe)
@@ -145,15 +141,6 @@ def load(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         count = f"more than {MOST_FAULTS} faults" if more else count
         raise RecipeError("\n  ".join([f"recipe {printable(path.name)}: {count}", *faults[:MOST_FAULTS], *more]))
     return recipe
-
-
-def run_folder(name_or_path: str | Path) -> Path:
-    """Where a run of a recipe is kept unless somebody says where: runs/RECIPE, or the run that the recipe is of."""
-    path = Path(name_or_path)
-    with suppress(RecipeError, OSError):
-        if _find(path) == path / "recipe.yaml" and ((path / "run.json").exists() or (path / "checkpoints").is_dir()):
-            return path
-    return Path("runs") / path.stem
 
 
 def dump(recipe: Recipe, change: Callable[[Any], Any] = lambda document: document) -> str:
@@ -177,38 +164,6 @@ def fingerprint(recipe: Recipe) -> str:
         if not key.startswith("run.") and value is not None and (isinstance(value, dict) or value != _DEFAULTS.get(key))
     ]
     return hashlib.sha256(repr(sorted(moving)).encode()).hexdigest()
-
-
-def _find(name_or_path: str | Path) -> Path:
-    path = Path(name_or_path)
-    if path.suffix in (".yaml", ".yml"):
-        if os.path.exists(path):  # no error for any name, other than path.exists()  # noqa: PTH110
-            return path
-        raise RecipeError(f"recipe file {printable(str(path))} does not exist")
-    if path.name == str(path) and (FOLDER / f"{path}.yaml").is_file():
-        return FOLDER / f"{path}.yaml"
-    if os.path.exists(path / "recipe.yaml"):  # noqa: PTH110
-        return path / "recipe.yaml"
-    hint = nearest(str(path), names()) or f"; known, or the path of a YAML file:\n{overview()}"
-    raise RecipeError(f"unknown recipe {short(str(path))}{hint}")
-
-
-def overview() -> str:
-    """The recipes that come with the project, one a line: its name, and the first sentence of its file."""
-    lines = []
-    for name in names():
-        with (FOLDER / f"{name}.yaml").open(encoding="utf-8") as file:
-            lines.append(f"  {name:<42} {file.readline().removeprefix('# ').strip()}")
-    return "\n".join(lines)
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """` (did you mean ...?)`, or nothing when no known word is near."""
-    known = list(known)
-    close = difflib.get_close_matches(word, known, n=3, cutoff=0.6)
-    # A key is often right but in the wrong section: compare the last part too.
-    close = close or [k for k in known if "." in k and k.rsplit(".", 1)[-1] == word.rsplit(".", 1)[-1]]
-    return f" (did you mean {' or '.join(close)}?)" if close else ""
 
 
 def _keys(cls: type = Recipe, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any], Kind]]:

@@ -35,7 +35,7 @@ def test_recipes_are_listed_one_a_line(train_cli: Cli) -> None:
         code, printed = train_cli(*arguments)
         assert code == 2
         for name in recipes.names():
-            assert re.search(rf"^  {name} +\w.*\.$", printed, re.MULTILINE), name
+            assert re.search(rf"^  {name} +\w.*$", printed, re.MULTILINE), name
     code, printed = train_cli("--help")
     assert code == 0
     assert "  quickstart " in printed

@@ -176,9 +176,9 @@ def test_one_key_turns_pictures_in_training_evaluation_and_packing(tmp_path: Pat
     torch.testing.assert_close(images[0], expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("recipe", ["finetune", "finetune_probe", "finetune_taught"])
+@pytest.mark.parametrize("recipe", ["finetune:full", "finetune:probe", "finetune:taught"])
 def test_recipes_for_own_photos_turn_them(recipe: str) -> None:
-    assert "exif_orientation: apply" in (ROOT / "recipes" / f"{recipe}.yaml").read_text()
+    assert recipes.load(recipe).data.exif_orientation == "apply"
 
 
 def test_predict_and_evaluate_turn_pictures_unless_told_otherwise(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,19 +1,29 @@
-"""Every recipe trains two steps on real images, at a size that fits a test; overrides that headers name are recipes too."""
+"""Every recipe and variant loads, has the values that it was published here with, and builds; one of each kind trains two steps.
+
+Trained are a few recipes that together have every loss, projector, tap, optimizer, number of teachers and family: the next one is always
+the recipe that adds most of what the ones before it lack.
+"""
 
 from __future__ import annotations
 
 import json
 import re
-import shlex
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 from conftest import ROOT
 
 from deit_kd import recipe as recipes
+from deit_kd.models.summary import describe, make_plan
+from deit_kd.recipe import library
 
 Cli = Callable[..., tuple[int, str]]
+NAMES = recipes.names()
+FILES = sorted((ROOT / "recipes").rglob("*.yaml"))
+FINGERPRINTS = json.loads((ROOT / "tests/reference/recipe_fingerprints.json").read_text())  # of when each was a file of its own
 COMMON = [
     "data.source=image_folder",
     "data.num_classes=auto",
@@ -30,23 +40,44 @@ SMALL_REGNET = ["name=regnety_002", "weights=random"]
 def reduced(name: str) -> list[str]:
     """Overrides that leave the method as it is and take its size away."""
     if name.startswith("finetune"):
-        return ["data.img_size=28", *(["teacher.weights=random", "teacher.name=regnety_002"] if name == "finetune_taught" else [])]
+        return ["data.img_size=28", *(["teacher.weights=random", "teacher.name=regnety_002"] if name == "finetune:taught" else [])]
     if name.startswith("quickstart"):
-        return ["data.img_size=28", *(["teacher.weights=random"] if name == "quickstart" else [])]
+        return ["data.img_size=28", *(["teacher.weights=random"] if name == "quickstart:distilled" else [])]
     if name == "cifar100_teacher":
         return []
-    if name.endswith("two_teachers"):  # a Swin takes images of its own size
+    if name.startswith("deit_two_teachers"):  # a Swin takes images of its own size
         return [*SMALL_DEIT, *(f"teachers.0.{key}" for key in SMALL_REGNET), "teachers.1.weights=random", "teachers.1.img_size=224"]
     if not name.startswith("deit"):
-        memory = ["projector.negatives=64"] if name.endswith("_crd") else []
+        memory = ["projector.negatives=64"] if name == "cifar100_crd" else []
         return ["teacher.weights=random", *memory]
-    if "nkd" in name:
+    if name.startswith("deit_nkd"):
         return [*SMALL_DEIT, "teacher.name=deit3_small_patch16_224", "teacher.weights=random", "teacher.img_size=224"]
     return [*SMALL_DEIT, *(f"teacher.{key}" for key in SMALL_REGNET)]
 
 
-@pytest.mark.parametrize("name", recipes.names())
-def test_every_recipe_trains_two_steps(name: str, train_cli: Cli, fashion_folder: Path, tmp_path: Path) -> None:
+def parts(name: str) -> set[Any]:
+    """What a recipe is made of."""
+    recipe, family = recipes.load(name), recipes.find(name)[0].parent.name
+    found: set[Any] = {family, recipe.optim.name, len(recipe.distillations())}
+    for distillation in recipe.distillations():
+        distill, projector = distillation.distill, f"projector {distillation.projector.kind}"
+        taps = {f"tap {'number' if isinstance(tap, int) else tap}" for tap in (distill.student_tap, distill.teacher_tap)}
+        found |= {distill.kd_loss, distill.feature_loss, projector, *taps}
+    return found
+
+
+def one_of_each_kind() -> list[str]:
+    every = {name: parts(name) for name in NAMES}
+    lacking: set[Any] = set().union(*every.values())
+    chosen = []
+    while lacking:
+        chosen.append(max(every, key=lambda name: len(every[name] & lacking)))
+        lacking -= every[chosen[-1]]
+    return chosen
+
+
+@pytest.mark.parametrize("name", one_of_each_kind())
+def test_one_recipe_of_each_kind_trains_two_steps(name: str, train_cli: Cli, fashion_folder: Path, tmp_path: Path) -> None:
     options = ["--data", fashion_folder, "--output", tmp_path / "run", "--max-steps", 2]
     code, printed = train_cli("--recipe", name, *options, *COMMON, *reduced(name))
     assert code == 0, printed
@@ -66,30 +97,67 @@ def test_every_recipe_trains_two_steps(name: str, train_cli: Cli, fashion_folder
         assert distillation.teacher.name in card
 
 
-def header(name: str) -> str:
-    return (ROOT / "recipes" / f"{name}.yaml").read_text().split("\nseed:")[0]
+@pytest.mark.parametrize("name", NAMES)
+def test_every_recipe_builds_at_full_size(name: str) -> None:
+    """On the meta device, with a forward pass of teachers, student and projectors."""
+    recipe = recipes.load(name)
+    text = describe(recipe, make_plan(recipe, None), 1_281_167)
+    assert recipe.student.name in text
+    assert f"{1_281_167 // recipe.global_batch_size * recipe.epochs:,} steps" in text
 
 
-@pytest.mark.parametrize("name", [name for name in recipes.names() if "DKD++:" in header(name)])
-def test_variants_that_a_header_names_are_recipes(name: str) -> None:
-    text = re.sub(r"\n#\s+(?=distill\.)", " ", header(name))
-    for method, loss in (("DKD++", "decoupled_distillation"), ("DIST++", "dist")):
-        found = re.search(rf"(?<!K){re.escape(method)}: (distill\..*)", text)
-        assert found, method
-        recipe = recipes.load(name, shlex.split(found[1]))
-        assert recipe.distill is not None
-        assert recipe.distill.kd_loss == loss
-        assert recipe.distill.feature_weight > 0
+@pytest.mark.parametrize("name", FINGERPRINTS)
+def test_no_recipe_has_changed(name: str) -> None:
+    assert recipes.fingerprint(recipes.load(name)).startswith(FINGERPRINTS[name])
 
 
-@pytest.mark.parametrize("name", recipes.names())
-def test_every_header_says_what_is_published_and_by_whom(name: str) -> None:
-    text = header(name)
-    for word in ("Command", *(() if name.startswith("quickstart") else ("Hardware", "Expected"))):
+def test_every_name_of_before_is_a_name() -> None:
+    before = {name for name in FINGERPRINTS if ":" not in name}
+    assert before == set(library.SHORT_NAMES) | (before & set(NAMES)) | {"quickstart", "finetune"}
+    assert set(library.SHORT_NAMES.values()) <= set(NAMES), "each means one recipe that there is"
+    assert {recipes.fingerprint(recipes.load(name))[:16] for name in NAMES} == set(FINGERPRINTS.values())
+
+
+def header(file: Path) -> str:
+    return file.read_text().split("\nseed:")[0]
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_every_header_says_what_is_published_and_by_whom(file: Path) -> None:
+    text, quick = header(file), file.stem.startswith("quickstart")
+    assert text.startswith("# "), "a recipe begins with what it is"
+    for word in ("Command", *(() if quick else ("Hardware", "Expected"))):
         assert word in text, word
-    assert f"--recipe {name}" in text
-    if name.startswith("quickstart"):
+    assert f"--recipe {file.stem}" in text
+    if quick:
         return
-    expected = text.split("Expected")[1]
-    if re.search(r"\d\d\.\d", expected):
-        assert "not reproduced here" in re.sub(r"\n#\s+", " ", expected)
+    expected = re.sub(r"\n#\s+", " ", text.split("Expected")[1])
+    published = re.findall(r"\d\d\.\d+ %", "".join(line for name, line in recipes.listing() if name.startswith(f"{file.stem}:")))
+    if published or re.search(r"\d\d\.\d", expected):
+        assert "not reproduced here" in expected
+    if "stand with them below" not in expected:
+        for number in published:
+            assert number.removesuffix(" %") in expected, f"a variant says {number}, the header does not"
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if "\nvariants:" in file.read_text()], ids=lambda file: file.stem)
+def test_variants_say_how_they_differ(file: Path) -> None:
+    document = yaml.safe_load(file.read_text())
+    assert list(document)[-1] == "variants"
+    variants = document["variants"]
+    assert [name for name, _ in recipes.listing() if name.startswith(f"{file.stem}:")] == [
+        f"{file.stem}:{name}" for name in variants
+    ]
+    assert list(next(iter(variants.values()))) == ["description"], "the first is the file as it stands"
+    own = dict(recipes.flatten(recipes.load(file.stem)))
+    for name, keys in variants.items():
+        values = dict(recipes.flatten(recipes.load(f"{file.stem}:{name}")))
+        for key in set(keys) - {"description"}:
+            assert own.get(key, own) != values.get(key, values), f"{name}: {key} is that of the file"
+
+
+def test_the_table_has_every_recipe() -> None:
+    table = (ROOT / "recipes/README.md").read_text()
+    assert [file.stem for file in FILES if f"`{file.stem}`" not in table] == []
+    for variant in {name.partition(":")[2] for name in NAMES} - {"", "distilled"}:
+        assert f"`{variant}`" in table or f":{variant}`" in table or variant.endswith(("_dkd", "_dist")), variant

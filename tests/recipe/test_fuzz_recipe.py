@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT
 from fuzzing import bounded, changed, damaged, survives
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,7 +14,7 @@ from hypothesis import strategies as st
 from deit_kd import recipe as recipes
 from deit_kd.text import printable
 
-RIGHT = {name: (ROOT / "recipes" / f"{name}.yaml").read_bytes() for name in ("quickstart", "deit_ti_two_teachers", "finetune")}
+RIGHT = {name: recipes.find(name)[0].read_bytes() for name in ("quickstart", "deit_two_teachers", "finetune")}
 VALUES = {name: yaml.safe_load(content) for name, content in RIGHT.items()}
 PIECES = ("&a ", "*a", "<<: ", "!!python/name:os.system ", "!!binary ", "- ", "? ", ": ", "{", "}", "[", "]", "---\n", "...\n", "\t", "# ", "|\n",
     ">", "'", '"', "%YAML 1.2\n", "1:30", "010", "0x1F", "1e999", ".nan", "~", "yes", "null", "2020-01-01", "\\UFFFFFFFF", "\x00", "\x1b[31m",
@@ -46,6 +45,20 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_changed_values(file: Path, content: object) -> None:
     file.write_bytes(json.dumps(content).encode("utf-8", "surrogatepass"))
     survives(lambda: loads(file, []))
+    survives(lambda: loads(f"{file}:taught", []))  # of finetune
+
+
+@bounded
+@given(
+    key=st.one_of(st.sampled_from(sorted(recipes._KINDS)), WORDS),
+    content=changed({"small": {"optim.lr": 1, "teacher": {"a": [1]}}}),
+)
+def test_any_variant(file: Path, key: str, content: object) -> None:
+    if isinstance(content, dict) and isinstance(content.get("small"), dict):
+        content["small"] = {key: next(iter(content["small"].values()), None)}
+    document = VALUES["quickstart"] | {"variants": content}
+    file.write_bytes(json.dumps(document).encode("utf-8", "surrogatepass"))
+    survives(lambda: loads(f"{file}:small", []))
 
 
 @bounded
@@ -58,7 +71,7 @@ def test_damaged_bytes(file: Path, content: bytes) -> None:
 @bounded
 @given(data=st.data(), piece=WORDS)
 def test_pieces_of_yaml_anywhere(file: Path, data: st.DataObject, piece: str) -> None:
-    text = RIGHT["deit_ti_two_teachers"].decode()
+    text = RIGHT["deit_two_teachers"].decode()
     at = data.draw(st.integers(0, len(text)))
     file.write_bytes((text[:at] + piece + text[at:]).encode("utf-8", "surrogatepass"))
     survives(lambda: loads(file, []))
@@ -68,7 +81,7 @@ def test_pieces_of_yaml_anywhere(file: Path, data: st.DataObject, piece: str) ->
 @given(key=st.one_of(st.sampled_from(sorted(recipes._KINDS)), WORDS), value=WORDS, number=st.integers(0, 3))
 def test_any_override(key: str, value: str, number: int) -> None:
     override = f"{key.replace('*', str(number))}={value}"
-    survives(lambda: loads("deit_ti_two_teachers" if key.startswith("teachers") else "quickstart", [override]))
+    survives(lambda: loads("deit_two_teachers" if key.startswith("teachers") else "quickstart", [override]))
 
 
 @bounded

@@ -11,7 +11,7 @@ from fuzzing import limited
 from deit_kd import recipe as recipes
 from deit_kd.recipe import RecipeError
 
-QUICKSTART = (ROOT / "recipes" / "quickstart.yaml").read_text()
+QUICKSTART = (ROOT / "recipes/quickstart/quickstart.yaml").read_text()
 SEED = next(number for number, line in enumerate(QUICKSTART.splitlines(), 1) if line.startswith("seed:"))
 OPTIM = QUICKSTART.splitlines().index("optim:") + 1
 LINES = len(QUICKSTART.splitlines())

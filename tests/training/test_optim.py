@@ -16,6 +16,7 @@ from sections import optimizing, scheduling
 from torch import nn
 
 from deit_kd import recipe as recipes
+from deit_kd.recipe.library import SHORT_NAMES
 from deit_kd.training.optim import build_optimizer, build_schedule
 
 Cli = Callable[..., tuple[int, str]]
@@ -54,19 +55,23 @@ CIFAR, CIFAR_LOW = (64, 0.05, (150, 180, 210)), (64, 0.01, (150, 180, 210))
 CIFAR_ND, CIFAR_ND_LOW = (128, 0.1, (150, 180, 210)), (128, 0.02, (150, 180, 210))
 IMAGENET_ND = (512, 0.2, (30, 60, 90))
 STEPPED = {
-    **{name: CIFAR for name in recipes.names() if name.startswith(("cifar100_resnet32x4", "cifar100_teacher"))},
-    **{name: CIFAR_LOW for name in recipes.names() if name.startswith("cifar100_resnet50")},
-    **{f"cifar100_nd_{pair}": CIFAR_ND for pair in ("resnet56_resnet20", "resnet32x4_resnet8x4", "wrn_40_2_wrn_40_1")},
-    **{f"cifar100_nd_resnet32x4_shufflenetv{version}": CIFAR_ND_LOW for version in (1, 2)},
-    "cifar100_nd_resnet50_mobilenetv2": CIFAR_ND_LOW,
-    "imagenet_resnet34_resnet18": (256, 0.1, (30, 60, 90)),
-    **{name: IMAGENET_ND for name in recipes.names() if name.startswith("imagenet") and name.endswith("pp")},
+    **{f"cifar100_{name}": CIFAR for name in ("teacher", "kd", "dkd", "dist", "fitnet", "at", "cc", "crd", "reviewkd")},
+    **{f"cifar100_logsum:resnet32x4_resnet8x4{loss}": CIFAR for loss in ("", "_dkd")},
+    **{f"cifar100_logsum:resnet50_mobilenetv2{loss}": CIFAR_LOW for loss in ("", "_dkd")},
+    **{
+        name: CIFAR_ND_LOW if "mobilenet" in name or "shufflenet" in name else CIFAR_ND
+        for name in recipes.names()
+        if name.startswith("cifar100_nd:")
+    },
+    "imagenet_logsum": (256, 0.1, (30, 60, 90)),
+    **{name: IMAGENET_ND for name in recipes.names() if name.startswith("imagenet_nd:")},
 }
 
 
 def test_every_recipe_of_a_release_is_here() -> None:
     own = ("quickstart", "finetune")
-    assert {name for name in recipes.names() if not name.startswith(own)} == {*PUBLISHED, *STEPPED}
+    released = {name for name in recipes.names() if not name.startswith(own)}
+    assert released == {SHORT_NAMES.get(name, name) for name in (*PUBLISHED, *STEPPED)}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -145,7 +150,7 @@ def test_what_decays(decay: str, more: set[str]) -> None:
 
 def test_a_run_of_before_keeps_its_rates(tmp_path: Path) -> None:
     """Its recipe.yaml lacks the key: all three rates are scaled as they were, its checkpoints fit it, and the recipe of today differs."""
-    stored = yaml.safe_load((ROOT / "recipes" / "deit_ti_hard.yaml").read_text())
+    stored = yaml.safe_load((ROOT / "recipes/imagenet_deit/deit_hard.yaml").read_text())
     del stored["optim"]["lr_rule_scales"]
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(stored, sort_keys=False))
     old = recipes.load(tmp_path)
