@@ -51,7 +51,7 @@ def dry_run(recipe: recipes.Recipe, options: argparse.Namespace, output: Path) -
     checks = ready.Checks(
         recipe, options.data, accelerator, options.device_batch_size, True, output, options.resume, options.accept_changes
     )
-    ready.rehearse(checks, accelerator.print)
+    ready.dry_run(checks, accelerator.print)
 
 
 def train(recipe: recipes.Recipe, options: argparse.Namespace, output: Path) -> None:
@@ -78,7 +78,7 @@ def train_in(
     from deit_kd.training.loop import fit
 
     with accelerator.main_process_first():  # one process downloads, the others find it
-        sources = ready.must_start(recipe, options.data, accelerator, options.device_batch_size)
+        sources = ready.check_start(recipe, options.data, accelerator, options.device_batch_size)
     teachers = [teacher.to(accelerator.device) for teacher in build_teachers(recipe, sources[0].class_names)]
     example = partial(example_images, sources[1], recipe.data, recipe.evaluation)
     accelerated = acceleration.prepare(recipe.run, teachers, example, accelerator, sharded)

@@ -125,11 +125,11 @@ def plan(options: argparse.Namespace) -> None:
     recipe = recipes.load(options.recipe, options.overrides)
     from deit_kd.profiling import forecast
 
-    told = forecast.forecast(recipe, options.data, options.images, options.gpu, options.gpus, options.nodes)
-    print(forecast.describe(told), flush=True)
-    content = forecast.as_json(told)
+    found = forecast.forecast(recipe, options.data, options.images, options.gpu, options.gpus, options.nodes)
+    print(forecast.describe(found), flush=True)
+    content = forecast.as_json(found)
     if options.measure:
-        content["measured"] = forecast.measure(told, options.data, options.device, options.device_batch_size, options.steps)
+        content["measured"] = forecast.measure(found, options.data, options.device, options.device_batch_size, options.steps)
         print("\n" + forecast.compare(content["measured"]))
     _write_json(options.json, content)
 

@@ -20,9 +20,7 @@ WEIGHTS = "a run, an exported folder, hf-hub:ORG/NAME, a timm tag, a released na
 
 def _weights_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("weights", help=WEIGHTS)
-    verb.add_argument(
-        "--img-size", type=bounded(int, 1, 4096), help="pixels a side, where they shall differ from the network's own"
-    )
+    verb.add_argument("--img-size", type=bounded(int, 1, 4096), help="pixels a side, if not the network's own size")
     verb.add_argument("--batch-size", type=bounded(int, 1, 100_000), default=64)
     verb.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
 
@@ -140,9 +138,7 @@ def _add_finetune(verbs: Any) -> None:
     )
     verb.add_argument("--output", type=Path, help="the run folder (default: runs/finetune_NAME)")
     verb.add_argument("--recipe", default="finetune", help="finetune (default), finetune:probe, finetune:taught, or another")
-    verb.add_argument(
-        "--img-size", type=bounded(int, 1, 4096), help="pixels a side, where they shall differ from the network's own"
-    )
+    verb.add_argument("--img-size", type=bounded(int, 1, 4096), help="pixels a side, if not the network's own size")
     verb.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     verb.add_argument(
         "--max-steps", type=bounded(int, 1, 10**12), help="stop after so many steps; the schedule stays that of the whole run"
@@ -186,7 +182,7 @@ def _add_convert(verbs: Any) -> None:
 
 
 def convert(options: argparse.Namespace) -> None:
-    """Makes a folder of an authors' file and tells what was in it."""
+    """Makes a folder from an authors' file and prints what was in it."""
     from deit_kd.export import convert
 
     for line in convert(options.source, options.folder, options.class_names):

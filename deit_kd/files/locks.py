@@ -31,7 +31,7 @@ def locked(folder: Path, doing: str, shown: Path | None = None, stays: Callable[
         folder: it must exist.
         doing: what this process does, for the other's message.
         shown: what messages call the folder, if not by its own name.
-        stays: whether the file shall stay where the block raises.
+        stays: whether to keep the file if the block raises.
 
     Raises:
         UserError: another process holds it, or something else has its name.

@@ -142,8 +142,8 @@ def claimed(folder: Path, doing: str, is_ours: Callable[[Path], bool]) -> Iterat
         raise UserError(f"{folder}: is no folder; give another --output")
     names = sorted(set(os.listdir(folder)) - {".lock"}) if folder.is_dir() else []
     if names and not _began(folder, doing) and not is_ours(folder):
-        told = for_terminal(", ".join(names[:3]))[:200]
-        raise UserError(f"{folder}: holds {told}{' ...' if names[3:] else ''}, which {doing} did not make; give another --output")
+        found = for_terminal(", ".join(names[:3]))[:200]
+        raise UserError(f"{folder}: holds {found}{' ...' if names[3:] else ''}, which {doing} did not make; give another --output")
     folder.mkdir(parents=True, exist_ok=True)
     # a folder that would not be known as ours keeps the lock file, by which `_began` knows it
     with locked(folder, doing, stays=lambda: bool(set(os.listdir(folder)) - {".lock"}) and not is_ours(folder)):

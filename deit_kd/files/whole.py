@@ -87,8 +87,8 @@ def whole(file: Path) -> Iterator[Path]:
             try:
                 part.chmod(mode)
             except OSError as error:
-                told = f"{file.parent}: this disk cannot change modes ({error.strerror}); only you can read some files there"
-                warn(told, once=f"modes of disk {part.stat().st_dev}")
+                text = f"{file.parent}: this disk cannot change modes ({error.strerror}); only you can read some files there"
+                warn(text, once=f"modes of disk {part.stat().st_dev}")
         flush(part)
         part.replace(file)
     except BaseException:

@@ -82,7 +82,7 @@ class Described:
 
         Args:
             drawn_before: draws the random weights of a whole network first, after which fresh heads get other ones.
-            changed: arguments that shall differ from the stored ones.
+            changed: arguments that replace the stored ones.
 
         Raises:
             UserError: weights that cannot be read, or that are not this network's; arguments that it refuses.
@@ -285,7 +285,7 @@ def _hub_weights(hub_id: str, name: str) -> Path:
             return Path(download_from_hf(hub_id, each))
         except EntryNotFoundError:
             continue
-        except Exception:  # told of the last one
+        except Exception:  # only the last one is reported
             break
     return _download(hub_id, wanted[-1])
 

@@ -256,7 +256,7 @@ def _architecture(tensors: Mapping[str, Tensor], path: Path) -> tuple[str, dict[
 
 
 def build_found(found: Found, **changed: Any) -> TimmModel:
-    """The student of a file, in eval mode and float32; `changed` is num_classes or img_size, where they shall differ."""
+    """The student of a file, in eval mode and float32; `changed` is num_classes or img_size, if they differ from the file's."""
     model = timm.create_model(found.architecture, **{**found.arguments, **changed})
     heads = model.pretrained_cfg["classifier"]
     heads = (heads,) if isinstance(heads, str) else tuple(heads)

@@ -225,7 +225,7 @@ class Teacher(nn.Module):
         self.model.to(dtype)
 
     def lay_out(self, memory_format: torch.memory_format) -> None:
-        """Changes how weights and images lie in memory."""
+        """Changes the memory format of weights and images."""
         self.memory_format = memory_format
         self.model.to(memory_format=memory_format)
 

@@ -1,4 +1,4 @@
-"""Files of weights: opened without running a pickle and without reading their numbers, and told apart by a hash of their tensors."""
+"""Files of weights: opened without running a pickle, and identified by a hash of their tensors."""
 
 from __future__ import annotations
 

@@ -271,7 +271,7 @@ def image_seconds(
             before = time.perf_counter()
             try:
                 image: Any = chosen.worker.read(source, index) if isinstance(chosen, OnDevice) else source[index][0]
-            except Exception:  # an image that cannot be read is the loader's business
+            except Exception:  # the loader reports an image that cannot be read
                 continue
             between = time.perf_counter()
             transform(image)

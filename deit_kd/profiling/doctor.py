@@ -203,7 +203,7 @@ def _same_data(line: Line, start: ready.Checks, accelerator: Accelerator) -> Lin
 
 def _workers(recipe: Recipe, start: ready.Checks, count: int) -> Line:
     if start.sources is None:
-        return Line("warn", "workers", "not looked at: there are no images")
+        return Line("warn", "workers", "not checked: there are no images")
     size = start.loaders.train.micro_batch_size if start.loaders else recipe.global_batch_size
     return machine.workers(
         count, start.sources[0], evaluation_transform(recipe.data, recipe.evaluation), recipe.data.img_size, size
@@ -212,7 +212,7 @@ def _workers(recipe: Recipe, start: ready.Checks, count: int) -> Line:
 
 def _shared_memory(start: ready.Checks, local: int) -> Line:
     if start.loaders is None:
-        return Line("warn", "memory", "not looked at: there is no batch")
+        return Line("warn", "memory", "not checked: there is no batch")
     return machine.shared_memory(start.loaders.train, local)
 
 
@@ -222,7 +222,7 @@ def _disk(recipe: Recipe, start: ready.Checks, folder: Path, accelerator: Accele
     try:
         counted = build.make_plan(recipe, len(start.sources[0].class_names) if start.sources else None)
     except UserError:
-        return Line("warn", "disk", "not looked at: the networks cannot be counted, see above")
+        return Line("warn", "disk", "not checked: the networks cannot be counted, see above")
     needed = counted.checkpoint_bytes * (recipe.run.keep_checkpoints + 1)
     free = shutil.disk_usage(folder).free
     if free < needed:

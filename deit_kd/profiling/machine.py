@@ -26,7 +26,7 @@ SECONDS = 90  # that a worker has for its first batch
 
 
 class _Some(Dataset[Tensor]):
-    """Batches of the first images of a source, as in evaluation; zeros for what cannot be read, which is the loader's business."""
+    """Batches of the first images of a source, as in evaluation; zeros for an image that cannot be read, which the loader reports."""
 
     def __init__(self, source: Source, transform: Transform, size: int):
         self.source, self.transform, self.size = source, transform, size

@@ -1,4 +1,4 @@
-"""What a run needs before its first step: one list of checks, which train.py, --dry-run and `deit-kd doctor` share."""
+"""Checks of what a run needs before its first step; train.py, --dry-run and `deit-kd doctor` share them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from deit_kd.training import optim, run_start
 
 
 class Line(NamedTuple):
-    """A finding: ok, warn or fail; what was looked at; what was found, with the remedy if it is not well."""
+    """A finding: ok, warn or fail; the name of the check; the text, with a remedy if it is not ok."""
 
     severity: str
     name: str
@@ -33,15 +33,15 @@ class Line(NamedTuple):
 
 
 class Checks:
-    """What a run would start with, looked at piece by piece; each check gives what is well in a line, and adds to `warnings`.
+    """The checks of a run. Each returns a line about what is well, and appends doubts to `warnings`.
 
     Args:
         recipe: `build.resolve`d.
         data: the folder of --data.
         accelerator: of this process.
         device_batch_size: the largest micro-batch of one device.
-        reads_weights: whether weights that are on this machine are read, as the run would do next; else their configurations are.
-        output: the run folder, if the run did not enter it yet.
+        reads_weights: read weights that are on this machine, as the run does next; else read only their configurations.
+        output: the run folder, unless the run already holds it.
         resume: see `run_start.entered`.
         accept: see `run_start.entered`.
     """
@@ -65,7 +65,7 @@ class Checks:
         self.teachers: list[AnyTeacher] = []
 
     def checks(self) -> dict[str, Callable[[], str]]:
-        """By name, in the order in which they must be made. Each raises a UserError for what would end the run."""
+        """The checks by name, in their order. Each raises a UserError for what would end the run."""
         return {
             "data": self.open_data,
             "teacher": self.teacher,
@@ -75,18 +75,18 @@ class Checks:
         }
 
     def new(self, warnings: list[str]) -> list[str]:
-        """Those that no check gave yet, each once."""
+        """The warnings that no earlier check gave, each once."""
         found = [text for text in dict.fromkeys(warnings) if text not in self.said]
         self.said |= set(found)
         return found
 
     @property
     def lacks_data(self) -> bool:
-        """Whether there are no images to look at, because --data was not given."""
+        """Whether there are no images to check, because --data is missing."""
         return self.data is None and self.recipe.data.source != "fashion_mnist"
 
     def open_data(self) -> str:
-        """Images of both splits, some of them read, and the classes."""
+        """Opens both splits and reads some of their images."""
         train, val = open_data(self.recipe.data, self.data)
         for source in (train, val):
             for fault in unreadable(source):
@@ -97,12 +97,12 @@ class Checks:
         return f"{len(train):,} training and {len(val):,} validation images of {train.origin}"
 
     def batch(self) -> str:
-        """How the global batch is cut, and whether a teacher's cache is of these images."""
+        """Checks how the global batch divides, and that a teacher's cache is of these images."""
         if self.sources is None:
             steps = accumulation(self.recipe.global_batch_size, self.accelerator.num_processes, self.device_batch_size)
             return f"{self.recipe.global_batch_size} images on {self.accelerator.num_processes} processes in {steps} pieces"
-        tell = self.warnings.append if self.reads_weights else _nobody  # the run makes them again, and says so itself
-        self.loaders = make_loaders(self.recipe, self.accelerator, self.sources, self.device_batch_size, tell, self.teachers)
+        warn = self.warnings.append if self.reads_weights else _ignore  # a run makes its loaders later, and warns then
+        self.loaders = make_loaders(self.recipe, self.accelerator, self.sources, self.device_batch_size, warn, self.teachers)
         loader = self.loaders.train
         return (
             f"{loader.global_batch_size} images = {self.accelerator.num_processes} x {loader.accumulation_steps} x "
@@ -110,16 +110,16 @@ class Checks:
         )
 
     def teacher(self) -> str:
-        """Of each teacher where its weights are, whose classes it knows, its license, and what images it was trained on."""
+        """Checks each teacher's weights, classes, license, and the images that it was trained on."""
         names = None if self.sources is None else self.sources[0].class_names
-        told, here = [], True
+        lines, here = [], True
         for distillation in {distillation.teacher: distillation for distillation in reversed(self.recipe.distillations())}.values():
             config = distillation.teacher
             if config.cache:
-                told.append(f"{config.name} is not run: its answers are in {config.cache}")
+                lines.append(f"{config.name} is not run: its answers are in {config.cache}")
                 continue
             place = None
-            if config.name.startswith("hf-hub:"):  # its configuration lies beside its weights
+            if config.name.startswith("hf-hub:"):  # its configuration is beside its weights
                 place = locate(config.name, config.weights)
             facts = facts_of(config.name, config.weights)
             compares = any(
@@ -132,7 +132,7 @@ class Checks:
             place = place or locate(config.name, config.weights)
             here &= place.here
             if config.weights == "random":
-                told.append(f"{config.name}: random weights")
+                lines.append(f"{config.name}: random weights")
                 continue
             self.warnings += doubts(
                 unread(config.name, config.weights, config.img_size), self.recipe.data.img_size, self.recipe.data.mean
@@ -140,13 +140,13 @@ class Checks:
             license = (
                 facts.license if facts.license in PERMISSIVE else f"{facts.license} (the student's card will not say apache-2.0)"
             )
-            told.append(f"{config.name}: weights {place.words}, license {license}, {facts.num_classes} classes")
+            lines.append(f"{config.name}: weights {place.words}, license {license}, {facts.num_classes} classes")
         if any(distillation.teacher.cache for distillation in self.recipe.distillations()) or (self.reads_weights and here):
             self.teachers = build.build_teachers(self.recipe, names)  # reads them, or opens the cache
-        return "; ".join(told) or "none"
+        return "; ".join(lines) or "none"
 
     def networks(self) -> str:
-        """Student, projectors, class means and optimizer; weights to go on from."""
+        """Builds student, projectors and optimizer; checks class means and starting weights."""
         classes = None if self.sources is None else len(self.sources[0].class_names)
         tune = self.recipe.finetune
         place = None if tune is None else locate(tune.weights)
@@ -163,14 +163,14 @@ class Checks:
         return f"{self.recipe.student.name}" + (f", weights {place.words}" if place else ", fresh weights")
 
     def folder(self) -> str:
-        """Whether the run may write there, and the run that is there is of this recipe."""
+        """Checks that the run may write there, and that a run in it is of this recipe."""
         assert self.output is not None
         run_start.must_fit(self.output, self.recipe, self.resume, self.accept, self.data)
         return str(self.output)
 
 
 def unreadable(source: Source, most: int = 8) -> list[str]:
-    """Which of some images, spread over the classes, cannot be read, and why."""
+    """A line for each of some images, spread over the classes, that cannot be read."""
     by_class, found = np.argsort(source.labels, kind="stable"), []
     for index in by_class[np.linspace(0, len(source) - 1, min(most, len(source))).astype(int)].tolist():
         try:
@@ -182,14 +182,14 @@ def unreadable(source: Source, most: int = 8) -> list[str]:
 
 
 def look(found: Checks) -> Iterator[Line]:
-    """A line a check: well, what is doubtful, or what would end the run."""
+    """A line for each check: what is well, what is doubtful, or what would end the run."""
     failed = False
     for name, check in found.checks().items():
         found.warnings.clear()
         if name == "data" and found.lacks_data:
-            yield Line("warn", name, "not looked at: pass --data")
+            yield Line("warn", name, "not checked: pass --data")
         elif failed and name == "networks":
-            yield Line("warn", name, "not looked at: mend first what fails above")
+            yield Line("warn", name, "not checked: mend what fails above first")
         else:
             fault = None
             try:
@@ -208,8 +208,8 @@ def look(found: Checks) -> Iterator[Line]:
             yield Line("warn", name, f"{text}; {doubtful}") if doubtful else Line("ok", name, text)
 
 
-def rehearse(found: Checks, say: Callable[[str], None]) -> None:
-    """The dry run: prints what the recipe amounts to, as far as it can be counted, and what is doubtful.
+def dry_run(found: Checks, say: Callable[[str], None]) -> None:
+    """Prints the sizes of networks, checkpoints and compute, and what is doubtful; trains nothing.
 
     Raises:
         UserError: what would end the run.
@@ -236,27 +236,27 @@ def rehearse(found: Checks, say: Callable[[str], None]) -> None:
         )
         say(text)
     except UserError as error:
-        faults = faults or [str(error)]  # else it is one of them again
+        faults = faults or [str(error)]  # else the checks found it too
     if len(faults) == 1:
         raise UserError(faults[0])
     if faults:
         raise UserError("\n  ".join([f"{len(faults)} faults would end the run", *faults]))
 
 
-def must_start(
+def check_start(
     recipe: Recipe, data: Path | None, accelerator: Accelerator, device_batch_size: int | None, warn: Callable[[str], None] = warn
 ) -> tuple[Source, Source]:
-    """Makes all checks, before weights are read; gives the images of both splits.
+    """Makes all checks before weights are read, and returns the images of both splits.
 
     Args:
         recipe: see `Checks`, as `data`, `accelerator` and `device_batch_size`.
         data: the folder of --data.
         accelerator: of this process.
         device_batch_size: the largest micro-batch of one device.
-        warn: takes what is doubtful.
+        warn: takes a doubt, a line.
 
     Raises:
-        UserError: what would end the run, the first that is found.
+        UserError: the first fault that would end the run.
     """
     found = Checks(recipe, data, accelerator, device_batch_size, reads_weights=False)
     for check in found.checks().values():
@@ -267,5 +267,5 @@ def must_start(
     return found.sources
 
 
-def _nobody(_: str) -> None:
-    """Takes a warning."""
+def _ignore(_: str) -> None:
+    """Drops a warning."""

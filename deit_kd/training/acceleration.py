@@ -36,7 +36,7 @@ FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channel
 
 @dataclass(frozen=True)
 class TeacherAcceleration:
-    """What was done to a teacher, and what it changed: the norm of the difference over that of the plain network's output in float32."""
+    """How a teacher was accelerated. Errors are the norm of the change over the norm of the plain network's output in float32."""
 
     batch_norms_folded: int
     layout: str
@@ -54,7 +54,7 @@ class TeacherAcceleration:
 
 @dataclass(frozen=True)
 class Acceleration:
-    """What was done to the networks of a run."""
+    """How the networks of a run were accelerated."""
 
     teachers: tuple[TeacherAcceleration | None, ...]  # each network once; None for one that is read from a cache
     compiled: str | None  # torch.compile's mode; None: they are not
@@ -64,7 +64,7 @@ class Acceleration:
 def prepare(
     run: Run, teachers: Sequence[AnyTeacher], example: Callable[[], Tensor], accelerator: Accelerator, sharded: bool = False
 ) -> Acceleration:
-    """Makes the teachers of a run fast, and says which mode of torch.compile it takes.
+    """Accelerates the teachers of a run, and chooses the mode of torch.compile.
 
     Args:
         run: says what is wanted.
@@ -79,7 +79,7 @@ def prepare(
     wanted = run.speed == "auto" and accelerator.device.type == "cpu" if run.keep_memory == "auto" else run.keep_memory
     kept = wanted and keep_memory()
     if run.keep_memory is True and not kept:
-        raise UserError("run.keep_memory=true: only the C library of Linux, glibc, can be told so; set run.keep_memory=auto")
+        raise UserError("run.keep_memory=true: only the C library of Linux, glibc, can do this; set run.keep_memory=auto")
     compiled = _compile_mode(run, accelerator.device, sharded)
     networks = [each.live for each in dict.fromkeys(teachers)]
     images = example().to(accelerator.device) if any(networks) else torch.empty(0)
@@ -91,10 +91,10 @@ def prepare(
 
 
 def keep_memory() -> bool:
-    """Has this process keep for itself what it frees. Otherwise glibc gives large tensors back, and the kernel zeroes them anew at each step.
+    """Keeps freed memory in this process. Otherwise glibc returns large tensors to the kernel, which zeroes their pages again at each step.
 
     Returns:
-        Whether the C library could be told so.
+        Whether the C library can do this.
     """
     trim_threshold, mmap_max = -1, -4  # malloc.h
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
@@ -114,7 +114,7 @@ def _compile_mode(run: Run, device: torch.device, sharded: bool) -> str | None:
 
 @torch.inference_mode()
 def _quicken(teacher: Teacher, run: Run, images: Tensor, accelerator: Accelerator) -> TeacherAcceleration:
-    """Folds and lays out a teacher, and gives it the run's precision, unless what that changes is more than it may."""
+    """Folds a teacher, chooses its memory format and precision, and undoes what changes its outputs too much."""
     plain = run.speed == "plain"
     reference = _exact(teacher, images)
     before, folded = teacher.model, 0
@@ -178,7 +178,7 @@ def _layout(teacher: Teacher, run: Run, images: Tensor, accelerator: Accelerator
 
 
 def _faster(teacher: Teacher, images: Tensor) -> str:
-    """The layout in which this GPU runs this teacher faster, measured once and remembered: grouped convolutions vary by up to 5 times."""
+    """The memory format in which this GPU runs this teacher faster, timed once and cached: grouped convolutions differ by up to 5 times."""
     file = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "deit_kd" / "teacher_layout.json"
     key = (
         f"{teacher.info.sha256[:16]} {tuple(images.shape)} {teacher.dtype} {torch.cuda.get_device_name()} torch {torch.__version__}"
@@ -203,7 +203,7 @@ def _faster(teacher: Teacher, images: Tensor) -> str:
 
 
 def _known_layouts(file: Path) -> dict[str, str]:
-    """What earlier runs measured; nothing where the file is not there or damaged."""
+    """The timings of earlier runs; empty if the file is missing or damaged."""
     try:
         return dict(read_json(file, dict[str, Literal["contiguous", "channels_last"]], "it is measured again", MEGABYTE))
     except UserError:
@@ -211,7 +211,7 @@ def _known_layouts(file: Path) -> dict[str, str]:
 
 
 def _exact(teacher: Teacher, images: Tensor) -> tuple[Tensor, Tensor]:
-    """(features, logits) without autocast, and without the rounding of float32 that GPUs do."""
+    """(features, logits) in float32, without autocast and TF32."""
     exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False) if images.device.type == "cuda" else nullcontext()
     with exact, torch.autocast(images.device.type, enabled=False):
         return _outputs(teacher, images)
@@ -228,7 +228,7 @@ def _errors(ours: tuple[Tensor, Tensor], reference: tuple[Tensor, Tensor]) -> tu
 
 
 def compiled_graphs() -> dict[str, int]:
-    """How many graphs torch.compile made so far, how often it broke one off, and how many were made again for other inputs."""
+    """How many graphs torch.compile made so far, how many graph breaks it met, and how many graphs it recompiled."""
     counters = torch._dynamo.utils.counters
     compilations = [str(each.compile_id) for each in torch._dynamo.utils.get_compilation_metrics()]
     return {

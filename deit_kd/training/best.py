@@ -1,6 +1,6 @@
 """run.keep_best: the weights of the best evaluation, exported in the place of the last.
 
-They lie in each checkpoint beside the last ones, so that a run that goes on from any of them keeps what an undisturbed one would.
+Each checkpoint holds them beside the last weights, so that a resumed run keeps the same best weights as an undisturbed one.
 """
 
 from __future__ import annotations

@@ -137,7 +137,7 @@ _listening: list[Stop] = []
 
 
 def _forget() -> None:
-    """What a signal does to a loading process is not the training process's business."""
+    """Ignores signals that a loading process inherits from the training process."""
     if _listening:
         signal.set_wakeup_fd(-1)
         _listening.clear()

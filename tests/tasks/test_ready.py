@@ -48,7 +48,7 @@ def refusals(recipe: recipes.Recipe, data: Path | None) -> list[str]:
     lines = [line.text for line in ready.look(ready.Checks(recipe, data, accelerator, None, True)) if line.severity == "fail"]
     error = None
     try:
-        ready.rehearse(ready.Checks(recipe, data, accelerator, None, True), lambda _: None)
+        ready.dry_run(ready.Checks(recipe, data, accelerator, None, True), lambda _: None)
     except UserError as raised:
         error = str(raised)
     assert (error is None) == (not lines)
@@ -58,7 +58,7 @@ def refusals(recipe: recipes.Recipe, data: Path | None) -> list[str]:
 
 def start(recipe: recipes.Recipe, data: Path) -> None:
     """What train.py does before it builds the student."""
-    sources = ready.must_start(recipe, data, Accelerator(cpu=True), None, lambda _: None)
+    sources = ready.check_start(recipe, data, Accelerator(cpu=True), None, lambda _: None)
     build.build_teachers(recipe, sources[0].class_names)
 
 
@@ -119,7 +119,7 @@ def test_a_run_that_starts_is_approved(fashion_folder: Path) -> None:
 def test_other_images_than_the_teachers_are_said(ignorant: Path, fashion_folder: Path) -> None:
     recipe = recipes.load("quickstart", [*SMALL, f"teacher.name={ignorant}"])
     said: list[str] = []
-    ready.must_start(recipe, fashion_folder, Accelerator(cpu=True), None, said.append)
+    ready.check_start(recipe, fashion_folder, Accelerator(cpu=True), None, said.append)
     size, mean = said
     assert "trained on images of 64 pixels a side and gets 28" in size
     assert "set data.img_size=64" in size
@@ -127,7 +127,7 @@ def test_other_images_than_the_teachers_are_said(ignorant: Path, fashion_folder:
     for mended in (["data.mean=auto", "data.std=auto", "teacher.img_size=64"], ["teacher.weights=random"]):
         said.clear()
         recipe = build.resolve(recipes.load("quickstart", [*SMALL, f"teacher.name={ignorant}", *mended]))
-        ready.must_start(recipe, fashion_folder, Accelerator(cpu=True), None, said.append)
+        ready.check_start(recipe, fashion_folder, Accelerator(cpu=True), None, said.append)
         assert not said
 
 
@@ -220,7 +220,7 @@ def test_a_network_that_refuses_the_size_of_the_images_is_a_fault(
     with pytest.raises(UserError, match="cannot take images"):
         make_plan(recipe, 10)
     with pytest.raises(UserError, match="cannot take images"):
-        ready.must_start(recipe, fashion_folder, Accelerator(cpu=True), None, lambda _: None)
+        ready.check_start(recipe, fashion_folder, Accelerator(cpu=True), None, lambda _: None)
     if mended:
         assert refusals(recipes.load("quickstart", [*common, *mended]), fashion_folder) == []
         with pytest.raises(UserError, match="cannot take images"):
@@ -326,7 +326,7 @@ def test_interrupted_before_anything_is_saved(
         code, printed = train_cli(*options)
         assert (code, printed) == (130, "interrupted; nothing was saved yet, and the same command begins anew\n")
     assert train_cli(*options, "--max-steps", 1)[0] == 0
-    monkeypatch.setattr(ready, "must_start", interrupt)
+    monkeypatch.setattr(ready, "check_start", interrupt)
     code, printed = train_cli(*options)
     assert code == 130
     assert "interrupted; its last checkpoint is kept, and the same command goes on from it" in printed

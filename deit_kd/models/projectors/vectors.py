@@ -59,7 +59,7 @@ def build_projector(config: Projector, student_width: int, teacher_width: int) -
 
 
 def first_matrix(projector: nn.Module) -> Tensor | None:
-    """What the student's features meet first, [width, D]: its spectrum tells whether the projector collapses."""
+    """The projector's first matrix [width, D]; its spectrum shows a collapse."""
     if isinstance(projector, Orthonormal):
         return projector.matrix()
     return next((layer.weight for layer in projector.modules() if isinstance(layer, nn.Linear)), None)
