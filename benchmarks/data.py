@@ -99,9 +99,9 @@ def timms(prefetcher: bool) -> Any:
 
 def speed(files: list[bytes], views: int, rounds: int) -> dict[str, Any]:
     """Images a second and ratios of whole pipelines, from a file's bytes to a batch of `views` of each file in shared memory."""
-    on_device = choose_augmentation(RECIPE, CPU)
+    on_device = choose_augmentation(RECIPE.data, RECIPE.augmentation, RECIPE.run, CPU)
     assert isinstance(on_device, OnDevice)
-    uint8, floats, ours, step = timms(True), timms(False), train_transform(RECIPE), iter(range(10**9))
+    uint8, floats, ours, step = timms(True), timms(False), train_transform(RECIPE.data, RECIPE.augmentation), iter(range(10**9))
 
     def timm(transform: Any, collate: Callable[[Any], object]) -> None:
         sent(collate([(transform(by_pillow(content)), 0) for content in files * views]))
@@ -173,7 +173,10 @@ def levels(images: Tensor) -> Tensor:
 
 def parity(files: list[bytes]) -> dict[str, Any]:
     """How far the device's part is from Pillow and timm: decoding, crops, each operation, and all of it with the same seeds."""
-    on_device, reference = choose_augmentation(RECIPE, CPU), train_transform(RECIPE)
+    on_device, reference = (
+        choose_augmentation(RECIPE.data, RECIPE.augmentation, RECIPE.run, CPU),
+        train_transform(RECIPE.data, RECIPE.augmentation),
+    )
     assert isinstance(on_device, OnDevice)
     images = [by_pillow(content) for content in files]
     equal = all(

@@ -100,7 +100,8 @@ def main() -> None:
     worker._worker_info = object()  # as in a worker, where no streams are put back after seeding
     found = photos(*SIZES["500x375 q90"])
     files = list(islice(cycle(found), batch))
-    chosen = [choose_augmentation(recipes.load("deit_ti", [*SETTINGS, *more]), device) for more in ([], ["run.decode_on=device"])]
+    loaded = [recipes.load("deit_ti", [*SETTINGS, *more]) for more in ([], ["run.decode_on=device"])]
+    chosen = [choose_augmentation(each.data, each.augmentation, each.run, device) for each in loaded]
     held, given = (each for each in chosen if isinstance(each, OnDevice))
 
     def read(content: bytes) -> Tensor | Jpeg:

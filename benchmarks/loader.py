@@ -87,7 +87,7 @@ def ours(root: Path, batch: int, workers: int, mode: str, decodes: str = "worker
     recipe = recipes.load("deit_ti", [*SETTINGS, f"run.augment_on={mode}", f"run.decode_on={decodes}"])
     loader = TrainLoader(
         open_source("image_folder", root, "train"),
-        choose_augmentation(recipe, DEVICE),
+        choose_augmentation(recipe.data, recipe.augmentation, recipe.run, DEVICE),
         recipe.augmentation,
         LoaderConfig(DEVICE, 1, 0, workers, "refuse", print),
         num_classes=10,

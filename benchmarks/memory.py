@@ -27,9 +27,9 @@ from tqdm import tqdm
 
 from deit_kd import losses
 from deit_kd import recipe as recipes
-from deit_kd.models import build, summary
+from deit_kd.models import build
 from deit_kd.profiling import roofline
-from deit_kd.profiling.operations import count_operations
+from deit_kd.profiling.forecast import count_step, training_of
 from deit_kd.training import optim
 from deit_kd.training.run_folder import commit, hardware
 
@@ -41,7 +41,7 @@ def step(name: str, batch: int, order: str, device: torch.device) -> float:
     recipe = recipes.load(name, ["teacher.weights=random"])
     (teacher,) = build.build_teachers(recipe, 1000)
     distiller = build.build_distiller(recipe, 1000, [teacher]).to(device).train()
-    teacher, optimizer = teacher.to(device), optim.build_optimizer(recipe, distiller)
+    teacher, optimizer = teacher.to(device), optim.build_optimizer(recipe.optim, recipe.finetune, recipe.lr_factor(), distiller)
     images = torch.randn(batch, 3, recipe.data.img_size, recipe.data.img_size, device=device)
     placeholder = torch.empty(batch, teacher.width, device=device)
     for _ in range(2):
@@ -78,12 +78,12 @@ def in_a_process(name: str, batch: int, order: str, device: str) -> float:
 def measure(name: str, batches: list[int], device: str) -> dict[str, Any]:
     """Peaks of both orders at each batch, bytes an image, and the plan's."""
     recipe = recipes.load(name)
-    counted, work = summary.make_plan(recipe, None), count_operations(recipe, None, half=device == "cuda")
+    counted, work = build.make_plan(recipe, None), count_step(recipe, None, half=device == "cuda")
     rows = [
         {
             "batch": batch,
             **{order: in_a_process(name, batch, order, device) for order in ORDERS},
-            "predicted": roofline.memory_bytes(recipe, counted, work, batch),
+            "predicted": roofline.memory_bytes(training_of(recipe), counted, work, batch),
         }
         for batch in tqdm(batches, desc=name, unit="batch")
     ]

@@ -25,10 +25,10 @@ from accelerate.state import AcceleratorState
 from tqdm import tqdm
 
 from deit_kd import recipe as recipes
-from deit_kd.models import summary
+from deit_kd.models.build import make_plan
 from deit_kd.profiling import devices, roofline
 from deit_kd.profiling.bench import StepBenchmark
-from deit_kd.profiling.operations import count_operations
+from deit_kd.profiling.forecast import count_step, training_of
 from deit_kd.recipe import Recipe
 from deit_kd.training.metrics import read_metrics
 from deit_kd.training.run_folder import commit, hardware
@@ -52,8 +52,10 @@ def student_only(recipe: Recipe, batch: int, threads: int) -> float:
 
 def predicted(recipe: Recipe, batch: int, device: devices.Device, gpus: int = 1, classes: int | None = None) -> dict[str, float]:
     """Predicted seconds of a step of `batch` images."""
-    counted, work = summary.make_plan(recipe, classes), count_operations(recipe, classes, half=device.is_gpu)
-    found = roofline.predict(recipe, counted, work, device, train_images=max(batch, recipe.global_batch_size), gpus=gpus)
+    counted, work = make_plan(recipe, classes), count_step(recipe, classes, half=device.is_gpu)
+    found = roofline.predict(
+        training_of(recipe), counted, work, device, train_images=max(batch, recipe.global_batch_size), gpus=gpus
+    )
     scale = batch / recipe.global_batch_size
     return {"teacher": found.teacher_seconds * scale, "student": found.student_seconds * scale, "whole": found.step_seconds * scale}
 

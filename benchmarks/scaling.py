@@ -28,7 +28,8 @@ sys.path.insert(0, str(ROOT))
 from deit_kd import losses
 from deit_kd import recipe as recipes
 from deit_kd.distributed.global_batch import GlobalBatch
-from deit_kd.models import Distiller, build_student, summary
+from deit_kd.models import Distiller, build_student
+from deit_kd.models.build import make_plan
 from deit_kd.models.projectors.vectors import build_projector
 from deit_kd.training.run_folder import commit, hardware
 
@@ -84,7 +85,7 @@ def worker(batch: int, rounds: int, file: str) -> None:
 
 def model() -> list[dict[str, Any]]:
     """Milliseconds of a step by part, were nothing hidden behind anything."""
-    counted = summary.make_plan(recipes.load("deit_ti"), 1000)
+    counted = make_plan(recipes.load("deit_ti"), 1000)
     rows = []
     for gpus in (8, 64, 512):
         speed = INSIDE if gpus <= 8 else BETWEEN

@@ -45,15 +45,14 @@ from deit_kd.data import Batch
 from deit_kd.data.sources.base import ArraySource
 from deit_kd.models import build
 from deit_kd.profiling.devices import Device
-from deit_kd.profiling.operations import count_operations
+from deit_kd.profiling.forecast import count_step
 from deit_kd.profiling.roofline import seconds_of
 from deit_kd.tasks.classification import Classification
 from deit_kd.training import acceleration, optim
 from deit_kd.training.loop import _backward, _update
-from deit_kd.training.metrics import Clock
-from deit_kd.training.nonfinite import Vote
+from deit_kd.training.metrics import Clock, Tracker
+from deit_kd.training.nonfinite import StepGuard
 from deit_kd.training.signals import Stop
-from deit_kd.training.task import Loop
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMITS = {"float32": (1e-5, 1e-4, 1e-4), "bfloat16": (2e-2, 3e-2, 3e-1)}  # loss, gradient, teacher features; relative
@@ -90,20 +89,17 @@ def ours(recipe: recipes.Recipe, accelerator: Accelerator, start: dict[str, Tens
         {name.removeprefix("student."): value for name, value in start.items() if name.startswith("student.")}
     )
     task.module.to(accelerator.device)
-    task.module, optimizer = accelerator.prepare(task.module, optim.build_optimizer(recipe, task.module))
+    task.module, optimizer = accelerator.prepare(
+        task.module, optim.build_optimizer(recipe.optim, recipe.finetune, recipe.lr_factor(), task.module)
+    )
     task.module.train()
-    values: dict[str, Any] = {"clip_grad": recipe.optim.clip_grad, "accumulation_steps": 1, "reads_every_step": False}
-    loop = Loop(
-        **values, total_steps=1, images_per_step=len(images), log_every_steps=1, eval_every_epochs=1, save_every_steps=1,
-        keep_checkpoints=1, on_full_disk="stop",
-    )  # fmt: skip
     batch = Batch(images, targets, targets.argmax(1), torch.arange(len(images), device=images.device), 0, 0)
-    vote, clock, stop = Vote(accelerator), Clock(accelerator.device), Stop()
+    clock, stop, tracker = Clock(accelerator.device), Stop(), Tracker(accelerator, Path(folder), 1)
+    guard = StepGuard(task, accelerator, optimizer, tracker, reads_every_step=False)
 
     def step() -> Tensor:
-        done = _backward(task, accelerator, iter([batch]), 1, clock, False, stop, vote)
-        _update(task, accelerator, optimizer, loop, None, vote.skip, True)
-        optimizer.zero_grad(set_to_none=True)
+        done = _backward(task, accelerator, iter([batch]), clock, False, stop, guard)
+        _update(task, accelerator, optimizer, recipe.optim.clip_grad, None, guard)
         clock._spans.clear()
         return done[0][1]["loss"]
 
@@ -266,7 +262,7 @@ def measure(options: argparse.Namespace, batch_size: int, device: torch.device, 
     else:
         times = paired_rounds({name: partial(faulted, name) for name in steps}, options.rounds, before=ready)
     rows: dict[str, dict[str, float]] = {}
-    work = count_operations(recipe, CLASSES, half=on_gpu)
+    work = count_step(recipe, CLASSES, half=on_gpu)
     for name, seconds in times.items():
         middle, low, high = ratio(times[BASE], seconds)
         rows[name] = {"seconds": float(np.median(seconds)), "images_per_second": batch_size / float(np.median(seconds))}

@@ -40,8 +40,7 @@ def arm(plain: Teacher, layout: str, folded: bool, dtype: torch.dtype, mode: str
     with torch.inference_mode():
         if folded:
             fold_batch_norms(teacher.model, lambda: teacher.model(image))
-        teacher.memory_format = LAYOUTS[layout]
-        teacher.model.to(memory_format=LAYOUTS[layout])
+        teacher.lay_out(LAYOUTS[layout])
         teacher.use(dtype)
     if mode != "none":
         teacher.compile_forward(mode)
@@ -65,7 +64,6 @@ def measure(options: argparse.Namespace, batch_size: int, size: int, device: tor
     """All arms at one batch and image size."""
     torch.manual_seed(0)
     plain = load_teacher(options.teacher, 1000, weights="random", precision="float32").to(device)
-    plain.gives_feature_map = False
     images = torch.randn(max(batch_size, 8), 3, size, size, device=device)
     calibrate(plain, images[:8])
     images = images[:batch_size]

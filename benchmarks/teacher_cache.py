@@ -30,8 +30,9 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.paired import facts, paired_rounds, ratio
 from deit_kd import recipe as recipes
+from deit_kd.data.build import example_images
 from deit_kd.data.sources.base import ArraySource
-from deit_kd.models import CachedTeacher, Teacher, build
+from deit_kd.models import CachedTeacher, build
 from deit_kd.tasks.classification import Classification
 from deit_kd.teacher_cache.write import write_cache
 from deit_kd.training import acceleration
@@ -59,16 +60,18 @@ def make_arm(
     words += ["data.train_images=auto", f"teacher.cache={json.dumps(cache and str(cache))}"]
     recipe = recipes.load("deit_ti_plain", words)
     teachers = build.build_teachers(recipe, sources[0].class_names)
-    accelerated = acceleration.prepare(recipe.run, teachers, partial(build.example_images, recipe, sources[0]), accelerator)
+    accelerated = acceleration.prepare(
+        recipe.run, teachers, partial(example_images, sources[0], recipe.data, recipe.evaluation), accelerator
+    )
     if not FORMATS.keys() <= {path.name for path in folder.iterdir()}:
-        (teacher,) = teachers
-        assert isinstance(teacher, Teacher)
+        teacher = teachers[0].live
+        assert teacher
         for name, formats in FORMATS.items():
             write_cache(
                 recipe, teacher, sources, folder / name, accelerator, views=1, formats=formats, ran=f"{accelerated.teachers[0]}"
             )
     task = Classification(recipe, accelerator, sources, teachers, folder, None, print)
-    optimizer, clock = build_optimizer(recipe, task.module), Clock(CPU)
+    optimizer, clock = build_optimizer(recipe.optim, recipe.finetune, recipe.lr_factor(), task.module), Clock(CPU)
     batches, number = list(task.train_loader.epoch(0)), 0
     (asked,) = teachers
 

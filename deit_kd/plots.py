@@ -23,7 +23,7 @@ from deit_kd.files.whole import whole
 from deit_kd.text import for_plot, printable
 from deit_kd.training.metrics import TERM, read_metrics
 
-# Families with signs that matplotlib's own lacks, where the machine has them.
+# Fonts with characters that matplotlib's own lacks, where the machine has them.
 OTHERS = (
     "Noto Sans CJK SC",
     "Noto Sans CJK JP",
@@ -93,7 +93,7 @@ def _in_nats(folder: Path) -> set[str]:
 
 
 def _panels(lines: Sequence[dict[str, Any]], names: Sequence[str], in_nats: set[str]) -> Any:
-    """A panel each, since LogSum, which falls below 0, would make lines of all others."""
+    """A panel for each term, since LogSum falls below 0 and would flatten all others."""
     columns = min(2, len(names))
     rows = -(-len(names) // columns)
     figure, grid = plt.subplots(
@@ -129,7 +129,7 @@ def _draw(axes: Any, lines: Sequence[dict[str, Any]], name: str, label: str | No
 
 
 def _ruler(lines: Sequence[dict[str, Any]]) -> tuple[str, str]:
-    """What lies on the x axis: the key, and its name."""
+    """The key of the x axis, and its label."""
     return ("epoch", "epochs") if all("epoch" in line for line in lines) else ("step", "steps")
 
 
@@ -140,7 +140,7 @@ def _save(figure: Any, file: Path) -> None:
 
 
 def _label(name: object, most: int = 40) -> str:
-    """A name of others for a picture; signs that no font here has, as their escapes."""
+    """A name for a picture, with escapes for characters that no font here has."""
     faces, text = _faces(), printable(name, most)
     missing = {sign for sign in set(text) if not sign.isascii() and not any(face.get_char_index(ord(sign)) for face in faces)}
     return for_plot("".join(sign.encode("unicode_escape").decode() if sign in missing else sign for sign in text), 10 * most)
@@ -193,10 +193,10 @@ def plot_report(report: Mapping[str, Any], names: Sequence[str], file: Path) -> 
     else:
         left.axis("off")
         if "confusions" in report:
-            told = (
+            reason = (
                 f"{len(names):,} classes are too many for a picture of their confusions;\nthe most frequent ones are in report.md"
             )
-            left.text(0.5, 0.5, told, ha="center", va="center")
+            left.text(0.5, 0.5, reason, ha="center", va="center")
     points = report["reliability"]
     right.plot([0, 1], [0, 1], color="gray", linestyle=":")
     sizes = [20 + 300 * point["images"] / report["images"] for point in points]
@@ -215,7 +215,7 @@ def plot_report(report: Mapping[str, Any], names: Sequence[str], file: Path) -> 
 def contact_sheet(
     images: Sequence[Image.Image], labels: Sequence[str], predictions: Sequence[str], confidences: Sequence[float], file: Path
 ) -> None:
-    """One picture of images with what they are and what a student takes them for, the mistakes in red."""
+    """One picture of images with labels and predictions, mistakes in red."""
     columns = 8
     rows = -(-len(images) // columns)
     figure, grid = plt.subplots(rows, columns, figsize=(1.5 * columns, 2.0 * rows), squeeze=False)

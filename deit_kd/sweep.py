@@ -1,8 +1,8 @@
-"""A grid of runs: the product of overrides, each a run of train.py in a folder of its own; a table and a plot of what they reached.
+"""A grid of runs: one run of train.py for each combination of overrides, then a table and a plot of their top-1.
 
-Runs that are complete are not run again and interrupted ones go on, so that a grid can be stopped, extended by values of its axes, and
-worked on by several processes at once: a run that another process holds is left to it, and waited for before the table is written. A run
-holds its lock itself, so that it is not begun a second time when its grid is killed and it lives on.
+The same command skips complete runs and resumes interrupted ones, so that a grid can be stopped and its axes extended. Several processes can work on
+one grid: each skips the runs that another holds, and waits for them before it writes the table. A run inherits its lock, so that nobody starts it a second
+time while it outlives a killed grid.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def run_grid(recipe: str, overrides: Sequence[str], output: Path, data: Path | N
     Args:
         recipe: a name or path.
         overrides: `key=value` for all runs, `key=value,value` for an axis; the key `seed` is what means are taken over.
-        output: a folder a run is made in it.
+        output: the folder that gets a folder for each run.
         data: the folder of the data.
         jobs: runs at a time.
 
@@ -67,9 +67,14 @@ def run_grid(recipe: str, overrides: Sequence[str], output: Path, data: Path | N
     faults: dict[str, str] = {}  # the first combination that has it
     for cell in cells:
         try:
-            _refuse_another(output / _name(cell, cells), recipes.load(recipe, [f"{key}={value}" for key, value in cell.items()]))
+            loaded = recipes.load(recipe, [f"{key}={value}" for key, value in cell.items()])
+            stored = output / _name(cell, cells) / "recipe.yaml"
+            changed = recipes.differences(recipes.load(stored), loaded) if stored.exists() else []
         except recipes.RecipeError as error:
             faults.setdefault(str(error), _name(cell, cells))
+            continue
+        if changed:
+            raise UserError(f"{stored.parent}: holds a run of another recipe ({'; '.join(changed[:5])}); give another --output")
     if faults:
         raise UserError("\n  ".join(f"{name}: {fault}" for fault, name in faults.items()))
     _refuse_foreign(output, [_name(cell, cells) for cell in cells])
@@ -86,7 +91,7 @@ def run_grid(recipe: str, overrides: Sequence[str], output: Path, data: Path | N
 
 
 def _run(recipe: str, cells: Sequence[Cell], todo: Sequence[Cell], output: Path, data: Path | None, jobs: int) -> list[str]:
-    """Runs these cells, and returns what went wrong; those that other processes hold come last."""
+    """Runs these cells, those that other processes hold last; returns a line for each that failed."""
     threads = {} if jobs == 1 else {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
     interrupted, failures = Event(), []
 
@@ -135,7 +140,7 @@ def _cells(overrides: Sequence[str]) -> list[Cell]:
 
 
 def _name(cell: Cell, cells: Sequence[Cell]) -> str:
-    """The folder of a run: the axes, or everything that is stated when there is none. No two runs share one, and no name holds a secret."""
+    """The folder of a run, named after the axes, or after all overrides if there is no axis. Names differ and hold no secret."""
     return _names(tuple(tuple(each.items()) for each in cells))[tuple(cell.items())]
 
 
@@ -156,7 +161,7 @@ def _names(cells: tuple[tuple[tuple[str, str], ...], ...]) -> dict[tuple[tuple[s
         if name in taken or any(public[key, stated[key]] != stated[key] for key in varied) or len(os.fsencode(name)) > MOST_BYTES:
             digest = hashlib.sha256(json.dumps([stated[key] for key in varied]).encode()).hexdigest()[
                 :8
-            ]  # tells runs apart whose values look alike
+            ]  # for values that look alike
             name = f"{os.fsencode(name)[: MOST_BYTES - 9].decode(errors='ignore')}-{digest}"
         taken.add(name)
         found[cell] = name
@@ -165,28 +170,22 @@ def _names(cells: tuple[tuple[tuple[str, str], ...], ...]) -> dict[tuple[tuple[s
 
 def _public(key: str, value: str) -> str:
     """A value without passwords and tokens."""
-    told = hide_secrets(f"{key}={value}").partition("=")[2]
-    return told if told != value else hide_secrets(value)
+    public = hide_secrets(f"{key}={value}").partition("=")[2]
+    return public if public != value else hide_secrets(value)
 
 
 def _shown(key: str, cell: Cell, cells: Sequence[Cell]) -> str:
-    """`_public` for tables, with a number where another value looks alike."""
-    told = _public(key, cell[key])
-    alike = [value for value in dict.fromkeys(other[key] for other in cells) if _public(key, value) == told]
-    return told if len(alike) == 1 else f"{told} ({alike.index(cell[key]) + 1})"
-
-
-def _refuse_another(folder: Path, recipe: recipes.Recipe) -> None:
-    stored = folder / "recipe.yaml"
-    if stored.exists() and (changed := recipes.differences(recipes.load(stored), recipe)):
-        raise UserError(f"{folder}: holds a run of another recipe ({'; '.join(changed[:5])}); give another --output")
+    """`_public` for tables, with a number behind values that look alike."""
+    public = _public(key, cell[key])
+    alike = [value for value in dict.fromkeys(other[key] for other in cells) if _public(key, value) == public]
+    return public if len(alike) == 1 else f"{public} ({alike.index(cell[key]) + 1})"
 
 
 def _refuse_foreign(output: Path, names: Sequence[str]) -> None:
-    """Refuses a folder that is not empty and holds no grid, that of a run, and tables that are none of a grid's.
+    """Checks the output folder.
 
     Raises:
-        UserError: it is so.
+        UserError: it is a run's folder, or holds files that are not a grid's.
     """
     if os.path.lexists(output) and not output.is_dir():
         raise UserError(f"--output {output}: is no folder; give another")
@@ -199,8 +198,8 @@ def _refuse_foreign(output: Path, names: Sequence[str]) -> None:
     if there - own and not has_table and not any((output / name / "recipe.yaml").is_file() for name in there):
         foreign = there - own
     if foreign:
-        told = for_terminal(", ".join(sorted(foreign)[:3]))[:200]
-        raise UserError(f"--output {output}: holds {told}, which deit-kd grid did not make; give another --output")
+        found = for_terminal(", ".join(sorted(foreign)[:3]))[:200]
+        raise UserError(f"--output {output}: holds {found}, which deit-kd grid did not make; give another --output")
 
 
 def _complete(folder: Path) -> bool:
@@ -210,11 +209,11 @@ def _complete(folder: Path) -> bool:
 
 @contextmanager
 def _held(file: Path, interrupted: Event | None) -> Iterator[int | None]:
-    """The descriptor of a lock that is held in the block; the system frees it when all processes that have it are dead.
+    """Holds a lock in the block and gives its descriptor. The system frees the lock when all processes with the descriptor have ended.
 
     Args:
-        file: made if it is not there.
-        interrupted: waits for the lock until this is set; without it, None is given where another process holds it.
+        file: made if it is missing.
+        interrupted: wait for the lock until this is set. Without it: give None if another process holds the lock.
     """
     with open_lock(file) as stream:
         while True:
@@ -232,7 +231,7 @@ def _held(file: Path, interrupted: Event | None) -> Iterator[int | None]:
 
 
 def _train(recipe: str, cell: Cell, folder: Path, data: Path | None, threads: dict[str, str], lock: int) -> str | None:
-    """One run, which holds the lock as well; returns what went wrong, if anything."""
+    """One run, which inherits the lock; returns a line if it failed."""
     command = [sys.executable, str(TRAIN), "--recipe", recipe, "--output", str(folder), *(f"{k}={v}" for k, v in cell.items())]
     command += ["--data", str(data)] if data else []
     log = folder.with_name(f"{folder.name}.log")
@@ -251,7 +250,7 @@ def _train(recipe: str, cell: Cell, folder: Path, data: Path | None, threads: di
 
 
 def _write(recipe: str, overrides: Sequence[str], cells: Sequence[Cell], output: Path, data: Path | None) -> Path:
-    """Mean, standard error and number of runs of each combination over seeds, of complete runs; and the first projector's rank."""
+    """Writes the tables: over the seeds of each combination's complete runs, mean, standard error and number; the first projector's rank."""
     axes = [key for key in cells[0] if key != "seed" and len({cell[key] for cell in cells}) > 1]
     scores: dict[tuple[str, ...], list[float]] = {}
     chosen: set[str] = set()
@@ -302,7 +301,7 @@ class _Data(Document):
 
 
 class _Run(Document):
-    """What a table says of a run, of its run.json."""
+    """The part of run.json that a table shows."""
 
     data: _Data
     hardware: str
@@ -315,10 +314,10 @@ def _facts(output: Path, cells: Sequence[Cell]) -> str:
     runs = [read_json(folder / "run.json", _Run, "run it again in another folder") for folder in folders]
     if not runs:
         return "No run is complete."
-    told = {
+    facts = {
         f"{run.data.train_images:,} training images ({run.data.name}), {run.hardware}, commit {run.commit[:12]}" for run in runs
     }
-    return for_markdown(redact("; ".join(sorted(told)))) + "."
+    return for_markdown(redact("; ".join(sorted(facts)))) + "."
 
 
 def _error(values: Sequence[float]) -> float:

@@ -7,6 +7,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from deit_kd.text import lines_for_terminal
@@ -43,3 +44,10 @@ def bounded(kind: type[int] | type[float], low: float, high: float) -> Callable[
         return value
 
     return number
+
+
+def recipe_options(verb: argparse.ArgumentParser) -> None:
+    """What every verb that loads a recipe takes."""
+    verb.add_argument("recipe", help="a name in recipes/, such as deit_ti or deit_vkd:small, or the path of a YAML file")
+    verb.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe; of a grid key=value,value,...")
+    verb.add_argument("--data", type=Path, help="the folder of the data")

@@ -75,7 +75,7 @@ def decode_image(content: bytes, upright: bool = False) -> Image.Image:
         upright: turned and mirrored as its EXIF orientation says. TIFF files always are: Pillow does so.
 
     Raises:
-        Exception: of many types, what Pillow has against the file.
+        Exception: of many types, where Pillow refuses the file.
     """
     with _open(content) as image:
         pixels = rgb(image)
@@ -86,8 +86,8 @@ def decode_image(content: bytes, upright: bool = False) -> Image.Image:
 def decode(content: bytes, upright: bool = False) -> Tensor:
     """Pixels [3,H,W] uint8 of `decode_image`, whose memory is [H,W,3].
 
-    Pillow opens every file, so that what it refuses (a damaged header, too many pixels) is refused alike. Of a JPEG in color or gray
-    torchvision's decoder then takes the pixels: bit for bit the same, faster, and without Pillow's copy. Damaged files are left to Pillow.
+    Pillow opens every file, so that its checks (a damaged header, too many pixels) hold for all. A JPEG in color or gray is then
+    decoded by torchvision: bit for bit the same pixels, faster, without Pillow's copy. Pillow decodes damaged files.
 
     Raises:
         Exception: as `decode_image`.
@@ -124,7 +124,7 @@ def as_jpeg(content: bytes, upright: bool = False) -> Jpeg | None:
 
 
 def orientation(content: bytes) -> int:
-    """How the viewer of a file shall turn it, EXIF's number: 1 is as it is stored, as of TIFF files, which Pillow turns.
+    """EXIF's number for how a viewer turns the file. 1 is as stored; TIFF files give 1, because Pillow turns them.
 
     Raises:
         Exception: as `decode_image`, of headers.

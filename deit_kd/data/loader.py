@@ -1,4 +1,4 @@
-"""Loaders whose stream is a function of (seed, epoch, index): workers, processes and resuming do not change what is seen."""
+"""Loaders whose images depend on (seed, epoch, index) alone; workers, processes and resuming do not change them."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ SKIPPED = -1  # the label of an image that evaluation leaves out
 
 @dataclass
 class Batch:
-    """images [B,3,H,W] normalized, targets [B,K] soft (mixed and smoothed), labels [B] int, all on the device; and which they are."""
+    """Images [B,3,H,W] normalized, targets [B,K] soft (mixed and smoothed), labels [B] int, all on the device; and their indices."""
 
     images: Tensor
     targets: Tensor
     labels: Tensor
     indices: Tensor  # [B] int, in the training set
     epoch: int
-    seed: int  # for what else is drawn for this batch
+    seed: int  # of whatever else is random for this batch
     cached_teacher: dict[str, Tensor] = field(default_factory=dict)  # [B,...], what `TeacherCacheReader` has of these images
 
 
 class TeacherCacheReader(Protocol):
-    """What was written down of the images of some epochs, in their order."""
+    """What a teacher's cache holds of the images of some epochs, in their order."""
 
     views: int  # epochs
 
@@ -53,7 +53,7 @@ class TeacherCacheReader(Protocol):
 
 @dataclass(frozen=True)
 class LoaderConfig:
-    """Where and how a loader works: this process among how many, with what, and whom it tells of images that it cannot read."""
+    """How a loader of this process works: its device and share, its workers, and what it does with unreadable images."""
 
     device: torch.device
     num_processes: int
@@ -75,7 +75,7 @@ class _Item(NamedTuple):
 
 
 class _SeededDataset(Dataset[_Item]):
-    """Batches of items (epoch, index, view): the transform's randomness depends on nothing else, so any worker gives the same tensor."""
+    """Batches of items (epoch, index, view). The transform's randomness depends on these alone, so that any worker gives the same tensor."""
 
     def __init__(self, source: Source, transform: Transform | WorkerTransform, seed: int, on_bad_image: str, training: bool):
         self.source, self.transform, self.seed = source, transform, seed
@@ -86,11 +86,11 @@ class _SeededDataset(Dataset[_Item]):
         return len(self.source)
 
     def __getitems__(self, keys: _Keys) -> list[_Item]:
-        """A whole batch by one key: what is done for each image is a worker's business."""
+        """The items of a whole batch, by one key."""
         return self.items(keys, self.read)
 
     def items(self, keys: _Keys, read: Callable[[Source, int], Any]) -> list[_Item]:
-        """A batch whose images are read like that."""
+        """The items of a batch, whose images `read` reads."""
         return [self._item(keys[0], index, view, read) for index, view in keys[1].tolist()]
 
     def _item(self, epoch: int, index: int, view: int, read: Callable[[Source, int], Any]) -> _Item:
@@ -101,7 +101,7 @@ class _SeededDataset(Dataset[_Item]):
                 image = read(self.source, candidate)
                 with _seeded(derive_seed(self.seed, "sample", epoch, index, *([view] if view else []))):
                     return _Item(self.transform(image), int(self.source.labels[candidate]), fault)
-            except Exception as error:  # many types for broken files and odd shapes; each means that this image is no use
+            except Exception as error:  # broken files and odd shapes raise many types; none of these images can be used
                 said = " ".join(str(error).split()) or type(error).__name__
                 reason = "empty file" if _is_empty(self.source.where(candidate)) else said
                 fault = fault or f"{self.source.where(candidate)}: cannot be read ({reason})"
@@ -120,7 +120,7 @@ def _is_empty(path: str) -> bool:
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Seeds the generators that transforms use, and puts the caller's streams back, if there is a caller beside the loader."""
+    """Seeds the generators that transforms use. Outside of worker processes the caller's random state is restored afterwards."""
     alone = torch.utils.data.get_worker_info() is not None
     before = None if alone else (random.getstate(), np.random.get_state(), torch.get_rng_state())
     random.seed(seed)
@@ -166,7 +166,7 @@ class TrainLoader:
     A global batch is a run of the epoch's permutation; it is cut into `accumulation_steps x num_processes` micro-batches. Mixing
     pairs neighbors in the permutation, so that a pair stays together however the global batch is cut.
 
-    With a memory of M epochs, epoch e shows the images of epoch e mod M, and batches hold what is remembered of them.
+    With a teacher's cache of M epochs, epoch e has the images of epoch e mod M, and batches hold the cached rows of these.
     """
 
     def __init__(
@@ -207,10 +207,10 @@ class TrainLoader:
         self._batches = _batches(self._dataset, loader_config)
 
     def shared_bytes(self) -> int:
-        """What the batches on their way from loading processes take of shared memory at a time, as an image of the first batch tells.
+        """Bytes of shared memory that batches from worker processes take at a time, estimated from one image of the first batch.
 
         Raises:
-            UserError: it cannot be read, when the recipe refuses such.
+            UserError: the image cannot be read, and the recipe refuses such.
         """
         images, plan, _, faults, refused = _collate(self._dataset.items((0, self._order(0)[:1]), self._dataset.read))
         if refused:
@@ -221,7 +221,7 @@ class TrainLoader:
         """Micro-batches of an epoch from optimizer step `start_step` (within the epoch) on, to its end or before `stop_step`.
 
         Raises:
-            UserError: an unreadable image, when the recipe refuses them.
+            UserError: an image cannot be read, and the recipe refuses such.
         """
         place, view = self.loader_config, epoch % self.memory.views if self.memory else epoch
         order = self._order(view)
@@ -247,7 +247,7 @@ class TrainLoader:
     def _finished(
         self, images: Tensor | None, plan: BatchPlan | None, labels: Tensor, faults: list[str], refused: bool
     ) -> tuple[Tensor, Tensor]:
-        """(images on the device, labels) of what `_collate` gives."""
+        """Finishes on the device what `_collate` gave; returns (images, labels)."""
         for fault in faults:
             if refused:
                 raise UserError(f"{fault}; {self.loader_config.remedy}")
@@ -260,7 +260,7 @@ class TrainLoader:
     def _without_what_fails(
         self, keys: _Keys, error: UndecodedError
     ) -> tuple[Tensor | None, BatchPlan | None, Tensor, list[str], bool]:
-        """The batch again; workers' pixels stand in for the files that the device cannot decode, and the others stay as they were."""
+        """The same batch, with pixels from workers in place of the files that the device cannot decode."""
         blamed: list[str] = []
 
         def read(source: Source, index: int) -> Any:

@@ -10,13 +10,13 @@ from deit_kd.recipe import Augmentation
 
 
 def smooth_one_hot(labels: Tensor, num_classes: int, smoothing: float) -> Tensor:
-    """Labels [B] int -> [B,K]: smoothing/K everywhere, and 1 - smoothing more at the label."""
+    """Labels [B] int -> [B,K]: smoothing/K in every class, plus 1 - smoothing at the label."""
     targets = torch.full((len(labels), num_classes), smoothing / num_classes, device=labels.device)
     return targets.scatter_add_(1, labels[:, None], torch.full_like(targets[:, :1], 1 - smoothing))
 
 
 def partner(count: int, device: torch.device) -> Tensor:
-    """[B] int: whom each sample is mixed with, its neighbor in the pairs (0,1), (2,3), ...; a last odd one stays alone."""
+    """The partner [B] int of each sample: its neighbor in the pairs (0,1), (2,3), ...; the last of an odd number is its own."""
     index = torch.arange(count, device=device)
     return torch.where((index ^ 1) < count, index ^ 1, index)
 

@@ -1,4 +1,4 @@
-"""From PIL image to normalized tensor: timm's transforms, as the recipe names them."""
+"""From PIL image to normalized tensor: timm's transforms, as a recipe names them."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from torchvision.transforms import CenterCrop, RandomCrop, Resize
 from torchvision.transforms.functional import get_dimensions
 
 from deit_kd.errors import UserError
-from deit_kd.recipe import Recipe
+from deit_kd.recipe import Augmentation, Data, Evaluation
 
 Transform = Callable[[Image.Image], Tensor]
-MOST_RESIZED = 2**26  # pixels; an image of any usual size and shape has far less than a tenth of them
+MOST_RESIZED = 2**26  # pixels; images of usual sizes and shapes have less than a tenth of this
 
 
 class MustFit:
-    """A step that gives images on as they are, and refuses those of which the next step would make too large ones.
+    """Returns images unchanged, but refuses those that the next step would make too large.
 
     Args:
         resize: the next step.
@@ -54,9 +54,9 @@ class MustFit:
         return image
 
 
-def train_transform(recipe: Recipe) -> Transform:
-    """Random crop (resized, or of the padded image), flip, automatic augmentation and erasing; gives [3,H,W] float32, normalized."""
-    aug, data = recipe.augmentation, recipe.data
+def train_transform(data: Data, augmentation: Augmentation) -> Transform:
+    """Random crop (resized, or of the padded image), flip, automatic augmentation, erasing; returns [3,H,W] float32, normalized."""
+    aug = augmentation
     try:
         transform = create_transform(
             input_size=data.img_size,
@@ -98,19 +98,19 @@ def augment_operations(step: Any) -> list[AugmentOp]:
     return list(step.ops) if isinstance(step, RandAugment) else []
 
 
-def evaluation_transform(recipe: Recipe) -> Transform:
-    """Resize the short side to img_size / crop_pct, center crop; gives [3,H,W] float32, normalized."""
+def evaluation_transform(data: Data, evaluation: Evaluation) -> Transform:
+    """Resizes the short side to img_size / crop_pct and crops the center; returns [3,H,W] float32, normalized."""
     return own_transform(
-        input_size=recipe.data.img_size,
-        crop_pct=recipe.evaluation.crop_pct,
-        interpolation=recipe.evaluation.interpolation,
-        mean=recipe.data.mean,
-        std=recipe.data.std,
+        input_size=data.img_size,
+        crop_pct=evaluation.crop_pct,
+        interpolation=evaluation.interpolation,
+        mean=data.mean,
+        std=data.std,
     )
 
 
 def own_transform(**config: Any) -> Transform:
-    """What timm does to images for evaluation, as a network's own configuration has it; it refuses images that it would make too large."""
+    """Timm's evaluation transform for a network's own configuration; it refuses images that it would make too large."""
     transform = create_transform(**config, is_training=False)
     first = transform.transforms[0]
     if isinstance(first, (Resize, ResizeKeepRatio)):

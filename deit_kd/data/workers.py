@@ -1,4 +1,4 @@
-"""Processes that load batches beside the training process: how batches come from them, and what happens when they do not.
+"""Worker processes that load batches, how their batches arrive, and what happens when a worker dies or hangs.
 
 A batch's large tensors come through shared memory. Where that has no room, or descriptors cannot be handed over, they come through
 a pipe, which is slower. A process that dies is replaced. A line says when no batch comes.
@@ -35,14 +35,14 @@ _cannot_share: str | None = None  # in a loading process: why its batches come t
 
 
 def shared_memory_free() -> int | None:
-    """Bytes that batches can take; None where the system does not tell."""
+    """Free bytes of shared memory; None where the system does not report them."""
     with suppress(OSError):
         return shutil.disk_usage(SHARED_MEMORY).free
     return None
 
 
 def cannot_hand_over() -> str | None:
-    """Why this process cannot hand a descriptor to another, as shared memory needs it; None if it can."""
+    """Why this process cannot pass a file descriptor to another, which shared memory needs; None if it can."""
     read, write = os.pipe()
     try:
         os.close(resource_sharer.DupFd(read).detach())
@@ -101,7 +101,7 @@ def _each_tensor(value: Any, change: Callable[[Any], Any]) -> Any:
 
 
 def count_bytes(batch: Any) -> int:
-    """Of all tensors in it."""
+    """Bytes of all tensors in a batch."""
     counted: list[int] = []
     _each_tensor(batch, lambda tensor: counted.append(tensor.nbytes))
     return sum(counted)
@@ -119,7 +119,7 @@ def _pack(collate: Callable[[Any], Any], items: Any) -> Any:
 
 
 def _begin(_: int) -> None:
-    """What a loading process does first."""
+    """Sets up a worker process."""
     global _cannot_share
     os.setpgrp()  # a terminal's Ctrl-C and a scheduler's SIGTERM go to the whole group; the training process ends this one
     if reason := cannot_hand_over():
@@ -146,8 +146,8 @@ class Batches:
         dataset: its `__getitems__` takes a key and gives the items of a batch.
         collate: makes a batch of them; of tensors in tuples and lists.
         workers: processes; 0 makes batches here.
-        pin: whether they come in pinned memory.
-        say: takes a line for people that one process of the run says.
+        pin: batches are put into pinned memory.
+        say: prints a line, on one process of the run.
         describe: a key's images in words, for a batch that does not come.
         patience: seconds without a batch after which a line says so; after 30 times as many the run is asked to stop.
     """
@@ -172,7 +172,7 @@ class Batches:
         self._closed = False
 
     def close(self) -> None:
-        """Ends the processes, also those that hang; who waits for a batch gets an error within seconds."""
+        """Ends the processes, also those that hang; a caller that waits for a batch gets an error within seconds."""
         self._closed = True
         self._kill()
 
@@ -232,10 +232,10 @@ class Batches:
             if handler is not None and threading.current_thread() is threading.main_thread():
                 signal.signal(
                     signal.SIGCHLD, handler
-                )  # torch's raises wherever this process is, in a save too; `next` tells as well
+                )  # torch's raises wherever this process is, in a save too; `next` reports the death as well
 
     def _replace(self, died: int, key: Any) -> None:
-        """Other processes, in place of all, after one died."""
+        """Replaces all processes after one died."""
         self._kill()
         codes = {process.exitcode for process in self._processes} - {None, 0, -signal.SIGKILL}
         if died == DEATHS:
@@ -265,7 +265,7 @@ def _named(codes: set[int]) -> str:
 
 
 class _Watch:
-    """Tells, from a thread of its own, of a batch that does not come."""
+    """Reports, from a thread of its own, a batch that does not arrive."""
 
     def __init__(self) -> None:
         self._waits: tuple[float, Callable[[Any], str], Any, float] | None = None  # since, who names it, what, and patience
@@ -284,7 +284,7 @@ class _Watch:
             self._waits = None
 
     def _look(self) -> None:
-        told: tuple[Any, ...] | None = None
+        reported: tuple[Any, ...] | None = None
         next_time = 0.0
         while True:
             waits = self._waits
@@ -292,8 +292,8 @@ class _Watch:
             if waits is None or waits is not self._waits:
                 continue
             since, describe, key, patience = waits
-            if waits is not told:
-                told, next_time = waits, patience
+            if waits is not reported:
+                reported, next_time = waits, patience
             seconds = time.monotonic() - since
             if seconds < next_time:
                 continue

@@ -1,4 +1,4 @@
-"""The processes of a run, what was launched, and what their environment says of numbers."""
+"""The processes of a run, how they were launched, and the variables of their environment that change numbers."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin
 
 from deit_kd.errors import UserError
-from deit_kd.recipe import Recipe
+from deit_kd.recipe import Run
 from deit_kd.text import lines_for_terminal
 
 
 class Speaking(Accelerator):
-    """Accelerate, whose lines for people hold names of others."""
+    """Accelerate, which makes names of others safe for a terminal."""
 
     def print(self, *args: Any, **kwargs: Any) -> None:
         """On the main process alone; see `text.for_terminal`."""
@@ -29,7 +29,7 @@ class Speaking(Accelerator):
 class _Variable:
     """A variable of the environment that asks for other numbers than the recipe: refused unless it agrees."""
 
-    agrees: Callable[[str, Recipe, str], bool]  # its value in lower case, the recipe, the precision that runs
+    agrees: Callable[[str, float | None, str], bool]  # its value in lower case, optim.clip_grad, the precision that runs
     remedy: str
 
 
@@ -48,7 +48,7 @@ REFUSED = {
         "set run.precision (auto, no, bf16, fp16), and leave out --mixed_precision and mixed_precision of the launcher",
     ),
     "ACCELERATE_GRADIENT_CLIPPING": _Variable(
-        lambda value, recipe, _: _off(value) or value == "auto" or _is(value, recipe.optim.clip_grad), "set optim.clip_grad"
+        lambda value, clip_grad, _: _off(value) or value == "auto" or _is(value, clip_grad), "set optim.clip_grad"
     ),
     "ACCELERATE_DYNAMO_BACKEND": _Variable(_off, "set run.compile, and leave out dynamo_backend of the launcher"),
     "ACCELERATE_DOWNCAST_BF16": _Variable(_off, "it is for TPUs; set run.precision"),
@@ -56,7 +56,7 @@ REFUSED = {
     "ACCELERATE_USE_MEGATRON_LM": _Variable(_off, _STRATEGY),
     "ACCELERATE_USE_PARALLELISM_CONFIG": _Variable(_off, _STRATEGY),
 }
-# What moves roundings and nothing that a recipe states: said, and kept in run.json.
+# These change roundings, and nothing that a recipe states: they are printed and kept in run.json.
 RECORDED = (
     *("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "CUBLAS_WORKSPACE_CONFIG", "TORCH_BLAS_PREFER_CUBLASLT"),
     *("ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY"),
@@ -66,23 +66,23 @@ RECORDED = (
 
 
 def environment() -> dict[str, str]:
-    """The variables that are set and move roundings."""
+    """The variables that are set and change roundings."""
     return {name: os.environ[name] for name in RECORDED if os.environ.get(name)}
 
 
-def must_agree(recipe: Recipe, precision: str) -> None:
-    """Refuses variables that ask for other numbers than the recipe.
+def must_agree(clip_grad: float | None, precision: str) -> None:
+    """Refuses variables that would change a run's numbers against its recipe.
 
     Args:
-        recipe: what the run states.
+        clip_grad: the recipe's `optim.clip_grad`.
         precision: the one that runs: no, bf16 or fp16.
 
     Raises:
-        UserError: one does.
+        UserError: a variable does.
     """
     for name, variable in REFUSED.items():
         value = os.environ.get(name, "")
-        if not variable.agrees(value.strip().lower(), recipe, precision):
+        if not variable.agrees(value.strip().lower(), clip_grad, precision):
             asked = name.removeprefix("ACCELERATE_USE_")
             what = f"the launcher asks for {asked} ({name}={value!r})" if asked != name else f"{name}={value!r} is set"
             raise UserError(f"{what}, which contradicts the recipe; {variable.remedy}, or unset it")
@@ -115,16 +115,16 @@ def on_cpu(device: str) -> bool:
     return cpu
 
 
-def precision_of(recipe: Recipe, cpu: bool) -> str:
-    """The precision that a recipe runs in: no, bf16 or fp16.
+def precision_of(stated: str, cpu: bool) -> str:
+    """The precision that a run has, no, bf16 or fp16, where the recipe says `stated`.
 
     Raises:
         UserError: a CPU cannot train in it.
     """
-    if recipe.run.precision == "fp16" and cpu:
+    if stated == "fp16" and cpu:
         raise UserError("run.precision=fp16: a CPU has no fp16 training; use bf16, no or auto")
-    if recipe.run.precision != "auto":
-        return recipe.run.precision
+    if stated != "auto":
+        return stated
     return "bf16" if not cpu and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
 
 
@@ -134,11 +134,12 @@ def plain_accelerator(cpu: bool, precision: str = "no", **settings: Any) -> Acce
     return Speaking(cpu=cpu, mixed_precision=precision, gradient_accumulation_plugin=once, dynamo_backend="no", **settings)
 
 
-def make_accelerator(recipe: Recipe, device: str, output: Path) -> Accelerator:
+def make_accelerator(run: Run, clip_grad: float | None, device: str, output: Path) -> Accelerator:
     """Accelerate on the device asked for.
 
     Args:
-        recipe: for precision and trackers.
+        run: for precision and trackers.
+        clip_grad: the recipe's `optim.clip_grad`, with which the environment must agree.
         device: auto, cpu or cuda.
         output: where trackers write.
 
@@ -147,7 +148,7 @@ def make_accelerator(recipe: Recipe, device: str, output: Path) -> Accelerator:
             environment that contradicts the recipe.
     """
     cpu = on_cpu(device)
-    precision = precision_of(recipe, cpu)
+    precision = precision_of(run.precision, cpu)
     stated = os.environ.get("WORLD_SIZE", os.environ.get("SLURM_STEP_NUM_TASKS", os.environ.get("OMPI_COMM_WORLD_SIZE", "1")))
     launched = int(stated) if stated.isdigit() else 0
     alone = UserError(
@@ -156,8 +157,8 @@ def make_accelerator(recipe: Recipe, device: str, output: Path) -> Accelerator:
     )
     if launched != 1 and not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= set(os.environ):
         raise alone
-    must_agree(recipe, precision)  # on a CPU Accelerate would go on without a word, as DDP
-    trackers = list(recipe.run.trackers)
+    must_agree(clip_grad, precision)  # on a CPU Accelerate would go on without a word, as DDP
+    trackers = list(run.trackers)
     try:
         accelerator = plain_accelerator(cpu, precision, log_with=trackers or None, project_dir=output)
     except ValueError as error:
@@ -166,6 +167,6 @@ def make_accelerator(recipe: Recipe, device: str, output: Path) -> Accelerator:
         raise UserError(f"run.trackers={trackers}: not all of these are installed; pip install what is missing")
     if launched != accelerator.num_processes:
         raise alone
-    if told := environment():
-        accelerator.print(f"environment {', '.join(f'{name}={value}' for name, value in told.items())}: read, moves roundings")
+    if variables := environment():
+        accelerator.print(f"environment {', '.join(f'{name}={value}' for name, value in variables.items())}: read, moves roundings")
     return accelerator

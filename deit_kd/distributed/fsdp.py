@@ -15,7 +15,7 @@ _ASKED = "ACCELERATE_USE_FSDP"  # what `accelerate launch` sets for distributed_
 
 
 def fsdp_requested() -> bool:
-    """Whether the launcher asks for FSDP. Accelerate does not hear of it: on CPUs it would go on as DDP without a word.
+    """Whether the launcher asks for FSDP. The variable is removed, because Accelerate would silently use DDP on CPUs.
 
     Raises:
         UserError: it asks for the first version.
@@ -29,7 +29,7 @@ def fsdp_requested() -> bool:
 
 
 def shard(*modules: nn.Module) -> None:
-    """Cuts each of their transformer blocks, and what is outside of them as one piece; a module's own forward alone joins them again."""
+    """Shards each transformer block, and everything outside of blocks as one piece; only the module's own forward gathers them."""
     for module in modules:
         for block in [block for each in module.modules() for block in getattr(each, "blocks", ())]:
             fully_shard(block)
@@ -47,7 +47,7 @@ def gather(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def shard_like(value: Tensor, other: Tensor) -> Tensor:
-    """This process's part of a whole tensor, if `other`, of its shape, is cut."""
+    """This process's part of a whole tensor, if `other`, of the same shape, is sharded."""
     if isinstance(other, DTensor) and value.shape == other.shape:
         return distribute_tensor(value, other.device_mesh, other.placements)
     return value

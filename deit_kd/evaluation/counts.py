@@ -1,4 +1,4 @@
-"""Which classes are found and confused, counted from a label and an answer of each image: memory grows with images and classes."""
+"""Recall, precision and confusions of classes, counted from the label and the answer of each image; memory grows with images and classes."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ MATRIX = (
 def per_class(
     asked: np.ndarray, answers: np.ndarray, classes: np.ndarray, number: int, names: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """Recall: how many of the class are found; precision: how many that are taken for it are it. In percent, None of nothing.
+    """Recall and precision of each class in percent; None where there are no images to count.
 
     Args:
         asked: [N] the data's class of each image.
-        answers: [N] the network's class that it is taken for.
+        answers: [N] the class that the network predicts.
         classes: [data's classes] -> the network's.
         number: of the network's classes.
         names: of the data's classes.
@@ -40,10 +40,10 @@ def confusions(
     wrong = classes[asked] != answers
     pairs, numbers = np.unique(asked[wrong].astype(np.int64) * width + answers[wrong], return_counts=True)
     order = np.argsort(-numbers, kind="stable")[:20]
-    told = [
+    frequent = [
         (names[pair // width], answer_names[pair % width], n) for pair, n in zip(pairs[order], numbers[order].tolist(), strict=True)
     ]
-    found: dict[str, Any] = {"confusions": [{"class": a, "answer": b, "images": n} for a, b, n in told]}
+    found: dict[str, Any] = {"confusions": [{"class": a, "answer": b, "images": n} for a, b, n in frequent]}
     if len(names) * width <= MATRIX:
         cells = np.bincount(asked.astype(np.int64) * width + answers, minlength=len(names) * width)
         found |= {"confusion": cells.reshape(len(names), width).tolist(), "answers": list(answer_names)}
@@ -51,7 +51,7 @@ def confusions(
 
 
 def named(classes: np.ndarray, names: Sequence[str], number: int) -> list[str]:
-    """Names of the classes of a network that has none: the data's, in its order."""
+    """Names for the classes of a network without names: the data's, in the network's order."""
     found = [str(place) for place in range(number)]
     for place, name in zip(classes.tolist(), names, strict=True):
         found[place] = name

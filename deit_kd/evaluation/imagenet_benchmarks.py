@@ -57,7 +57,7 @@ def _subset(letter: str) -> Callable[[Path], dict[str, Examination]]:
 
 
 def _real(root: Path) -> dict[str, Examination]:
-    """The validation images of ImageNet with all labels that people agree on; images without one do not count."""
+    """ImageNet's validation images, with every label that ReaL's annotators agree on; images without one do not count."""
     listed = pkgutil.get_data("timm.data", "_info/imagenet_real_labels.json")
     assert listed is not None, "timm ships it"
     labels: list[list[int]] = json.loads(listed)
@@ -99,10 +99,10 @@ BENCHMARKS: dict[str, Callable[[Path], dict[str, Examination]]] = {
 
 
 def open_benchmark(name: str, data: Path | None) -> dict[str, Examination]:
-    """What a benchmark is made of, by name: one part named "", of ImageNet-C one for each corruption and severity.
+    """The parts of a benchmark by name: one part named ""; of ImageNet-C one for each corruption and severity.
 
     Raises:
-        UserError: unknown, or not laid out like that.
+        UserError: an unknown benchmark, or data that are not laid out as its authors do.
     """
     if name not in BENCHMARKS:
         raise UserError(f"--benchmark {name}: unknown{nearest(name, BENCHMARKS)}; known: {', '.join(BENCHMARKS)}")

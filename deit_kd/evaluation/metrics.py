@@ -1,4 +1,4 @@
-"""How good a network is: an exact count over every image of a loader once, whatever the number of processes."""
+"""Accuracy: an exact count over every image of a loader once, whatever the number of processes."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from deit_kd.data import EvaluationLoader
 from deit_kd.data.loader import SKIPPED
 from deit_kd.errors import UserError
 from deit_kd.models import AnyTeacher, Distiller, StudentOutput
+from deit_kd.models.features import classifiers
 
 
 @torch.no_grad()
 def measure_student(distiller: Distiller, loader: EvaluationLoader, accelerator: Accelerator, prefix: str = "") -> dict[str, float]:
     """`measure` of the mean of the heads, and top1 of each head where there are several; leaves the student in evaluation mode."""
     distiller.eval()
-    classifiers = distiller.student.get_classifier() if distiller.has_tokens else ()
-    if not all(head.weight.any() for head in classifiers):  # fine-tuned with one head alone, the other is 0
-        classifiers = ()
-    heads = ["class_head_", "distillation_head_"] if classifiers else []
-    heads += [f"distillation_head_{number}_" for number in range(2, len(distiller.student.get_classifier()))] if heads else []
+    number = distiller.distillation_heads
+    heads = ["class_head_", "distillation_head_", *(f"distillation_head_{n}_" for n in range(2, number + 1))] if number else []
+    if not all(any(map(torch.any, head.parameters())) for head in classifiers(distiller.student)):
+        heads = []  # fine-tuned with one head alone, the other is 0
 
     def predict(images: Tensor) -> dict[str, Tensor]:
         output: StudentOutput = distiller(images)
@@ -40,10 +40,10 @@ def measure_student(distiller: Distiller, loader: EvaluationLoader, accelerator:
 def near_chance(
     teachers: Sequence[AnyTeacher], measured: Sequence[Mapping[str, Any]], labels: np.ndarray, num_classes: int
 ) -> list[str]:
-    """A line of each teacher that knows hardly more of the validation images than one answer for all of them would get.
+    """A warning for each teacher whose top-1 is hardly better than that of one answer for all validation images.
 
     Args:
-        teachers: one a distillation; random ones are tests, and nothing is said of them.
+        teachers: one a distillation; there is no warning for random ones, which are for tests.
         measured: lines of `Classification.evaluate_teachers`, of which the last counts; a teacher that was not measured is not in it.
         labels: [N] int of the validation images.
         num_classes: K.
@@ -84,7 +84,7 @@ def measure(
         heads: of which top1 is counted as well.
 
     Raises:
-        UserError: not one image could be read.
+        UserError: no image could be read.
     """
     names = ["images", "top1", *(f"{head}top1" for head in heads or ()), "top5", "nll"]
     sums = {name: torch.zeros((), dtype=torch.float64, device=accelerator.device) for name in names}

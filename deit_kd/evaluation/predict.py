@@ -1,4 +1,4 @@
-"""What a network takes images for: a JSON object a line."""
+"""Predictions for images: a JSON object a line."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import timm
 import torch
 
 from deit_kd.data.decode import MOST_BYTES, decode_image, orientation, read_picture
-from deit_kd.data.sources.folders import find_pictures, readable_name, told
+from deit_kd.data.sources.folders import find_pictures, in_words, readable_name
 from deit_kd.data.transforms import MOST_RESIZED, own_transform
 from deit_kd.errors import UserError
 from deit_kd.files.warn import warn
@@ -25,7 +25,7 @@ from deit_kd.text import for_terminal, hide_secrets
 def predict(
     model: TimmModel, names: Sequence[str], device: torch.device, batch_size: int, top: int, upright: bool = True
 ) -> Iterator[dict[str, Any]]:
-    """A line an image, in their order: image, and predictions (label, index, probability), or error.
+    """Yields a line for each image, in order: image, and predictions (label, index, probability), or error.
 
     Args:
         model: in eval mode; its own preprocessing and class names are used.
@@ -86,5 +86,5 @@ def _expand(name: str) -> list[tuple[str, bytes | None]]:
         return [(name, None)]
     found = find_pictures(name)
     if found.left_out:
-        warn(f"{for_terminal(name)}: left out are {told(found.left_out)}")
+        warn(f"{for_terminal(name)}: left out are {in_words(found.left_out)}")
     return [(path, None) for path in found.paths] or [(name, None)]

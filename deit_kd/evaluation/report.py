@@ -1,4 +1,4 @@
-"""How good a network is, in full: accuracy of each head, calibration, classes, confusions, agreement with a teacher, speed."""
+"""The full report on a network: accuracy of each head, calibration, classes, confusions, agreement with a teacher, speed."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ CORRUPTIONS = {  # AlexNet's error in percent, by which ImageNet-C divides (Hend
 
 
 def class_names(named: Any, number: int) -> tuple[str, ...] | None:
-    """Names of the classes that a network knows, ImageNet's synsets for 1000 without names; None where nobody knows."""
+    """Names of a network's classes: its own, or ImageNet's synsets for 1000 classes without names; None if unknown."""
     if isinstance(named, (list, tuple)):
         return tuple(named)
     return tuple(timm.data.ImageNetInfo("imagenet-1k").label_names()) if number == 1000 else None
@@ -127,22 +127,22 @@ def evaluate_model(
     everything = examination.among is None and not restrict
     if teacher is not None:  # its classes as the student's, -1 where the student has none of that name
         theirs = class_names(teacher.info.label_names, teacher.num_classes)
-        taught = match_labels(theirs, teacher.num_classes, source.class_names, "the teacher")
+        matched = match_labels(theirs, teacher.num_classes, source.class_names, "the teacher")
         place_of = {name: place for place, name in enumerate(own_names or ())}
         as_ours = torch.tensor([place_of.get(name, -1) for name in theirs or ()] or [-1] * teacher.num_classes, device=device)
-        as_ours[torch.from_numpy(taught).to(device)] = torch.from_numpy(classes).to(device)
+        as_ours[torch.from_numpy(matched).to(device)] = torch.from_numpy(classes).to(device)
         barred = torch.ones(teacher.num_classes, dtype=torch.bool, device=device)
-        barred[torch.from_numpy(taught if examination.among is None else taught[examination.among]).to(device)] = False
+        barred[torch.from_numpy(matched if examination.among is None else matched[examination.among]).to(device)] = False
 
     heads = (
         ["mean", "class", *(f"distillation{n or ''}" for n in range(distiller.distillation_heads))]
-        if distiller.has_tokens
+        if distiller.distillation_heads
         else ["mean"]
     )
     hits = {f"{head} {k}": torch.zeros((), device=device) for head in heads for k in (1, 5)}
     nll, agree, images = (torch.zeros((), dtype=torch.float64, device=device) for _ in range(3))
     bins = torch.zeros(3, BINS, dtype=torch.float64, device=device)  # images, confidence, right
-    asked: list[Tensor] = []  # the class of each image, and what it is taken for
+    asked: list[Tensor] = []  # the class of each image, and the predicted one
     answered: list[Tensor] = []
     network, start = 0.0, time.perf_counter()
     for batch, labels in tqdm(loader, bar, delay=2, leave=False, disable=None):
@@ -269,7 +269,7 @@ def write(folder: Path, title: str, report: dict[str, Any], names: Sequence[str]
 
 
 class _Report(Document):
-    """What every report.json and summary.json has."""
+    """The keys that every report.json and summary.json has."""
 
     architecture: str
     parameters: int

@@ -1,4 +1,4 @@
-"""The model card, made from what a run stored (recipe.yaml, run.json, metrics.jsonl) and nothing else."""
+"""The model card, made from the files that a run stored: recipe.yaml, run.json, metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from deit_kd.export.markdown import Written, render
 from deit_kd.export.student import license
 from deit_kd.files.documents import MEGABYTE, read_bytes, short
 from deit_kd.files.whole import clear, write_text
-from deit_kd.recipe import Recipe
+from deit_kd.recipe import Student
 from deit_kd.text import for_markdown, for_terminal, license_name, printable, redact_all, redact_path
 from deit_kd.training.best import exported
 from deit_kd.training.metrics import read_metrics
@@ -35,7 +35,7 @@ SIZES = r"_(?:tiny|small|medium|base|large|huge|giant|little|nano|micro)(?=_|$)"
 
 @contextmanager
 def files_that_agree(run_folder: Path) -> Iterator[None]:
-    """Each file of a run is checked when it is read; what one lacks that another promises is one line, too."""
+    """Each file of a run is checked when it is read; if two do not agree, the error is one line, too."""
     try:
         yield
     except UserError:
@@ -65,7 +65,7 @@ def _write_card(run_folder: Path) -> Path:
         raise UserError(f"{run_folder}: its metrics.jsonl holds no evaluation; give the command of the run again, which evaluates")
     last, chosen = exported(metrics, run)  # not the last, where the best are kept
     ema = "ema_top1" in last
-    name = f"{run['name']}: {what(recipe)}"
+    name = f"{run['name']}: {student_in_words(recipe.student, recipe.data.img_size)}"
     teachers = run["teachers"]
     on_hub = [teacher["name"].removeprefix("hf-hub:") for teacher in teachers if teacher["name"].startswith("hf-hub:")]
     data = ModelCardData(
@@ -106,7 +106,11 @@ def _write_card(run_folder: Path) -> Path:
         classes=Written(", ".join(for_markdown(label, 100) for label in labels)) if len(labels) <= 100 else None,
         resized=math.floor(recipe.data.img_size / recipe.evaluation.crop_pct),  # as timm rounds
         precision=PRECISION.get(run["precision"], run["precision"]),
-        papers=Written("\n\n".join(map(bibtex, cited(recipe)))),
+        papers=Written(
+            "\n\n".join(
+                map(bibtex, cited([each.distill for each in recipe.distillations()], recipe.label_weight, recipe.student.name))
+            )
+        ),
         ours=model_entrypoint(recipe.student.name).__module__.startswith("deit_kd."),
     )
     write_text(student / "metrics.jsonl", "".join(json.dumps(_public_line(line)) + "\n" for line in metrics))
@@ -115,7 +119,7 @@ def _write_card(run_folder: Path) -> Path:
 
 
 def _label_names(file: Path) -> list[str]:
-    """Of a config.json; names of folders may be no Unicode, which strict schemas refuse."""
+    """label_names of a config.json, read by hand: names of folders may be no valid Unicode, which strict schemas refuse."""
     content = read_bytes(file, REMEDY, 64 * MEGABYTE)
     try:
         config = json.loads(content)
@@ -127,9 +131,9 @@ def _label_names(file: Path) -> list[str]:
     return labels
 
 
-def what(recipe: Recipe) -> str:
-    """What a student is: its architecture's name where that says its shape, else the shape in words."""
-    name, size, arguments = recipe.student.name, recipe.data.img_size, recipe.student.model_args
+def student_in_words(student: Student, img_size: int) -> str:
+    """The architecture's name if it says the shape, else its name and the shape in words."""
+    name, size, arguments = student.name, img_size, student.model_args
     words = {"embed_dim": "width {}", "depth": "depth {}", "patch_size": "patches of {} px"}
     shape = [text.format(arguments[key]) for key, text in words.items() if key in arguments]
     if not shape and name.endswith(f"_{size}"):
@@ -140,7 +144,7 @@ def what(recipe: Recipe) -> str:
 
 
 def redact_recipe(document: Any) -> Any:
-    """A recipe's values for others: where its author keeps files is not their business."""
+    """A recipe's values without the author's paths and secrets."""
     paths = ("name", "weights", "cache", "class_means")
     if isinstance(document, Mapping):
         return {

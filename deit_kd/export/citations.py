@@ -1,8 +1,10 @@
-"""Which papers a run stands on: a card cites those of the losses and networks that its recipe names, and no other."""
+"""The papers that a card cites: those of the losses and networks that the recipe names, and no others."""
 
 from __future__ import annotations
 
-from deit_kd.recipe import Recipe
+from collections.abc import Iterable
+
+from deit_kd.recipe import Distill
 from deit_kd.recipe.objectives import FEATURE_OBJECTIVES, LOGIT_OBJECTIVES
 
 PAPERS = {  # key -> kind, and what BibTeX says of it
@@ -114,17 +116,16 @@ PAPERS = {  # key -> kind, and what BibTeX says of it
 }
 
 
-def cited(recipe: Recipe) -> list[str]:
-    """Keys of `PAPERS`: of each loss that has a weight, of training without labels, of DeiT where the student is one."""
+def cited(distills: Iterable[Distill], label_weight: float, student: str) -> list[str]:
+    """Keys of `PAPERS`: of each loss that has a weight, of training without labels, of DeiT where the student's name says it is one."""
     keys = []
-    for distillation in recipe.distillations():
-        distill = distillation.distill
+    for distill in distills:
         if distill.feature_loss is not None and distill.feature_weight:
             keys.append(FEATURE_OBJECTIVES[distill.feature_loss].paper)
         if distill.kd_loss is not None and distill.kd_weight:
             keys.append(LOGIT_OBJECTIVES[distill.kd_loss].paper)
-        keys += ["beyer2022knowledge"] if distill.kd_weight and not recipe.label_weight else []
-    keys += ["touvron2021training"] if recipe.student.name.startswith("deit") else []
+        keys += ["beyer2022knowledge"] if distill.kd_weight and not label_weight else []
+    keys += ["touvron2021training"] if student.startswith("deit") else []
     return list(dict.fromkeys(keys))
 
 

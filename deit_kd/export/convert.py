@@ -1,4 +1,4 @@
-"""Files of weights as their authors wrote them -> a folder of safetensors with config and card."""
+"""Converts files of weights as their authors wrote them into a folder of safetensors with config and card."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def convert(source: Path, folder: Path, class_names: Path | None = None) -> list
         class_names: a JSON list, or a text file with a name a line; without it the folder says none.
 
     Returns:
-        What was found, dropped and not known, a line each.
+        Lines on the keys that were found, dropped and unknown.
 
     Raises:
         UserError: a file that cannot be read safely, or is of no student known here; a folder of something else; other class names.

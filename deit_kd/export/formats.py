@@ -81,7 +81,7 @@ def _onnx(student: TimmModel, images: Tensor, path: Path) -> Tensor:
         )
     assert program is not None, "it is, without a path"
     proto = program.model_proto
-    for node in proto.graph.node:  # where this machine keeps Python is nobody else's business
+    for node in proto.graph.node:  # it holds paths of this machine
         del node.metadata_props[:]
     write_bytes(path, proto.SerializeToString())
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])

@@ -1,4 +1,4 @@
-"""A finished run -> a repository of the hub: checked, assembled, and sent in one commit."""
+"""Publishes a finished run on the hub: checks it, assembles the files, and sends them in one commit."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ torch.save(student(torch.load(sys.argv[2], weights_only=True)), sys.argv[3])
 
 
 def publish(run: Path, repository: str, *, private: bool, dry_run: bool, license: str | None, despite_teacher: bool) -> list[str]:
-    """Checks a run's student as a stranger would, and uploads it with card, recipe, metrics, plots and license in one commit.
+    """Checks a run's student in a process of its own, and uploads it with card, recipe, metrics, plots and license in one commit.
 
     What was uploaded before an interruption is not sent again.
 
@@ -119,7 +119,7 @@ def publish(run: Path, repository: str, *, private: bool, dry_run: bool, license
 
 @torch.inference_mode()
 def _same_logits(student: Path) -> str:
-    """In a process of its own, with timm alone where timm knows the architecture."""
+    """Compares logits in a process of its own, with timm alone where timm has the architecture."""
     architecture, _, pretrained = read_config(student / "config.json", REMEDY)
     load_student(student)  # which registers ours
     ours = model_entrypoint(architecture).__module__.startswith("deit_kd.")
@@ -141,7 +141,7 @@ def _same_logits(student: Path) -> str:
 
 
 def _same_numbers(run: Path) -> str:
-    """What the card claims is what the run measured."""
+    """Compares the card's numbers with those that the run measured."""
     last, _ = exported(read_metrics(run), read_run(run))
     if not last:
         raise UserError(f"{run / 'metrics.jsonl'}: holds no evaluation; give the command of the run again, which evaluates")
@@ -159,10 +159,10 @@ def _again(run: Path) -> str:
 
 
 def _card(file: Path, run: Path) -> ModelCard:
-    """A card, whoever changed it.
+    """The card of a student, which may have been edited.
 
     Raises:
-        UserError: its front matter is not as the hub reads it.
+        UserError: the hub cannot read its front matter.
     """
     content = read_bytes(file, _again(run), 16 * MEGABYTE)
     try:
@@ -216,13 +216,13 @@ def _with_pictures(card: str, folder: Path) -> str:
     shown = [(file, PICTURES.get(file.stem, file.stem)) for file in sorted((folder / "plots").glob("*.png"))]
     if not shown or "](plots/" in card:
         return card
-    pictures = "\n\n".join(f"![{for_markdown(told)}](plots/{quote(file.name)})" for file, told in shown)
+    pictures = "\n\n".join(f"![{for_markdown(title)}](plots/{quote(file.name)})" for file, title in shown)
     before, limits, after = card.partition("\n## Limits\n")
     return f"{before.rstrip()}\n\n## Curves\n\n{pictures}\n{limits}{after}"
 
 
 def must_be_clean(folder: Path, run: Path) -> None:
-    """Looks into every file that is about to leave the machine.
+    """Searches every file of a folder for secrets, paths and names of pictures before it is uploaded.
 
     Args:
         folder: all of it is published.
@@ -241,9 +241,9 @@ def must_be_clean(folder: Path, run: Path) -> None:
                 f"{run / 'student' / file.relative_to(folder)}: cannot be looked into ({' '.join(str(error).split())[:200]}); remove it"
             ) from None
         if found:
-            told = "; ".join(for_terminal(short(each)) for each in found[:3])
+            secrets = "; ".join(for_terminal(short(each)) for each in found[:3])
             raise UserError(
-                f"{run / 'student'}: {file.relative_to(folder)} holds {told}, which would be published; write the card again with "
+                f"{run / 'student'}: {file.relative_to(folder)} holds {secrets}, which would be published; write the card again with "
                 "deit-kd card, or remove it there"
             )
 
@@ -280,7 +280,7 @@ def _class_names(folder: Path) -> list[str]:
 
 
 def _of_values(value: Any, names: list[str]) -> list[str]:
-    """What is in the texts of a JSON document, other than the names of classes."""
+    """The texts of a JSON document, without the names of classes."""
     if isinstance(value, str):
         return [] if value in names else leaks(value)
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""The one export: bare timm keys, contiguous copies, reloaded by plain timm and compared before it counts as done."""
+"""The export of a student: bare timm keys, contiguous copies, reloaded by plain timm and compared."""
 
 from __future__ import annotations
 
@@ -15,38 +15,46 @@ from timm.models._hub import save_config_for_hf
 from deit_kd.errors import UserError
 from deit_kd.files.whole import whole_folder, write_json, write_tensors
 from deit_kd.models.features import TimmModel
-from deit_kd.recipe import Recipe
+from deit_kd.recipe import Data, Evaluation
 from deit_kd.text import license_name
 
 PERMISSIVE = ("none, random weights", "apache-2.0", "mit", "bsd-3-clause")
 
 
 def export_student(
-    student: TimmModel, folder: Path, recipe: Recipe, class_names: Sequence[str], teacher_licenses: Sequence[object]
+    student: TimmModel,
+    folder: Path,
+    data: Data,
+    evaluation: Evaluation,
+    model_args: Mapping[str, Any],
+    class_names: Sequence[str],
+    teacher_licenses: Sequence[object],
 ) -> None:
     """Writes a run's student with `fill_folder`; replaces `folder` whole.
 
     Args:
         student: the bare timm model.
         folder: where to.
-        recipe: for the preprocessing and the arguments of the architecture.
+        data: size and normalization of images.
+        evaluation: how images are cropped.
+        model_args: of the architecture.
         class_names: [K] names, stored as label_names.
         teacher_licenses: of the weights that it learned from.
 
     Raises:
         UserError: the reloaded model gives other logits.
     """
-    size = recipe.data.img_size
-    arguments = dict(recipe.student.model_args)
+    size = data.img_size
+    arguments = dict(model_args)
     if student.pretrained_cfg.get("fixed_input_size"):
         arguments["img_size"] = size
     preprocessing = {
         "license": license(teacher_licenses),
         "input_size": [3, size, size],
-        "mean": list(recipe.data.mean),
-        "std": list(recipe.data.std),
-        "interpolation": recipe.evaluation.interpolation,
-        "crop_pct": recipe.evaluation.crop_pct,
+        "mean": list(data.mean),
+        "std": list(data.std),
+        "interpolation": evaluation.interpolation,
+        "crop_pct": evaluation.crop_pct,
         "crop_mode": "center",
         "test_input_size": None,
         "test_crop_pct": None,
@@ -71,7 +79,7 @@ def fill_folder(
         folder: where to; it is there. `timm.create_model("local-dir:FOLDER", pretrained=True)` loads it.
         preprocessing: of timm's pretrained_cfg, what differs from the architecture's own.
         arguments: of the architecture.
-        class_names: [K] names, stored as label_names; None where nobody knows them.
+        class_names: [K] names, stored as label_names; None if unknown.
         about: what else config.json says, under deit_kd.
 
     Raises:
@@ -120,7 +128,7 @@ def license(of_teachers: Sequence[object]) -> str:
 
 @torch.inference_mode()
 def compare(student: TimmModel, folder: Path) -> None:
-    """Loads the folder as a stranger would and compares logits on fixed random images.
+    """Loads the folder with plain timm and compares logits on fixed random images.
 
     Raises:
         UserError: they differ.

@@ -14,9 +14,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deit_kd.losses.precision import full_precision, pair
-
 Normalization = Literal["batch", "l2", "layer", "none"]
+
+
+def full_precision(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """float64 stays, all else becomes float32."""
+    return tuple(x if x.dtype == torch.float64 else x.float() for x in tensors)
+
+
+def pair(student: Tensor, teacher: Tensor) -> tuple[Tensor, ...]:
+    """Both in full precision.
+
+    Raises:
+        ValueError: their shapes differ.
+    """
+    if student.shape != teacher.shape:
+        raise ValueError(
+            f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} must have one shape; project the student first"
+        )
+    return full_precision(student, teacher)
 
 
 def _batch_standardize(x: Tensor, norm_eps: float) -> Tensor:

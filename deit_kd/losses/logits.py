@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deit_kd.losses.precision import full_precision, pair
+from deit_kd.losses.features import full_precision, pair
 
 
 def kl_distillation(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:

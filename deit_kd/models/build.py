@@ -1,22 +1,16 @@
-"""What a recipe names, built: teachers, student with projectors, data."""
+"""The networks that a recipe names, built: teachers, and the student with its projectors."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
-from deit_kd.data import LoaderConfig, Source, open_source
-from deit_kd.data.sources.base import turned
 from deit_kd.data.sources.folders import order_in_doubt
-from deit_kd.data.transforms import evaluation_transform
 from deit_kd.errors import UserError
 from deit_kd.files.warn import warn
 from deit_kd.models import AnyTeacher, CachedTeacher, Distiller, build_student, load_student, load_teacher
@@ -24,27 +18,23 @@ from deit_kd.models.distiller import build_distillation_projector, probe_student
 from deit_kd.models.facts import facts_of, locate
 from deit_kd.models.features import TimmModel
 from deit_kd.models.loading import architecture_of
+from deit_kd.models.summary import Plan, count_networks
 from deit_kd.models.teacher import doubts, other_classes
 from deit_kd.recipe import Distillation, Finetune, Recipe, nearest
 from deit_kd.recipe.checks import impossible
 from deit_kd.seed import derive_seed
-from deit_kd.text import for_terminal
-
-BAD_IMAGE = (
-    "remove it, or set data.on_bad_image=skip; a run that goes on also needs --accept-changes data.on_bad_image,training_images"
-)
 
 
 def build_teachers(recipe: Recipe, class_names: Sequence[str] | int | None, pretrained: bool = True) -> list[AnyTeacher]:
-    """The teacher of each distillation of the recipe, the same object where two distillations name the same.
+    """The teacher of each distillation of the recipe; distillations that name the same teacher share one object.
 
-    A teacher gets the images that the student gets, and must know the data's classes if its logits are distilled. It is in half
-    precision, if that is stated, from `speed.prepare` on, which folds it first. One with a cache is not built: the cache is opened.
+    A teacher sees the student's images, and must have the data's classes if its logits are distilled. `acceleration.prepare` folds it
+    and then puts it into half precision, if that is stated. Of a teacher with a cache only the cache is opened.
 
     Args:
         recipe: names them.
-        class_names: of the data; a number where there are no data yet, None where nobody knows it.
-        pretrained: False counts only: random weights, whatever the recipe says, but no other classes.
+        class_names: of the data; a number where there are no data yet, None if unknown.
+        pretrained: False is for counting: random weights, whatever the recipe says, with the same classes.
 
     Raises:
         UserError: see `load_teacher` and `CachedTeacher`; labels of other names, or images of a size that a teacher refuses.
@@ -78,18 +68,16 @@ def build_teachers(recipe: Recipe, class_names: Sequence[str] | int | None, pret
                 weights=config.weights if pretrained else "random",
                 image_mean=recipe.data.mean,
                 image_std=recipe.data.std,
-                precision="auto" if config.precision == "auto" or not pretrained else "float32",
+                precision=config.precision if pretrained else "auto",
                 img_size=config.img_size,
                 taps=[tap for each in same if (tap := each.distill.teacher_tap) is not None and each.distill.feature_weight],
+                folds_first=True,
             )
             for doubt in doubts(teacher, recipe.data.img_size, recipe.data.mean) if config.weights != "random" else ():
                 warn(doubt)
-            if compares_logits and number not in (None, teacher.num_classes):  # where it is counted; else `load_teacher` says so
+            if compares_logits and number not in (None, teacher.num_classes):  # when counting; else `load_teacher` raises it
                 raise UserError(other_classes(config.name, teacher.num_classes, number))
-            teacher.gives_feature_map = False  # nothing but its taps is read in training
             teacher.probe(torch.zeros(1, 3, recipe.data.img_size, recipe.data.img_size))  # one of a fixed size may refuse it
-            if config.precision in ("bfloat16", "float16") and pretrained:
-                teacher.stated_dtype = getattr(torch, config.precision)
         if compares_logits and teacher.info.label_names and isinstance(class_names, Sequence):
             _same_labels(teacher.info.label_names, class_names)
         elif (
@@ -103,7 +91,7 @@ def build_teachers(recipe: Recipe, class_names: Sequence[str] | int | None, pret
 
 
 def resolve(recipe: Recipe) -> Recipe:
-    """The recipe with the architecture of the weights that it goes on from, and the first teacher's size and normalization for auto.
+    """The recipe with auto replaced: the architecture of the weights to fine-tune, the first teacher's image size and normalization.
 
     Raises:
         UserError: weights or a teacher that cannot be read; weights of another architecture than it names; what then does not fit.
@@ -136,14 +124,14 @@ def resolve(recipe: Recipe) -> Recipe:
 def build_distiller(
     recipe: Recipe, num_classes: int, teachers: Sequence[AnyTeacher], labels: Tensor | None = None, pretrained: bool = True
 ) -> Distiller:
-    """Student and a projector for each distillation; fresh weights that depend on the recipe's seed alone, or those to go on from.
+    """Student and a projector for each distillation, with fresh weights that depend on the recipe's seed alone, or with those to fine-tune.
 
     Args:
         recipe: names them.
         num_classes: of the data.
         teachers: one a distillation, on the CPU or the meta device like the result.
         labels: [N] int of the training images, for a contrastive memory.
-        pretrained: False counts only: random weights, whatever the recipe says.
+        pretrained: False is for counting: random weights, whatever the recipe says.
 
     Raises:
         UserError: a head, tap or width that does not fit, or weights that cannot be read.
@@ -164,10 +152,10 @@ def build_distiller(
     ]
     distiller = Distiller(student, projectors, [distillation.distill.student_tap for distillation in distillations])
     heads = distiller.distillation_heads
-    taught = sum(token is not None for token in tokens(distillations, heads))
-    if heads > 1 and taught not in (0, heads):
+    used = sum(token is not None for token in tokens(distillations, heads))
+    if heads > 1 and used not in (0, heads):
         raise UserError(
-            f"student.name={recipe.student.name}: has {heads} distillation tokens, and the logits of {taught} teachers go to them; state "
+            f"student.name={recipe.student.name}: has {heads} distillation tokens, and the logits of {used} teachers go to them; state "
             f"{heads} with kd_head=distillation or both, or take a student with one token"
         )
     for distillation in distillations:
@@ -175,16 +163,16 @@ def build_distiller(
             raise UserError(
                 f"distill.kd_loss=decoupled_distillation: needs 3 classes, the data has {num_classes}; use kl_distillation"
             )
-        if distillation.distill.kd_weight and distillation.distill.kd_head != "class" and not distiller.has_tokens:
+        if distillation.distill.kd_weight and distillation.distill.kd_head != "class" and not heads:
             raise UserError(
-                f"distill.kd_head={distillation.distill.kd_head}: {recipe.student.name} has no distillation token; use kd_head=class, or a "
+                f"distill.kd_head={distillation.distill.kd_head}: {recipe.student.name} has no distillation head; use kd_head=class, or a "
                 "student such as deit_tiny_distilled_patch16_224"
             )
     return distiller
 
 
 def build_models(recipe: Recipe, num_classes: int | None) -> tuple[int, list[AnyTeacher], Distiller]:
-    """(classes, the teacher of each distillation, student with projectors) on the meta device, where weights take no memory: to count them.
+    """(classes, the teacher of each distillation, student with projectors) on the meta device, where weights take no memory.
 
     Args:
         recipe: names them, `resolve`d.
@@ -198,6 +186,22 @@ def build_models(recipe: Recipe, num_classes: int | None) -> tuple[int, list[Any
         teachers = build_teachers(recipe, stated, pretrained=False)
         classes = stated or (teachers[0].num_classes if teachers else 1000)
         return classes, teachers, build_distiller(recipe, classes, teachers, pretrained=False)
+
+
+def make_plan(recipe: Recipe, num_classes: int | None) -> Plan:
+    """Builds teachers and student without memory for their weights and counts them.
+
+    Args:
+        recipe: what would be trained.
+        num_classes: of the data; None for as many as the teacher's architecture has by default, when there are no data yet.
+
+    Raises:
+        UserError: a name or an argument that timm refuses, or taps and widths that do not fit.
+    """
+    recipe = resolve(recipe)
+    classes, teachers, distiller = build_models(recipe, num_classes)
+    couples = recipe.batch_statistics == "global"
+    return count_networks(distiller, teachers, recipe.distillations(), recipe.student.name, classes, recipe.data.img_size, couples)
 
 
 @torch.no_grad()
@@ -229,108 +233,12 @@ def _freeze(student: TimmModel, finetune: Finetune) -> None:
 
 
 def tokens(distillations: Sequence[Distillation], heads: int) -> list[int | None]:
-    """Which distillation head each distillation teaches: the first that teaches one the first, and so on; a single head is everybody's."""
-    teaches = [
+    """The distillation head that each distillation trains, in order; None: it trains none. A single head serves all."""
+    trains = [
         bool(distillation.distill.kd_weight) and distillation.distill.kd_head in ("distillation", "both")
         for distillation in distillations
     ]
-    return [min(sum(teaches[:n]), max(heads, 1) - 1) if each else None for n, each in enumerate(teaches)]
-
-
-def open_data(recipe: Recipe, data: Path | None) -> tuple[Source, Source]:
-    """(train, val) of the recipe.
-
-    Raises:
-        UserError: missing or empty data, or not what the recipe states of it.
-    """
-    wanted, upright = recipe.data, recipe.data.exif_orientation == "apply"
-    train, val = (
-        open_source(wanted.source, data, split, upright=upright, label_column=wanted.label_column) for split in ("train", "val")
-    )
-    if not train.upright and (count := turned(train)):
-        warn(
-            f"{train.origin}: {count} of {min(64, len(train))} images carry an EXIF orientation, and are read as they are stored; set "
-            "data.exif_orientation=apply to turn them as viewers do"
-        )
-    stated = recipe.data.num_classes
-    if stated not in ("auto", len(train.class_names)):
-        raise UserError(
-            f"{train.origin}: has {len(train.class_names)} classes, the recipe says data.num_classes={stated}; "
-            f"set data.num_classes={len(train.class_names)} or give other data"
-        )
-    if recipe.data.train_images not in ("auto", len(train)):
-        raise UserError(
-            f"{train.origin}: has {len(train)} training images, the recipe says data.train_images={recipe.data.train_images}; "
-            "pass --data DIR of the whole set, or set data.train_images=auto"
-        )
-    _say_empty_classes(train, val)
-    return train, val
-
-
-def _say_empty_classes(train: Source, val: Source) -> None:
-    """A line for each split that lacks pictures of a class which it should have."""
-    taught, measured = (set(np.unique(source.labels).tolist()) for source in (train, val))
-    untaught = [name for label, name in enumerate(train.class_names) if label not in taught]
-    unmeasured = [name for label, name in enumerate(train.class_names) if label in taught - measured]
-    for source, what, names in ((train, "training", untaught), (val, "validation", unmeasured)):
-        if names:
-            some = ", ".join([*names[:3], "..."] if len(names) > 3 else names)
-            warn(
-                f"{source.origin}: no {what} image of {len(names):,} of the {len(train.class_names):,} classes ({for_terminal(some)})"
-            )
-
-
-def example_images(recipe: Recipe, source: Source, count: int = 4) -> Tensor:
-    """[count,3,H,W]: the first images that can be read, as in evaluation.
-
-    Raises:
-        UserError: not one can be read.
-    """
-    transform, images = evaluation_transform(recipe), []
-    for index in range(min(len(source), 100)):
-        try:
-            images.append(transform(source[index][0]))
-        except Exception:  # PIL raises many types for broken files; the loaders tell of them
-            continue
-        if len(images) == count:
-            break
-    if not images:
-        raise UserError(f"{source.origin}: none of its first images can be read; mend them, or give other data")
-    return torch.stack(images)
-
-
-def loader_config(recipe: Recipe, accelerator: Accelerator, warn: Callable[[str], None]) -> LoaderConfig:
-    """Where this process's loaders work, with how many workers beside it."""
-    stated = recipe.run.workers
-    return LoaderConfig(
-        device=accelerator.device,
-        num_processes=accelerator.num_processes,
-        process_index=accelerator.process_index,
-        workers=min(16, (os.cpu_count() or 1) // accelerator.num_processes) if stated == "auto" else stated,
-        on_bad_image=recipe.data.on_bad_image,
-        warn=warn,
-        remedy=BAD_IMAGE,
-    )
-
-
-def accumulation(global_batch_size: int, num_processes: int, device_batch_size: int | None) -> int:
-    """Micro-steps an optimizer step, so that none is larger than `device_batch_size`.
-
-    Raises:
-        UserError: the global batch does not divide evenly.
-    """
-    if global_batch_size % num_processes:
-        raise UserError(f"global_batch_size={global_batch_size} does not divide over {num_processes} processes; change one of them")
-    share = global_batch_size // num_processes
-    if device_batch_size is None or device_batch_size >= share:
-        return 1
-    if device_batch_size < 1 or share % device_batch_size:
-        divisors = [n for n in range(1, share) if share % n == 0 and n <= max(device_batch_size, 1)]
-        raise UserError(
-            f"--device-batch-size {device_batch_size} does not divide the {share} images of a process "
-            f"(global_batch_size {global_batch_size} over {num_processes}); use {divisors[-1]}"
-        )
-    return share // device_batch_size
+    return [min(sum(trains[:n]), max(heads, 1) - 1) if each else None for n, each in enumerate(trains)]
 
 
 def _same_labels(teacher: Sequence[str], data: Sequence[Any]) -> None:

@@ -14,7 +14,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -25,9 +25,12 @@ from deit_kd.errors import UserError
 from deit_kd.files.documents import MEGABYTE, Document, must_be_a_file, parse_json, read_bytes, short
 from deit_kd.files.whole import sha256, write_json
 from deit_kd.models import teacher_formats
-from deit_kd.models.teacher import Teacher, TeacherInfo, TeacherOutput
+from deit_kd.models.teacher import TeacherInfo, TeacherOutput
 from deit_kd.models.teacher_formats import Basis, decode
 from deit_kd.text import for_terminal
+
+if TYPE_CHECKING:
+    from deit_kd.data import Batch
 
 FORMAT = 1  # of the folder
 HEADER = 64_000  # bytes, at most, before the numbers of a file of rows
@@ -39,7 +42,7 @@ _Count = Annotated[int, Field(ge=1, le=10**7)]
 _Numbers = dict[Annotated[str, Field(max_length=100)], float]
 
 
-class Told(Document):
+class TeacherFacts(Document):
     """What a manifest says of the teacher; see `TeacherInfo`."""
 
     name: str
@@ -56,7 +59,7 @@ class Manifest(Document):
 
     format: Literal[1]
     own_sha256: str
-    teacher: Told
+    teacher: TeacherFacts
     ran: str = ""
     img_size: Annotated[int, Field(ge=1, le=10**5)] | None
     width: Annotated[int, Field(ge=1, le=10**6)]
@@ -105,9 +108,9 @@ class CachedTeacher(nn.Module):
     def __init__(self, folder: Path, features: bool = True, logits: bool = True):
         super().__init__()
         self.folder, self.manifest = folder, read_manifest(folder)
-        told = self.manifest["teacher"]
-        known = {field.name: told[field.name] for field in fields(TeacherInfo)}
-        self.info = TeacherInfo(**known | {"label_names": told["label_names"] and tuple(told["label_names"])})
+        facts = self.manifest["teacher"]
+        known = {field.name: facts[field.name] for field in fields(TeacherInfo)}
+        self.info = TeacherInfo(**known | {"label_names": facts["label_names"] and tuple(facts["label_names"])})
         self.num_classes, self.width, self.img_size = self.info.num_classes, self.manifest["width"], self.manifest["img_size"]
         self.views: int = self.manifest["views"]
         self.taps = ("pooled",)
@@ -124,6 +127,21 @@ class CachedTeacher(nn.Module):
         self.register_buffer("basis_components", None if basis is None else basis.components, persistent=False)
         self._at: tuple[int, int] | None = None
         self._rows: dict[str, Tensor] = {}
+
+    @property
+    def live(self) -> None:
+        """None: no network runs."""
+        return
+
+    @property
+    def cache(self) -> CachedTeacher:
+        """Itself."""
+        return self
+
+    def answer(self, batch: Batch) -> TeacherOutput:
+        """See `AnyTeacher`."""
+        output: TeacherOutput = self(batch.cached_teacher)
+        return output
 
     def read(self, epoch: int, start: int, count: int) -> dict[str, Tensor]:
         """See `deit_kd.data.loader.TeacherCacheReader`. The file is mapped into memory, and checked when it is opened.
@@ -150,25 +168,22 @@ class CachedTeacher(nn.Module):
             features, logits = decode(rows, self.num_classes, basis)
         nothing = torch.empty(len(some), 0, device=some.device)
         features = nothing if features is None else features
-        return TeacherOutput(nothing if logits is None else logits, features, None, {"pooled": features})
+        return TeacherOutput(nothing if logits is None else logits, features, {"pooled": features})
 
     def probe(self, image: Tensor) -> TeacherOutput:
         """What has the shapes of its output for an image [1,3,H,W]."""
         features = image.new_zeros(len(image), self.width)
-        return TeacherOutput(image.new_zeros(len(image), self.num_classes), features, None, {"pooled": features})
+        return TeacherOutput(image.new_zeros(len(image), self.num_classes), features, {"pooled": features})
 
-    def told(self) -> dict[str, Any]:
-        """What a run records of it."""
+    def facts(self) -> dict[str, Any]:
+        """What run.json says of the cache."""
         digest = hashlib.sha256((self.folder / "manifest.json").read_bytes()).hexdigest()
         return {key: self.manifest[key] for key in ("views", "features", "logits", "errors", "ran")} | {"manifest_sha256": digest}
 
     def describe(self) -> str:
         """A line for people."""
-        told = self.manifest
-        return f"not run: read from {self.folder}, {self.views} views, features {told['features']}, logits {told['logits']}"
-
-
-AnyTeacher: TypeAlias = Teacher | CachedTeacher
+        stored = self.manifest
+        return f"not run: read from {self.folder}, {self.views} views, features {stored['features']}, logits {stored['logits']}"
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -9,24 +9,26 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from timm.models.deit import VisionTransformerDistilled
+from einops import rearrange
 from torch import Tensor, nn
 
 from deit_kd.errors import UserError
-from deit_kd.models.cached_teacher import AnyTeacher
 from deit_kd.models.features import (
     Intermediates,
     Tap,
     Tapped,
     TimmModel,
+    classifiers,
     forward_with_intermediates,
+    head_logits,
     select_feature,
     stages_of,
     wrong_size,
 )
 from deit_kd.models.projectors.contrastive_memory import ContrastiveMemory
 from deit_kd.models.projectors.review_fusion import ReviewFusion
-from deit_kd.models.projectors.vectors import Orthonormal, build_projector, project
+from deit_kd.models.projectors.vectors import Orthonormal, build_projector
+from deit_kd.models.teacher import AnyTeacher
 from deit_kd.recipe import Distillation, Projector
 from deit_kd.recipe.objectives import FEATURE_OBJECTIVES
 
@@ -61,8 +63,7 @@ class Distiller(nn.Module):
         self.projectors = nn.ModuleList(projectors)
         self.taps = tuple(taps)
         self.stages = stages_of(student, [tap for tap in taps if tap is not None])
-        self.has_tokens = isinstance(student, VisionTransformerDistilled)
-        self.distillation_heads = len(student.get_classifier()) - 1 if self.has_tokens else 0
+        self.distillation_heads = len(classifiers(student)) - 1
 
     def forward(self, images: Tensor, teachers: Sequence[Tapped | None] = ()) -> StudentOutput:
         """The student, and with `teachers` its projections.
@@ -80,15 +81,11 @@ class Distiller(nn.Module):
     def _compute(self, images: Tensor, teachers: Sequence[Tapped | None]) -> StudentOutput:
         student = self.student
         hidden = forward_with_intermediates(student, images, self.stages if teachers else [])
-        if self.has_tokens:  # timm's forward_head would average the heads outside of its own training mode
-            tokens = enumerate(student.get_classifier())
-            logits, *dist_logits = [head(student.head_drop(hidden.final[:, token])) for token, head in tokens]
-        else:
-            logits, dist_logits = student.forward_head(hidden.final), []
+        logits, *dist_logits = head_logits(student, hidden.final)
         projected: list[Tapped | None] = [None] * len(teachers)
         for number, (projector, tap, teacher) in enumerate(zip(self.projectors, self.taps, teachers, strict=bool(teachers))):
             if tap is not None and teacher is not None:
-                projected[number] = _project(projector, select_feature(student, hidden, tap), teacher)
+                projected[number] = project(projector, select_feature(student, hidden, tap), teacher)
         return StudentOutput(logits, tuple(dist_logits), tuple(projected))
 
     def train(self, mode: bool = True) -> Distiller:
@@ -107,21 +104,25 @@ class Distiller(nn.Module):
         return {f"student.{name}" for name in listed} | constrained
 
 
-def _project(projector: nn.Module, features: Tapped, teacher: Tapped) -> Tapped:
+def project(projector: nn.Module, features: Tapped, teacher: Tapped) -> Tapped:
+    """The student's features in the teacher's width; a projector of vectors acts on the channels at each place of a map [B,D,H,W]."""
     if isinstance(projector, ReviewFusion):
         return projector(features, [(level.shape[2], level.shape[3]) for level in teacher])
     if isinstance(projector, ContrastiveMemory):
         return list(projector(features, teacher))  # the teacher's embedding is trained as well
     if isinstance(features, list):
         return features
-    return project(projector, features)
+    if features.ndim == 2:
+        return projector(features)
+    rows = projector(rearrange(features, "b d h w -> (b h w) d"))
+    return rearrange(rows, "(b h w) e -> b e h w", b=len(features), h=features.shape[2])
 
 
 @torch.no_grad()
 def build_distillation_projector(
     distillation: Distillation, student: TimmModel, teacher: AnyTeacher, image: Tensor, labels: Tensor | None, seed: int
 ) -> nn.Module:
-    """The projector between two taps, whose shapes one forward of each model tells.
+    """The projector between two taps, whose shapes come from one forward of each model.
 
     Args:
         distillation: names taps and projector.
@@ -160,10 +161,10 @@ def build_distillation_projector(
 
 @torch.no_grad()
 def probe_student(student: TimmModel, image: Tensor, taps: Sequence[Tap] = ()) -> Intermediates:
-    """What the student makes of one image [1,3,H,W], to know the shapes; the student stays as it is.
+    """The student's output for one image [1,3,H,W], for its shapes; the student is not changed.
 
     Raises:
-        UserError: it takes images of another size alone.
+        UserError: the student takes images of another size only.
     """
     was_training, stages = student.training, stages_of(student, taps)
     try:

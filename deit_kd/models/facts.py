@@ -1,4 +1,4 @@
-"""What is known of a network before its weights are read: where they are, and what its configuration says of classes and images."""
+"""Facts about a network before its weights are read: where they are, and the classes and images of its configuration."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from deit_kd.files.documents import must_be_a_file
 from deit_kd.models.described import LITE_PACKAGES, folder_of
 from deit_kd.models.teacher import Teacher, _checked, _full_tag, load_teacher
 
-SECONDS = 5.0  # that a server has to answer whether it has a file
+SECONDS = 5.0  # seconds that a server has to answer whether it has a file
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # what timm asks the hub for, in its order
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What a configuration says; weights may say otherwise, and are read later."""
+    """Facts of a configuration; weights, which are read later, may differ."""
 
     num_classes: int
     label_names: tuple[str, ...] | None
@@ -41,14 +41,14 @@ class Facts:
 
 @dataclass(frozen=True)
 class Place:
-    """Where weights are: `here` on this machine, and in words."""
+    """Where weights are: `here` if on this machine, and in words."""
 
     here: bool
     words: str
 
 
 def facts_of(name: str, weights: str = "pretrained") -> Facts:
-    """What a teacher's configuration says. Weights are not read; of `hf-hub:` sources config.json is fetched.
+    """The facts of a teacher's configuration. Weights are not read; config.json of `hf-hub:` sources is fetched.
 
     Raises:
         UserError: unknown, ambiguous or unreadable.
@@ -87,7 +87,7 @@ def unread(name: str, weights: str, img_size: int | None = None) -> Teacher:
 
 
 def locate(source: str, weights: str = "pretrained") -> Place:
-    """Finds weights without reading them; a server is asked for headers only, and has some seconds to answer.
+    """Finds weights without reading them; a server is asked for headers only and has some seconds to answer.
 
     Args:
         source: a teacher's or a student's.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple, TypeAlias
 
@@ -87,7 +88,7 @@ def select_feature(model: TimmModel, hidden: Intermediates, tap: Tap) -> Tapped:
         return [hidden.stages[stage] for stage in _four(model)]
     if tap == "stages_and_pooled":
         return [*(hidden.stages[stage] for stage in _four(model)), pooled_features(model, final)[:, :, None, None]]
-    tokens: int = getattr(model, "num_prefix_tokens", 0)
+    tokens = _prefix_tokens(model, final)
     needed = {"class_token": 1, "distillation_token": 2, "prefix_tokens": 1}[tap]
     if tokens < needed:
         raise UserError(f"tap {tap}: {type(model).__name__} has no such token; use pooled")
@@ -106,9 +107,37 @@ def pooled_features(model: TimmModel, features: Tensor) -> Tensor:
 def feature_map(model: TimmModel, features: Tensor) -> Tensor:
     """Timm's `forward_features` as [B,C,H,W], whatever its layout: tokens, NHWC (Swin) or NCHW."""
     if features.ndim == 3:
-        patches = features[:, getattr(model, "num_prefix_tokens", 0) :]
-        return rearrange(patches, "b (h w) c -> b c h w", h=int(patches.shape[1] ** 0.5))
+        patches = features[:, _prefix_tokens(model, features) :]
+        side = math.isqrt(patches.shape[1])
+        if not side or side * side != patches.shape[1]:
+            raise UserError(
+                f"tap spatial: {type(model).__name__} ends in tokens that form no square map; tap a stage by its number"
+            )
+        return rearrange(patches, "b (h w) c -> b c h w", h=side)
     return features if features.shape[1] == model.num_features else rearrange(features, "b h w c -> b c h w")
+
+
+def _prefix_tokens(model: TimmModel, final: Tensor) -> int:
+    """How many of the tokens [B,T,D] are class and distillation tokens; PiT ends in these alone."""
+    alone = final.shape[1] if getattr(model, "global_pool", None) == "token" else 0
+    return int(getattr(model, "num_prefix_tokens", alone))
+
+
+def classifiers(model: TimmModel) -> tuple[nn.Module, ...]:
+    """The class head, and behind it the distillation heads."""
+    heads = model.get_classifier()
+    return tuple(heads) if isinstance(heads, (tuple, list)) else (heads,)
+
+
+def head_logits(model: TimmModel, final: Tensor) -> list[Tensor]:
+    """Logits [B,K] of each of the `classifiers`; timm's forward_head would average them outside of its own training mode."""
+    heads = classifiers(model)
+    if len(heads) == 1:
+        return [model.forward_head(final)]
+    if model.global_pool == "token":  # DeiT, PiT: a token for each head
+        return [head(model.head_drop(final[:, token])) for token, head in enumerate(heads)]
+    pooled = model.forward_head(final, pre_logits=True)  # LeViT, EfficientFormer
+    return [head(pooled) for head in heads]
 
 
 def dense_logits(model: TimmModel, features: Tensor) -> Tensor:
@@ -117,8 +146,7 @@ def dense_logits(model: TimmModel, features: Tensor) -> Tensor:
     Raises:
         UserError: what stands between the map and the classifier is more than pooling.
     """
-    heads = model.get_classifier()
-    head = heads[-1] if isinstance(heads, (tuple, list)) else heads
+    head = classifiers(model)[-1]
     spatial = feature_map(model, features)
     if not isinstance(head, nn.Linear) or head.in_features != spatial.shape[1]:
         raise UserError(f"tap dense_logits: the classifier of {type(model).__name__} cannot be applied to each place of its map")

@@ -1,4 +1,4 @@
-"""Trained students: from folders, the hub, timm, and files of weights that do not say what network they are of."""
+"""Trained students, from folders, the hub, timm, and files of weights that do not name their network."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def load_student(
         A timm model in eval mode, float32.
 
     Raises:
-        UserError: nothing there that is a student, or a file that is not safe or not whole.
+        UserError: there is no student, or its file is unsafe or damaged.
     """
     name = str(source)
     changed: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}
@@ -72,7 +72,9 @@ def load_student(
         _must_be_few(source, architecture, network.arguments if network else {}, img_size)
     changed |= {"img_size": img_size} if img_size is not None and own.get("fixed_input_size") else {}
     if network:
-        model = network.load(drawn_before=img_size is not None, **changed)  # fresh heads of a seed are those that they always were
+        model = network.load(
+            drawn_before=img_size is not None, **changed
+        )  # so that a seed gives the same fresh heads as in earlier versions
     else:
         if img_size is not None:
             _create(name)  # likewise
@@ -88,7 +90,7 @@ def _must_be_few(source: str | Path, architecture: str, arguments: Mapping[str, 
 
 
 def _is_file(name: str) -> bool:
-    """Whether something other than a folder has this name; what it is, is looked at when it is opened."""
+    """Whether something other than a folder has this name."""
     return "\0" not in name and os.path.lexists(name) and not os.path.isdir(name)
 
 
@@ -100,10 +102,10 @@ def _create(name: str, **arguments: Any) -> TimmModel:
 
 
 def _pretrained_cfg(name: str) -> dict[str, Any]:
-    """Of a network of timm's own.
+    """The pretrained_cfg of a network of timm's own.
 
     Raises:
-        UserError: timm knows none of this name.
+        UserError: timm has no network of this name.
     """
     try:
         config = timm.get_pretrained_cfg(name)
@@ -142,14 +144,14 @@ def _checked(model: TimmModel, source: str | Path, img_size: int | None) -> Timm
 
 
 def file_of(source: str) -> Path | None:
-    """The file of weights that a local source has; None of others."""
+    """The file of weights of a local source; None for others."""
     folder = folder_of(source)
     file = Path(source) if folder is None else folder / "model.safetensors"
     return file if os.path.isfile(file) else None
 
 
 def architecture_of(source: str | Path) -> tuple[str, dict[str, Any]]:
-    """(timm's name, arguments beside classes and size) of what `load_student` would load.
+    """(timm's name, arguments beside classes and size) of the student that `load_student` would load.
 
     Raises:
         UserError: as there.
@@ -190,17 +192,17 @@ def preprocessing_of(source: str | Path, img_size: int | None = None) -> dict[st
 
 
 class Found(NamedTuple):
-    """What a file of weights holds."""
+    """The student found in a file of weights."""
 
     architecture: str  # timm's name, or ours
     arguments: dict[str, int]  # of the architecture, where they differ from its own
     tensors: dict[str, Tensor]  # in timm's names
     dropped: tuple[str, ...]  # keys that training alone needs
-    unexpected: tuple[str, ...]  # keys that this architecture has not
+    unexpected: tuple[str, ...]  # keys that this architecture lacks
 
 
 def read_student(path: Path) -> Found:
-    """Tells by names and shapes which DeiT a file of weights is of.
+    """Finds by names and shapes of tensors which DeiT a file of weights is of.
 
     Raises:
         UserError: see `open_weights` and `must_be_finite`; or no DeiT, one of another shape, or one with parts missing.

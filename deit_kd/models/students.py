@@ -64,7 +64,7 @@ class ConvStemDeiT(VisionTransformerDistilled):
 
 
 class TwoTeacherDeiT(VisionTransformerDistilled):
-    """DeiT with two learned distillation tokens and a head for each: a token a teacher, all heads averaged in use.
+    """DeiT with two learned distillation tokens, one for each teacher, and a head for each; inference averages all heads.
 
     The heads of CivT (Co-advise, Ren et al., CVPR 2022), without its two stems.
     """
@@ -79,7 +79,7 @@ class TwoTeacherDeiT(VisionTransformerDistilled):
 
     def init_weights(self, *args: Any, **kwargs: Any) -> None:
         """timm's, and the same for the second token."""
-        if hasattr(self, "dist_token_2"):  # timm's constructor calls this before it is there
+        if hasattr(self, "dist_token_2"):  # timm's constructor calls this before the second token exists
             nn.init.trunc_normal_(self.dist_token_2, std=0.02)
             super().init_weights(*args, **kwargs)
 
@@ -108,7 +108,7 @@ class TwoTeacherDeiT(VisionTransformerDistilled):
 
 
 def authors_to_timm(state_dict: Mapping[str, Tensor], model: nn.Module | None = None) -> dict[str, Tensor]:
-    """The keys of the authors' releases -> ours, which pass unchanged; those of their loss modules are dropped.
+    """Renames the keys of the authors' releases to ours and drops those of their loss modules; our keys pass unchanged.
 
     With `model`, a position embedding of another grid is resampled to the model's, prefix tokens left alone.
     """

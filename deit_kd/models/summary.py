@@ -1,8 +1,8 @@
-"""What a recipe amounts to before anything is trained: shapes, parameters, compute, memory, disk. Counted on the meta device."""
+"""Shapes, parameters, compute, memory and disk of a recipe, counted on the meta device before anything is trained."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from deit_kd.errors import UserError
-from deit_kd.models.build import build_models, resolve
 from deit_kd.models.cached_teacher import read_manifest
 from deit_kd.models.distiller import Distiller, shape_of
 from deit_kd.models.features import Tapped, forward_with_intermediates, select_feature
-from deit_kd.recipe import Distill, Distillation, Recipe, Teacher
+from deit_kd.models.teacher import AnyTeacher
+from deit_kd.recipe import Distill, Distillation, Optim, Teacher
 from deit_kd.recipe.objectives import couples_samples
 
 
@@ -36,17 +36,17 @@ class Plan:
 
     @property
     def gradient_bytes(self) -> int:
-        """Of all that is trained, float32."""
+        """Bytes of the gradients of all that is trained, float32."""
         return 4 * (self.student_parameters + self.projector_parameters)
 
     @property
     def teacher_parameters(self) -> int:
-        """Of all teachers."""
+        """Parameters of all teachers."""
         return sum(parameters for _, parameters, _ in self.teachers)
 
     @property
     def teacher_gmacs(self) -> float:
-        """Of all teachers, each at its own image size."""
+        """GMACs of all teachers, each at its own image size."""
         return sum(gmacs for _, _, gmacs in self.teachers)
 
     @property
@@ -65,73 +65,78 @@ def count(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def make_plan(recipe: Recipe, num_classes: int | None) -> Plan:
-    """Builds teachers and student without memory for their weights and counts them.
+def count_networks(
+    distiller: Distiller,
+    teachers: Sequence[AnyTeacher],
+    distillations: Sequence[Distillation],
+    student_name: str,
+    num_classes: int,
+    img_size: int,
+    couples: bool,
+) -> Plan:
+    """Counts networks on the meta device by running them on two images.
 
     Args:
-        recipe: what would be trained.
-        num_classes: of the data; None for as many as the teacher's architecture has by default, when there are no data yet.
+        distiller: student and projectors.
+        teachers: the teacher of each distillation.
+        distillations: of the recipe.
+        student_name: its architecture, for messages.
+        num_classes: K.
+        img_size: pixels a side.
+        couples: losses that couple samples see the whole global batch.
 
     Raises:
-        UserError: a name or an argument that timm refuses, or taps and widths that do not fit.
+        UserError: a network that refuses images of this size.
     """
-    recipe = resolve(recipe)
-    image = torch.empty(2, 3, recipe.data.img_size, recipe.data.img_size, device="meta")
-    classes, teachers, distiller = build_models(recipe, num_classes)
+    image = torch.empty(2, 3, img_size, img_size, device="meta")
     with torch.device("meta"), torch.no_grad():
         distiller.eval()
         shapes: list[tuple[str, Any]] = [("images", image.shape)]
         counted, outputs = [], {}
-        for distillation, teacher in zip(recipe.distillations(), teachers, strict=True):
+        for distillation, teacher in zip(distillations, teachers, strict=True):
             if teacher in outputs:
                 continue
-            teacher.gives_feature_map = True
             with FlopCounterMode(display=False) as counter:
-                outputs[teacher] = output = _forward(teacher, f"teacher {distillation.teacher.name}", image)
-            counted.append((distillation.teacher.name, count(teacher), counter.get_total_flops() / 2 / len(image) / 1e9))
+                network = teacher.live
+                assert network, "only counted, so no cache was opened"
+                outputs[teacher] = output = _forward(network, f"teacher {distillation.teacher.name}", image)
+            counted.append((distillation.teacher.name, count(network), counter.get_total_flops() / 2 / len(image) / 1e9))
             number = f" {len(outputs) - 1}" if len(set(teachers)) > 1 else ""
-            shapes += [(f"teacher{number} {name}", getattr(output, name).shape) for name in ("logits", "features", "feature_map")]
-        distillations = [
-            (distillation, outputs[teacher]) for distillation, teacher in zip(recipe.distillations(), teachers, strict=True)
-        ]
+            shapes += [(f"teacher{number} {name}", getattr(output, name).shape) for name in ("logits", "features")]
         tapped = [
-            output.tapped[distillation.distill.teacher_tap]
+            outputs[teacher].tapped[distillation.distill.teacher_tap]
             if distillation.distill.teacher_tap and distillation.distill.feature_weight
             else None
-            for distillation, output in distillations
+            for distillation, teacher in zip(distillations, teachers, strict=True)
         ]
         with FlopCounterMode(display=False) as counter:
-            _forward(distiller, f"student {recipe.student.name}", image)
+            _forward(distiller, f"student {student_name}", image)
         student_gmacs = counter.get_total_flops() / 2 / len(image) / 1e9
-        student = _forward(distiller, f"student {recipe.student.name}", image, tapped)
+        student = _forward(distiller, f"student {student_name}", image, tapped)
         shapes += [("student logits", student.logits.shape), *(("student dist_logits", each.shape) for each in student.dist_logits)]
         taps = [
             _tap_line(distillation, distiller, image, ours, theirs)
-            for distillation, ours, theirs in zip(recipe.distillations(), student.projected, tapped, strict=True)
+            for distillation, ours, theirs in zip(distillations, student.projected, tapped, strict=True)
             if ours is not None and theirs is not None
         ]
-    pairs = zip(recipe.distillations(), student.projected, tapped, strict=True)
+    pairs = zip(distillations, student.projected, tapped, strict=True)
     return Plan(
-        num_classes=classes,
+        num_classes=num_classes,
         gathered_per_image=sum(
-            _gathered(recipe, distillation.distill, classes, ours, theirs) for distillation, ours, theirs in pairs
+            _gathered(distillation.distill, num_classes, ours, theirs) if couples else 0 for distillation, ours, theirs in pairs
         ),
         student_parameters=count(distiller.student),
         student_gmacs=student_gmacs,
         projector_parameters=count(distiller.projectors),
         teachers=tuple(counted),
-        cached=any(
-            read_manifest(Path(distillation.teacher.cache)) for distillation in recipe.distillations() if distillation.teacher.cache
-        ),
+        cached=any(read_manifest(Path(distillation.teacher.cache)) for distillation in distillations if distillation.teacher.cache),
         shapes=tuple((name, str(["B", *shape[1:]]).replace("'", "")) for name, shape in shapes),
         taps=tuple(taps),
     )
 
 
-def _gathered(recipe: Recipe, distill: Distill, classes: int, ours: Tapped | None, theirs: Tapped | None) -> int:
+def _gathered(distill: Distill, classes: int, ours: Tapped | None, theirs: Tapped | None) -> int:
     """Numbers that the processes exchange for each image, for losses that couple samples."""
-    if recipe.batch_statistics == "device":
-        return 0
     heads = 2 if distill.kd_head == "both" else 1
     logits = 2 * heads * classes if distill.kd_weight and couples_samples(distill.kd_loss) else 0
     if not (distill.feature_weight and couples_samples(distill.feature_loss)):
@@ -141,7 +146,7 @@ def _gathered(recipe: Recipe, distill: Distill, classes: int, ours: Tapped | Non
 
 
 def _tap_line(distillation: Distillation, distiller: Distiller, image: torch.Tensor, projected: Tapped, theirs: Tapped) -> str:
-    """What one distillation compares, with all shapes on the way."""
+    """The features that one distillation compares, with all shapes."""
     distill, student = distillation.distill, distiller.student
     assert distill.student_tap is not None
     ours = select_feature(student, forward_with_intermediates(student, image, distiller.stages), distill.student_tap)
@@ -153,7 +158,7 @@ def _tap_line(distillation: Distillation, distiller: Distiller, image: torch.Ten
 
 
 def _teacher_lines(teacher: Teacher) -> Iterator[str]:
-    """What a recipe asks of a teacher beside its name."""
+    """Image size and cache of a teacher, where they are stated."""
     if teacher.img_size:
         yield f"           {teacher.name} sees images of {teacher.img_size} x {teacher.img_size}"
     if teacher.cache:
@@ -170,34 +175,45 @@ def _forward(module: nn.Module, who: str, image: torch.Tensor, *more: Any) -> An
         ) from None
 
 
-def describe(recipe: Recipe, plan: Plan, train_images: int | None) -> str:
-    """The dry run's text: a table of networks, one of shapes, and what the whole run would take."""
+def describe(
+    plan: Plan,
+    train_images: int | None,
+    *,
+    student_name: str,
+    teachers: Iterable[Teacher],
+    epochs: int,
+    global_batch_size: int,
+    optim: Optim,
+    lr_factor: float,
+    keep_checkpoints: int,
+) -> str:
+    """The dry run's text: a table of networks, one of shapes, and the compute of the whole run if the number of images is known."""
     lines = [
-        f"student    {recipe.student.name}  {plan.student_parameters:,} parameters  {plan.student_gmacs:.3f} GMACs",
+        f"student    {student_name}  {plan.student_parameters:,} parameters  {plan.student_gmacs:.3f} GMACs",
         *(f"teacher    {name}  {parameters:,} parameters  {gmacs:.3f} GMACs" for name, parameters, gmacs in plan.teachers or ()),
         *([] if plan.teachers else ["teacher    none"]),
-        *dict.fromkeys(line for distillation in recipe.distillations() for line in _teacher_lines(distillation.teacher)),
+        *dict.fromkeys(line for teacher in teachers for line in _teacher_lines(teacher)),
         f"projector  {plan.projector_parameters:,} parameters",
         "",
         *(f"{name:<22}{shape}" for name, shape in plan.shapes),
         *(f"tap                   {tap}" for tap in plan.taps),
         "",
-        f"global batch {recipe.global_batch_size}, learning rate {recipe.optim.lr * recipe.lr_factor():.3g} at its peak "
-        f"({recipe.optim.lr:g}, rule {recipe.optim.lr_rule})",
-        f"a checkpoint takes {plan.checkpoint_bytes / 1e6:.0f} MB, {recipe.run.keep_checkpoints + 1} of them while one is written",
+        f"global batch {global_batch_size}, learning rate {optim.lr * lr_factor:.3g} at its peak "
+        f"({optim.lr:g}, rule {optim.lr_rule})",
+        f"a checkpoint takes {plan.checkpoint_bytes / 1e6:.0f} MB, {keep_checkpoints + 1} of them while one is written",
         f"on several processes a step reduces {plan.gradient_bytes / 1e6:.1f} MB of gradients and gathers "
-        f"{plan.gathered_per_image * recipe.global_batch_size * 4 / 1e6:.1f} MB of what losses of the whole batch compare",
+        f"{plan.gathered_per_image * global_batch_size * 4 / 1e6:.1f} MB of what losses of the whole batch compare",
         f"weights, gradients and moments take {plan.checkpoint_bytes * 4 / 3 / 1e6:.0f} MB on each device, the teacher "
         f"{plan.teacher_parameters * 4 / 1e6:.0f} MB in float32; activations come on top",
     ]
     if train_images is None:
         lines.append("pass --data for the number of steps and the compute of the whole run")
     else:
-        steps = recipe.epochs * max(1, train_images // recipe.global_batch_size)
-        operations = plan.training_gflop_per_image * 1e9 * steps * min(recipe.global_batch_size, train_images)
+        steps = epochs * max(1, train_images // global_batch_size)
+        operations = plan.training_gflop_per_image * 1e9 * steps * min(global_batch_size, train_images)
         hours = operations / 100e12 / 3600
         lines.append(
-            f"{steps:,} steps over {recipe.epochs} epochs of {train_images:,} images: {operations / 1e15:,.3g} PFLOP, "
+            f"{steps:,} steps over {epochs} epochs of {train_images:,} images: {operations / 1e15:,.3g} PFLOP, "
             f"which is {hours:,.3g} hours for each 100 TFLOP/s that the hardware sustains on it; deit-kd plan says hours on known devices"
         )
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""The teacher: frozen, in evaluation mode, with its own normalization, never prepared and never saved."""
+"""A frozen timm teacher: evaluation mode, its own normalization, never prepared, never saved."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
 import timm
 import torch
@@ -20,7 +20,6 @@ from deit_kd.models.features import (
     Tap,
     Tapped,
     TimmModel,
-    feature_map,
     forward_with_intermediates,
     select_feature,
     stages_of,
@@ -30,10 +29,14 @@ from deit_kd.models.weights import fingerprint, must_be_finite, open_weights
 from deit_kd.recipe import nearest
 from deit_kd.text import printable, redact_path
 
+if TYPE_CHECKING:
+    from deit_kd.data import Batch
+    from deit_kd.models.cached_teacher import CachedTeacher
+
 SIZES_APART = 1.3  # a network that was trained on 224 pixels is used up to 288
 MEANS_APART = 0.15  # of pixels in [0, 1]; those of usual normalizations are within 0.1
 
-_Computed: TypeAlias = "tuple[Tensor, Tensor, Tensor | None, dict[Tap, Tapped]]"  # logits, features, feature map, tapped
+_Computed: TypeAlias = "tuple[Tensor, Tensor, dict[Tap, Tapped]]"  # logits, features, tapped
 
 
 class TeacherOutput(NamedTuple):
@@ -41,8 +44,7 @@ class TeacherOutput(NamedTuple):
 
     logits: Tensor  # [B,K]
     features: Tensor  # [B,E], pooled, what the classifier sees
-    feature_map: Tensor | None  # [B,C,H,W]; C is `num_features`, which is not E for every architecture; None if not wanted
-    tapped: dict[Tap, Tapped]  # what `Teacher.taps` asks for
+    tapped: dict[Tap, Tapped]  # of each tap that the teacher was built with
 
 
 @dataclass(frozen=True)
@@ -57,9 +59,44 @@ class TeacherInfo:
     num_classes: int
     label_names: tuple[str, ...] | None
 
-    def told(self) -> dict[str, Any]:
+    def facts(self) -> dict[str, Any]:
         """For files, which are published or shared: without the folders of this machine."""
         return asdict(self) | {"name": redact_path(self.name), "weights": redact_path(self.weights)}
+
+
+class AnyTeacher(Protocol):
+    """A teacher that runs, or one whose answers are read from a cache.
+
+    Attributes:
+        info: where it came from.
+        num_classes: K.
+        width: E of its pooled features.
+        img_size: pixels a side to which it resizes images; None: it takes them as they come.
+        live: the network, if it runs.
+        cache: the cache, if its answers are read.
+    """
+
+    info: TeacherInfo
+    num_classes: int
+    width: int
+    img_size: int | None
+
+    @property
+    def live(self) -> Teacher | None:
+        """Itself, if it runs."""
+
+    @property
+    def cache(self) -> CachedTeacher | None:
+        """Itself, if its answers are read."""
+
+    def answer(self, batch: Batch) -> TeacherOutput:
+        """What it says of a batch's images."""
+
+    def probe(self, image: Tensor) -> TeacherOutput:
+        """What has the shapes of its output for an image [1,3,H,W]."""
+
+    def to(self, device: torch.device) -> Any:
+        """Moves it; returns itself."""
 
 
 class Teacher(nn.Module):
@@ -71,6 +108,8 @@ class Teacher(nn.Module):
         image_mean: of the images that `forward` gets; with the default, pixels in [0, 1].
         image_std: likewise.
         precision: "auto" follows the caller's autocast; the others are those of weights and activations.
+        folds_first: weights stay float32 until `deit_kd.training.acceleration` has folded them, because rounding comes last; then
+            they get `precision`.
         img_size: pixels a side to which it resizes images; None takes them as they come.
         taps: which features its output holds beside the pooled ones.
     """
@@ -87,11 +126,13 @@ class Teacher(nn.Module):
         precision: str = "auto",
         img_size: int | None = None,
         taps: Sequence[Tap] = (),
+        folds_first: bool = False,
     ):
         super().__init__()
         self.info, self.follows_autocast = info, precision == "auto"
-        self.dtype: torch.dtype = torch.float32 if precision == "auto" else getattr(torch, precision)
-        self.stated_dtype: torch.dtype | None = None  # what it is to become once it is folded, since rounding comes last
+        stated: torch.dtype = torch.float32 if precision == "auto" else getattr(torch, precision)
+        self.dtype = torch.float32 if folds_first else stated
+        self.dtype_once_folded = stated if folds_first and stated != torch.float32 else None
         own = timm.data.resolve_model_data_config(model)
         given, wanted = (tuple(image_mean), tuple(image_std)), (tuple(own["mean"]), tuple(own["std"]))
         self.same_normalization = given == wanted
@@ -99,7 +140,7 @@ class Teacher(nn.Module):
         self.register_buffer("scale", (given_std / std).view(-1, 1, 1), persistent=False)
         self.register_buffer("shift", ((given_mean - mean) / std).view(-1, 1, 1), persistent=False)
         self.model: TimmModel = model.requires_grad_(False).to(self.dtype)
-        self.gives_feature_map, self.memory_format = True, torch.contiguous_format
+        self.memory_format = torch.contiguous_format
         self._compiled: Callable[[Tensor], _Computed] | None = None
         self.num_classes, self.img_size, self.taps = info.num_classes, img_size, tuple(taps)
         self.stages = stages_of(model, taps)
@@ -109,6 +150,21 @@ class Teacher(nn.Module):
     def train(self, mode: bool = True) -> Teacher:
         """Stays in evaluation mode: a teacher's batch statistics must never move."""
         return super().train(False)
+
+    @property
+    def live(self) -> Teacher:
+        """Itself."""
+        return self
+
+    @property
+    def cache(self) -> None:
+        """None: it runs."""
+        return
+
+    def answer(self, batch: Batch) -> TeacherOutput:
+        """See `AnyTeacher`."""
+        output: TeacherOutput = self(batch.images)
+        return output
 
     def probe(self, image: Tensor) -> TeacherOutput:
         """What has the shapes of its output for an image [1,3,H,W] that may be on another device.
@@ -126,13 +182,13 @@ class Teacher(nn.Module):
             raise UserError(wrong_size(who, self.model, "teacher.img_size", size, error)) from None
 
     def forward(self, images: Tensor) -> TeacherOutput:
-        """Images [B,3,H,W] -> logits, pooled and spatial features, from one forward."""
+        """Images [B,3,H,W] -> logits, pooled features and taps, from one forward."""
         return self._output(images, self._compiled or self._compute)
 
     def _output(self, images: Tensor, compute: Callable[[Tensor], _Computed]) -> TeacherOutput:
         precision = nullcontext() if self.follows_autocast else torch.autocast(images.device.type, enabled=False)
         with torch.inference_mode(), precision:
-            logits, features, spatial, tapped = compute(images)
+            logits, features, tapped = compute(images)
 
         def copy(x: Tensor) -> Tensor:  # tensors made in inference mode cannot enter the student's graph; copies can
             return x.to(torch.promote_types(x.dtype, torch.float32), copy=True)
@@ -141,7 +197,6 @@ class Teacher(nn.Module):
         return TeacherOutput(
             copy(logits),
             pooled,
-            None if spatial is None else copy(spatial),
             {
                 tap: pooled if value is features else [copy(level) for level in value] if isinstance(value, list) else copy(value)
                 for tap, value in tapped.items()
@@ -149,7 +204,7 @@ class Teacher(nn.Module):
         )
 
     def _compute(self, images: Tensor) -> _Computed:
-        """(logits, features, feature map, tapped) in the network's precision."""
+        """(logits, features, tapped) in the network's precision."""
         if not self.same_normalization:
             images = torch.addcmul(self.shift, images, self.scale)
         if self.img_size and images.shape[-1] != self.img_size:
@@ -161,14 +216,18 @@ class Teacher(nn.Module):
             logits = head(features)  # what forward_head would do once more, from pooling on
         else:
             logits = self.model.forward_head(hidden.final)
-        spatial = feature_map(self.model, hidden.final) if self.gives_feature_map else None
         tapped = {tap: features if tap == "pooled" else select_feature(self.model, hidden, tap) for tap in self.taps}
-        return logits, features, spatial, tapped
+        return logits, features, tapped
 
     def use(self, dtype: torch.dtype, follows_autocast: bool = False) -> None:
         """Changes the precision of weights and activations."""
         self.dtype, self.follows_autocast = dtype, follows_autocast
         self.model.to(dtype)
+
+    def lay_out(self, memory_format: torch.memory_format) -> None:
+        """Changes how weights and images lie in memory."""
+        self.memory_format = memory_format
+        self.model.to(memory_format=memory_format)
 
     def compile_forward(self, mode: str) -> None:
         """Compiles what `forward` computes, for each shape of images that comes."""
@@ -185,6 +244,7 @@ def load_teacher(
     precision: str = "auto",
     img_size: int | None = None,
     taps: Sequence[Tap] = (),
+    folds_first: bool = False,
 ) -> Teacher:
     """Loads a teacher and refuses a doubtful one.
 
@@ -198,6 +258,7 @@ def load_teacher(
         precision: see `Teacher`, as `img_size` and `taps`.
         img_size: pixels a side.
         taps: names or stages.
+        folds_first: see `Teacher`.
 
     Raises:
         UserError: unknown or ambiguous name, unreachable or foreign weights, another label space.
@@ -227,7 +288,7 @@ def load_teacher(
         num_classes=model.num_classes,
         label_names=tuple(labels) if labels and len(labels) == model.num_classes else None,
     )
-    return Teacher(model, info, image_mean, image_std, precision, img_size, taps)
+    return Teacher(model, info, image_mean, image_std, precision, img_size, taps, folds_first)
 
 
 def doubts(teacher: Teacher, img_size: int, mean: Sequence[float]) -> list[str]:

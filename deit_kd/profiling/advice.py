@@ -1,35 +1,56 @@
-"""What a benchmark shows: which part is the bottleneck, and what to change."""
+"""Advice from a benchmark: which part is the bottleneck, and what to change."""
 
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 
-from deit_kd.profiling.bench import Bench
-from deit_kd.recipe import Recipe
+import torch
+
+from deit_kd.profiling.bench import Bench, StepBenchmark
 
 SMALL_SHARE = 0.15  # of a step; less than this is not worth a change
 
 
 @dataclass(frozen=True)
-class Machine:
-    """What advice must know beside the bench."""
+class Conditions:
+    """What advice depends on beside the benchmark."""
 
     cores: int  # of the machine
     threads: int  # that torch computes with, in each process on a CPU
     gpus: int  # that torch sees
-    accumulation_steps: int = 1
+    accumulation_steps: int
+    source: str  # data.source of the recipe
+    img_size: int  # pixels a side
+    precision: str  # run.precision
+    has_several_teachers: bool  # there is no cache for these
+
+
+def conditions_of(benchmark: StepBenchmark) -> Conditions:
+    """The conditions of this machine and the benchmark's recipe."""
+    recipe = benchmark.recipe
+    return Conditions(
+        cores=os.cpu_count() or 1,
+        threads=torch.get_num_threads(),
+        gpus=torch.cuda.device_count(),
+        accumulation_steps=benchmark.task.accumulation_steps,
+        source=recipe.data.source,
+        img_size=recipe.data.img_size,
+        precision=recipe.run.precision,
+        has_several_teachers=bool(recipe.teachers),
+    )
 
 
 def data_seconds(bench: Bench) -> float:
-    """Seconds a step that the data cost: the wait, or what workers on the cores that compute slow it by."""
+    """Seconds that data cost a step: the wait for them, or the delay by workers that share its cores."""
     core = (bench.read + bench.transform) * bench.images_per_step / bench.processes if bench.workers else 0.0
     slowed = min(bench.whole - bench.step_only, core) if bench.device == "cpu" and not math.isnan(core) else 0.0
     return max(bench.wait, slowed)
 
 
 def bottleneck_of(bench: Bench) -> str:
-    """data, communication, teacher or student: what most of the time that could be saved goes to."""
+    """data, communication, teacher or student: where most of the time is that could be saved."""
     if data_seconds(bench) > SMALL_SHARE * bench.whole:
         return "data"
     if bench.all_reduce + bench.gather > 2 * SMALL_SHARE * bench.step_only:
@@ -37,19 +58,19 @@ def bottleneck_of(bench: Bench) -> str:
     return "teacher" if bench.teacher > bench.student else "student"
 
 
-def advise(recipe: Recipe, bench: Bench, machine: Machine) -> list[str]:
-    """Changes that would relieve the bottleneck, the most promising first; only those that this run does not have yet."""
+def advise(bench: Bench, conditions: Conditions) -> list[str]:
+    """Changes that would widen the bottleneck, the most promising first; only those that this run does not have yet."""
     advice = {"data": _on_data, "communication": _on_communication, "teacher": _on_teacher, "student": _on_student}
-    given = advice[bottleneck_of(bench)](recipe, bench, machine)
-    if bench.device == "cuda" and bench.processes < machine.gpus:
-        given.append(f"{bench.processes} of {machine.gpus} GPUs work: launch a process for each (launch/README.md)")
+    given = advice[bottleneck_of(bench)](bench, conditions)
+    if bench.device == "cuda" and bench.processes < conditions.gpus:
+        given.append(f"{bench.processes} of {conditions.gpus} GPUs work: launch a process for each (launch/README.md)")
     return given
 
 
-def _on_data(recipe: Recipe, bench: Bench, machine: Machine) -> list[str]:
+def _on_data(bench: Bench, conditions: Conditions) -> list[str]:
     image = bench.read + bench.transform
-    busy = machine.threads if bench.device == "cpu" else 1
-    spare = max(0, machine.cores // bench.processes - busy)
+    busy = conditions.threads if bench.device == "cpu" else 1
+    spare = max(0, conditions.cores // bench.processes - busy)
     # Where images wait and do not compute (a slow disk or network), more workers than cores help.
     most = 32 if bench.read > 3 * bench.transform else spare
     needed = max(1, math.ceil(max(1, bench.workers) * bench.data_only / bench.step_only))
@@ -62,30 +83,30 @@ def _on_data(recipe: Recipe, bench: Bench, machine: Machine) -> list[str]:
         given.append(f"{needed} cores keep up with the step and {spare} are free here: take more of them, or cheaper images")
     if bench.transform > bench.read and bench.device == "cuda" and bench.augments_on != "device":
         given.append(f"run.augment_on=device: {bench.transform / image:.0%} of an image's cost is its augmentation")
-    if bench.read >= bench.transform and recipe.data.source in ("image_folder", "shards", "hf_datasets"):
+    if bench.read >= bench.transform and conditions.source in ("image_folder", "shards", "hf_datasets"):
         given.append(
-            f"deit-kd pack --short-side {round(recipe.data.img_size * 8 / 7)}: {bench.read / image:.0%} of an image's cost is reading "
+            f"deit-kd pack --short-side {round(conditions.img_size * 8 / 7)}: {bench.read / image:.0%} of an image's cost is reading "
             "it; smaller files are read faster (the images change a little, and small crops are blurred)"
         )
-    return given or ["the loader alone keeps up: it wants for cores beside the step; lower OMP_NUM_THREADS, or take more cores"]
+    return given or ["the loader alone keeps up: beside the step it lacks cores; lower OMP_NUM_THREADS, or take more cores"]
 
 
-def _on_communication(recipe: Recipe, bench: Bench, machine: Machine) -> list[str]:
+def _on_communication(bench: Bench, conditions: Conditions) -> list[str]:
     given = [
         "fewer processes, or a larger global_batch_size (with its learning rate): each step sends the same "
         f"{1000 * bench.all_reduce:.3g} ms of gradients whatever its batch"
     ]
-    if machine.accumulation_steps > 1:
+    if conditions.accumulation_steps > 1:
         given.append("a larger --device-batch-size: fewer gathers a step")
     if bench.gather > bench.all_reduce:
         given.append("batch_statistics=device spares the gather, and makes the number of devices a part of the method")
     return given
 
 
-def _on_teacher(recipe: Recipe, bench: Bench, machine: Machine) -> list[str]:
-    given = _compute(recipe, bench)
+def _on_teacher(bench: Bench, conditions: Conditions) -> list[str]:
+    given = _compute(bench, conditions)
     without = bench.step_only / max(bench.step_only - bench.teacher, 1e-9)
-    if not recipe.teachers:
+    if not conditions.has_several_teachers:
         given.append(
             f"deit-kd cache-teacher, and teacher.cache: a second student on the same views does not ask the teacher, and takes 1/{without:.1f} of the time"
         )
@@ -93,28 +114,28 @@ def _on_teacher(recipe: Recipe, bench: Bench, machine: Machine) -> list[str]:
     return given
 
 
-def _on_student(recipe: Recipe, bench: Bench, machine: Machine) -> list[str]:
-    given = _compute(recipe, bench)
-    if machine.accumulation_steps > 1:
+def _on_student(bench: Bench, conditions: Conditions) -> list[str]:
+    given = _compute(bench, conditions)
+    if conditions.accumulation_steps > 1:
         given.append("a larger --device-batch-size, if memory allows: a global batch in pieces runs the student twice")
-    free = machine.cores - (machine.threads + bench.workers) * bench.processes
+    free = conditions.cores - (conditions.threads + bench.workers) * bench.processes
     if bench.device == "cpu" and free > 0:
         given.append(
-            f"{free} of {machine.cores} cores compute nothing: launch more processes (launch/cpu2.yaml), or raise OMP_NUM_THREADS"
+            f"{free} of {conditions.cores} cores compute nothing: launch more processes (launch/cpu2.yaml), or raise OMP_NUM_THREADS"
         )
     return given
 
 
-def _compute(recipe: Recipe, bench: Bench) -> list[str]:
+def _compute(bench: Bench, conditions: Conditions) -> list[str]:
     given = []
     if bench.device == "cuda" and bench.compiled is None:
         given.append("run.compile=true: fewer passes over memory, which bounds both networks on current GPUs")
-    if bench.device == "cuda" and recipe.run.precision == "no":
+    if bench.device == "cuda" and conditions.precision == "no":
         given.append("run.precision=bf16: half the bytes and faster matrix products")
     return given
 
 
-def describe(recipe: Recipe, bench: Bench, machine: Machine) -> str:
+def describe(bench: Bench, conditions: Conditions) -> str:
     """A table of seconds and a paragraph."""
     images = bench.images_per_step
     rows = [
@@ -135,13 +156,12 @@ def describe(recipe: Recipe, bench: Bench, machine: Machine) -> str:
         f"an image takes {1000 * bench.read:.2f} ms of a core to read and {1000 * bench.transform:.2f} ms to augment",
         "",
     ]
-    wall = bottleneck_of(bench)
-    told = {
-        "data": f"The wall is the data: they cost {data_seconds(bench) / bench.whole:.0%} of a step.",
-        "communication": f"The wall is communication: by itself it takes {(bench.all_reduce + bench.gather) / bench.step_only:.0%} of a step.",
-        "teacher": f"The wall is the teacher: {bench.teacher / bench.step_only:.0%} of a step without data.",
-        "student": f"The wall is the student: {bench.student / bench.step_only:.0%} of a step without data.",
-    }[wall]
+    bottleneck = {
+        "data": f"The bottleneck is the data: they cost {data_seconds(bench) / bench.whole:.0%} of a step.",
+        "communication": f"The bottleneck is communication: by itself it takes {(bench.all_reduce + bench.gather) / bench.step_only:.0%} of a step.",
+        "teacher": f"The bottleneck is the teacher: {bench.teacher / bench.step_only:.0%} of a step without data.",
+        "student": f"The bottleneck is the student: {bench.student / bench.step_only:.0%} of a step without data.",
+    }[bottleneck_of(bench)]
     pace = f"End to end runs at {bench.step_only / bench.whole:.0%} of the speed without data."
-    given = advise(recipe, bench, machine)
-    return "\n".join([*lines, " ".join([told, pace]), *(f"- {line}" for line in given or ["nothing to change was found"])])
+    given = advise(bench, conditions)
+    return "\n".join([*lines, " ".join([bottleneck, pace]), *(f"- {line}" for line in given or ["nothing to change was found"])])

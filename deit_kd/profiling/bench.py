@@ -20,17 +20,17 @@ from torch import nn
 from tqdm import tqdm
 
 from deit_kd.data import Batch, Source
+from deit_kd.data.build import example_images, open_data
 from deit_kd.data.on_device.augment import OnDevice, choose_augmentation
 from deit_kd.distributed import fsdp
 from deit_kd.distributed.accelerator import make_accelerator
 from deit_kd.errors import UserError
-from deit_kd.models import build, summary
-from deit_kd.recipe import Recipe
+from deit_kd.models import build
+from deit_kd.recipe import Recipe, Run
 from deit_kd.tasks.classification import Classification
 from deit_kd.training import acceleration, optim, setup
 from deit_kd.training.loop import fit
 from deit_kd.training.metrics import Tracker
-from deit_kd.training.task import Loop
 
 NEVER = 1 << 40  # steps
 
@@ -65,9 +65,7 @@ class Bench:
 
 
 class _Timed(Classification):
-    """The task without its evaluations; it is over after `steps`, so that nothing is saved."""
-
-    steps = 1
+    """The task without its evaluations. It stops at the first one, before the loop saves anything."""
 
     def evaluate(self, ema: nn.Module | None = None) -> dict[str, float]:
         return {}
@@ -75,9 +73,8 @@ class _Timed(Classification):
     def inspect(self) -> dict[str, Any]:
         return {}
 
-    def is_over(self, evaluations: list[dict[str, Any]]) -> bool:
-        self._asked = not getattr(self, "_asked", True)  # before the first step, and after the last
-        return self._asked
+    def stop_early(self, evaluations: list[dict[str, Any]]) -> bool:
+        return bool(evaluations)
 
 
 class _Endless:
@@ -97,7 +94,8 @@ class _Kept(Tracker):
 
     def __init__(self, accelerator: Accelerator, what: str, steps: int):
         super().__init__(accelerator, Path(os.devnull).parent / "none", steps)
-        self.kept: list[Mapping[str, Any]] = []
+        self.kept: list[dict[str, Any]] = []
+        self.evaluations: list[dict[str, Any]] = []
         hidden = None if accelerator.is_main_process else True
         self.bar = tqdm(total=steps, desc=what, unit="step", delay=2, leave=False, disable=hidden)
 
@@ -105,7 +103,7 @@ class _Kept(Tracker):
         pass
 
     def lines(self, kind: str) -> list[dict[str, Any]]:
-        return []
+        return self.evaluations if kind == "eval" else []
 
     def say(self, text: str) -> None:
         if not text.startswith("stopped at step"):  # nothing is kept that could go on
@@ -115,8 +113,8 @@ class _Kept(Tracker):
         self.bar.update()
 
     def log(self, kind: str, step: int, values: Mapping[str, Any], with_the_next: bool = False) -> None:
-        if kind == "train":
-            self.kept.append(values)
+        if kind in ("train", "eval"):
+            (self.kept if kind == "train" else self.evaluations).append(dict(values))
 
 
 class StepBenchmark:
@@ -139,20 +137,21 @@ class StepBenchmark:
         self.recipe = recipe = build.resolve(recipe)
         self.folder = tempfile.TemporaryDirectory()  # for what an interruption saves
         nowhere = Path(self.folder.name)
-        self.accelerator = make_accelerator(recipe, device, nowhere)
+        self.accelerator = make_accelerator(recipe.run, recipe.optim.clip_grad, device, nowhere)
         with self.accelerator.main_process_first():
-            self.sources: tuple[Source, Source] = build.open_data(recipe, data)
+            self.sources: tuple[Source, Source] = open_data(recipe.data, data)
         teachers = build.build_teachers(recipe, self.sources[0].class_names)
         teachers = [teacher.to(self.accelerator.device) for teacher in teachers]
         say = self.accelerator.print
-        example = partial(build.example_images, recipe, self.sources[1])
+        example = partial(example_images, self.sources[1], recipe.data, recipe.evaluation)
         self.accelerated = acceleration.prepare(recipe.run, teachers, example, self.accelerator, sharded)
         compiled = self.accelerated.compiled
         self.task = _Timed(recipe, self.accelerator, self.sources, teachers, nowhere, device_batch_size, say, compiled)
         self.loader, self.stream = self.task.train_loader, _Endless(self.task.train_loader.epoch)
-        self.schedule = optim.build_schedule(recipe, self.task.steps_per_epoch)
+        self.schedule = optim.build_schedule(recipe.optim, recipe.lr_factor(), recipe.epochs, self.task.steps_per_epoch)
         self.reads_every_step = sharded or self.accelerator.device.type == "cpu"  # as train.py has it
-        self.optimizer, self.ema = setup.prepare(self.task, recipe, self.accelerator, sharded)
+        make_optimizer = partial(optim.build_optimizer, recipe.optim, recipe.finetune, recipe.lr_factor())
+        self.optimizer, self.ema = setup.prepare(self.task, make_optimizer, recipe.ema_decay, self.accelerator, sharded)
 
     def time(self, steps: int, same_batch: bool = False) -> dict[str, float]:
         """Seconds a step of the real loop: `whole`, and `data`, `teacher`, `student` of it. A fifth more steps warm up.
@@ -164,22 +163,23 @@ class StepBenchmark:
         task: Any = self.task
         same = list(itertools.islice(self.loader.epoch(0), self.task.accumulation_steps)) if same_batch else None
         task.train_loader, task.steps_per_epoch = _Endless(self.loader.epoch, same), steps
-        loop = Loop(
-            total_steps=NEVER,
-            accumulation_steps=task.accumulation_steps,
-            images_per_step=self.loader.global_batch_size,
-            clip_grad=self.recipe.optim.clip_grad,
-            log_every_steps=every,
-            eval_every_epochs=1,
-            save_every_steps=NEVER,
-            keep_checkpoints=1,
-            on_full_disk="stop",
-            reads_every_step=self.reads_every_step,
-        )
+        run = Run(log_every_steps=every, eval_every_epochs=1, save_every_steps=NEVER)
         tracker = _Kept(self.accelerator, "step alone" if same_batch else "end to end", steps)
         folder = Path(self.folder.name)
         busy = time.process_time()
-        over = fit(task, self.accelerator, self.optimizer, self.schedule, loop, tracker, folder, self.ema)
+        over = fit(
+            task,
+            self.accelerator,
+            self.optimizer,
+            self.schedule,
+            run,
+            tracker,
+            folder,
+            total_steps=NEVER,
+            clip_grad=self.recipe.optim.clip_grad,
+            reads_every_step=self.reads_every_step,
+            ema=self.ema,
+        )
         busy = (time.process_time() - busy) / steps
         tracker.bar.close()
         if not over:  # a signal
@@ -208,7 +208,7 @@ class StepBenchmark:
         """Seconds of an all-reduce of the gradients and of a gather of what losses of the whole batch compare, by themselves."""
         if self.accelerator.num_processes == 1:
             return 0.0, 0.0
-        counted = summary.make_plan(self.recipe, self.task.num_classes)
+        counted = build.make_plan(self.recipe, self.task.num_classes)
         gradients = torch.zeros(counted.gradient_bytes // 4, device=self.accelerator.device)
         rows = torch.zeros(self.loader.micro_batch_size, max(1, counted.gathered_per_image), device=self.accelerator.device)
 
@@ -262,7 +262,7 @@ def image_seconds(
     source: Source, recipe: Recipe, device: torch.device, images: int = 64, most_seconds: float = 1.5
 ) -> tuple[float, float]:
     """Seconds of one core to read and decode an image, and for what else a worker does to it: means over images spread over the source."""
-    chosen, taken, reading, augmenting = choose_augmentation(recipe, device), 0, 0.0, 0.0
+    chosen, taken, reading, augmenting = choose_augmentation(recipe.data, recipe.augmentation, recipe.run, device), 0, 0.0, 0.0
     transform: Callable[[Any], Any] = chosen.worker if isinstance(chosen, OnDevice) else chosen
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in a worker

@@ -1,4 +1,4 @@
-"""What is wrong with an environment, before a run finds out: one line a check, alone or under any launcher."""
+"""Checks of an environment before a run: one line a check, alone or under any launcher."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from deit_kd import recipe as recipes
+from deit_kd.data.build import loader_config
 from deit_kd.data.sources.fingerprint import fingerprint
 from deit_kd.data.transforms import evaluation_transform
 from deit_kd.errors import UserError
 from deit_kd.files.warn import collected
-from deit_kd.models import build, summary
+from deit_kd.models import build
 from deit_kd.profiling import machine
 from deit_kd.recipe import Recipe
 from deit_kd.tasks import ready
@@ -38,7 +39,7 @@ SLOW, CLOCK, BANDWIDTH = 1.5, 5.0, 1e9  # slowest over fastest process; seconds;
 def run_checks(
     recipe: Recipe, data: Path | None, output: Path, accelerator: Accelerator, fault: str | None = None
 ) -> Iterator[Line]:
-    """Lines, in every process the same. A check that breaks is a line too, not the end. What fails would end a run, what warns would not.
+    """Yields a line for each check, the same in every process. A check that raises gives a line, too. `fail` would end a run, `warn` would not.
 
     Args:
         recipe: whose data, teacher and student are looked at; `build.resolve`d.
@@ -65,7 +66,7 @@ def run_checks(
     checks["data"] = lambda: _same_data(next(found), start, accelerator)
     folder = next(path for path in (output.resolve(), *output.resolve().parents) if path.is_dir())
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    count = build.loader_config(recipe, accelerator, lambda _: None).workers
+    count = loader_config(recipe.data, recipe.run, accelerator, lambda _: None).workers
     checks |= {
         "memory": lambda: _shared_memory(start, local),
         "workers": lambda: _workers(recipe, start, count),
@@ -80,7 +81,7 @@ def run_checks(
                 line = check()
         except (UserError, OSError, RuntimeError) as error:
             line = Line("fail", name, " ".join(str(error).split())[:300])
-        except Exception as error:  # what nobody thought of is a line as well
+        except Exception as error:  # an unexpected error is a line as well
             line = Line("fail", name, " ".join(f"{type(error).__name__}: {error}".split())[:300])
         if doubtful := start.new(warnings):
             severity = "warn" if line.severity == "ok" else line.severity
@@ -89,7 +90,7 @@ def run_checks(
 
 
 def verdict(lines: Sequence[Line]) -> str:
-    """The last line: which checks would end a run, and which only warn."""
+    """The last line: the checks that would end a run, and those that only warn."""
     fails, warns = ([line.name for line in lines if line.severity == severity] for severity in ("fail", "warn"))
     if not fails and not warns:
         return "all is well: a run would start"
@@ -98,7 +99,7 @@ def verdict(lines: Sequence[Line]) -> str:
 
 
 def _everywhere(value: Any, accelerator: Accelerator) -> list[Any]:
-    """The value of each process; alone gather_object would take a list apart."""
+    """The value of each process; on one process gather_object would flatten a list."""
     return gather_object([value]) if accelerator.num_processes > 1 else [value]  # type: ignore[no-any-return]
 
 
@@ -117,8 +118,8 @@ def _versions(accelerator: Accelerator) -> Line:
 def _devices(accelerator: Accelerator) -> Line:
     gpu = accelerator.device.type == "cuda"
     name = torch.cuda.get_device_name(accelerator.device) if gpu else f"CPU, {len(os.sched_getaffinity(0))} cores"
-    told = [f"{rank}: {where}" for rank, where in enumerate(_everywhere(f"{name} on {socket.gethostname()}", accelerator))]
-    text = "; ".join(told[:16]) + ("; ..." if len(told) > 16 else "")
+    places = [f"{rank}: {where}" for rank, where in enumerate(_everywhere(f"{name} on {socket.gethostname()}", accelerator))]
+    text = "; ".join(places[:16]) + ("; ..." if len(places) > 16 else "")
     if not gpu and shutil.which("nvidia-smi") and os.environ.get("ACCELERATE_USE_CPU") is None:
         return Line(
             "warn", "devices", f"{text}; nvidia-smi is here but torch finds no GPU: install a CUDA build of torch, or a driver"
@@ -169,7 +170,7 @@ def _speed(accelerator: Accelerator) -> Line:
     slowest = max(range(len(seconds)), key=seconds.__getitem__)
     text = f"a product of matrices takes {min(seconds) * 1000:.2f} to {max(seconds) * 1000:.2f} ms, longest on process {slowest}"
     if max(seconds) > SLOW * min(seconds):
-        return Line("warn", "speed", f"{text}: everybody waits for it; is something else running there?")
+        return Line("warn", "speed", f"{text}: all processes wait for it; is something else running there?")
     return Line("ok", "speed", text)
 
 
@@ -191,7 +192,7 @@ def _same(name: str, value: str, text: str, accelerator: Accelerator) -> Line:
 
 
 def _same_data(line: Line, start: ready.Checks, accelerator: Accelerator) -> Line:
-    """What was found of the data, unless another process has others."""
+    """The line of the data check, unless another process has other data."""
     fingerprints = line.text
     if start.sources:
         train, val = start.sources
@@ -204,7 +205,9 @@ def _workers(recipe: Recipe, start: ready.Checks, count: int) -> Line:
     if start.sources is None:
         return Line("warn", "workers", "not looked at: there are no images")
     size = start.loaders.train.micro_batch_size if start.loaders else recipe.global_batch_size
-    return machine.workers(count, start.sources[0], evaluation_transform(recipe), recipe.data.img_size, size)
+    return machine.workers(
+        count, start.sources[0], evaluation_transform(recipe.data, recipe.evaluation), recipe.data.img_size, size
+    )
 
 
 def _shared_memory(start: ready.Checks, local: int) -> Line:
@@ -217,7 +220,7 @@ def _disk(recipe: Recipe, start: ready.Checks, folder: Path, accelerator: Accele
     if not accelerator.is_main_process:
         return Line("ok", "disk", "")
     try:
-        counted = summary.make_plan(recipe, len(start.sources[0].class_names) if start.sources else None)
+        counted = build.make_plan(recipe, len(start.sources[0].class_names) if start.sources else None)
     except UserError:
         return Line("warn", "disk", "not looked at: the networks cannot be counted, see above")
     needed = counted.checkpoint_bytes * (recipe.run.keep_checkpoints + 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -15,11 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from deit_kd.models.build import build_models, resolve
+from deit_kd.models import AnyTeacher
 from deit_kd.models.folding import fold_batch_norms
-from deit_kd.recipe import Recipe
+from deit_kd.recipe import Distillation
 
-SMALL, LARGE = 2, 4  # the two batches whose difference tells what an image costs
+SMALL, LARGE = 2, 4  # two batch sizes; the difference of their costs is that of images
 
 
 class Operation(NamedTuple):
@@ -77,46 +77,51 @@ def _storage(tensor: Tensor) -> int:
     return cast(int, tensor.untyped_storage()._cdata)
 
 
-def count_operations(recipe: Recipe, num_classes: int | None, half: bool) -> StepCost:
-    """Counts a step of the recipe at its image size, without memory for weights or activations.
+def count_operations(
+    distiller: nn.Module,
+    teachers: Sequence[AnyTeacher],
+    distillations: Sequence[Distillation],
+    img_size: int,
+    folds: bool,
+    half: bool,
+) -> StepCost:
+    """Counts a step without memory for weights or activations; the networks cannot be used afterwards.
 
     Args:
-        recipe: what would be trained.
-        num_classes: of the data; None for the teacher's own number.
+        distiller: student and projectors, on the meta device.
+        teachers: the teacher of each distillation, on the meta device.
+        distillations: of the recipe.
+        img_size: pixels a side, what the student sees.
+        folds: teachers are counted with their batch norms folded into convolutions.
         half: with bfloat16 autocast, as on a GPU, casts included; else float32.
-
-    Raises:
-        UserError: as `build.build_models`.
     """
-    recipe = resolve(recipe)
-    _, teachers, distiller = build_models(recipe, num_classes)
     each_teacher: list[Any] = list(dict.fromkeys(teachers))
-    # On a GPU not: the published rates that give its efficiency are of teachers as timm builds them, compiled or not.
-    if not half and (recipe.run.fold_teacher is True or (recipe.run.fold_teacher == "auto" and recipe.run.speed == "auto")):
+    taps = [each.distill.teacher_tap if each.distill.feature_weight else None for each in distillations]
+    if folds:
         for teacher in each_teacher:
-            size = teacher.img_size or recipe.data.img_size
+            size = teacher.img_size or img_size
             image = torch.empty(1, 3, size, size, dtype=teacher.dtype, device="meta")
             fold_batch_norms(teacher.model, partial(teacher.model, image))
     cast_to_half = torch.autocast("cpu", torch.bfloat16) if half else nullcontext()
     passes, saved = [], []
-    with FakeTensorMode(allow_non_fake_inputs=True):  # fake CPU tensors: unlike meta's, they meet autocast
+    with FakeTensorMode(allow_non_fake_inputs=True):  # autocast works on fake CPU tensors, not on meta's
         for model in (*each_teacher, distiller):
             model._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device="cpu", requires_grad=t.requires_grad))
         distiller.train()
         for batch in (SMALL, LARGE):
-            images = torch.empty(batch, 3, recipe.data.img_size, recipe.data.img_size, device="cpu")
-            counted, kept = _step(recipe, each_teacher, teachers, distiller, images, cast_to_half)
+            images = torch.empty(batch, 3, img_size, img_size, device="cpu")
+            counted, kept = _step(taps, each_teacher, teachers, distiller, images, cast_to_half)
             passes.append(counted)
             saved.append(kept)
-    taught, forward, backward = (_per_image(small, large) for small, large in zip(*passes, strict=True))
+    teacher, forward, backward = (_per_image(small, large) for small, large in zip(*passes, strict=True))
     per_image = (saved[1] - saved[0]) / (LARGE - SMALL)
     return StepCost(
-        teacher=taught,
+        teacher=teacher,
         student_forward=forward,
         student_backward=backward,
         saved_bytes_per_image=per_image,
         fixed_saved_bytes=saved[0] - SMALL * per_image,
-        teacher_peak_per_image=max((each.bytes_per_image for each in taught), default=0.0),
+        teacher_peak_per_image=max((each.bytes_per_image for each in teacher), default=0.0),
         trained_parameters=sum(p.numel() for p in distiller.parameters() if p.requires_grad),
         teacher_parameters=sum(p.numel() for model in each_teacher for p in model.parameters()),
     )
@@ -126,18 +131,15 @@ _Found = list[tuple[str, float, float]]
 
 
 def _step(
-    recipe: Recipe,
+    taps: Sequence[Any],
     each_teacher: list[Any],
-    teachers: list[Any],
+    teachers: Sequence[Any],
     distiller: nn.Module,
     images: Tensor,
     cast_to_half: AbstractContextManager[Any],
 ) -> tuple[tuple[_Found, _Found, _Found], float]:
     """(operations of teachers, of the student's forward, of its backward), and bytes that forward kept for backward."""
     distiller.zero_grad(set_to_none=True)
-    taps = [
-        distillation.distill.teacher_tap if distillation.distill.feature_weight else None for distillation in recipe.distillations()
-    ]
     ours = {_storage(p) for p in distiller.parameters()} | {_storage(b) for b in distiller.buffers()}
     kept: dict[int, tuple[int, Tensor]] = {}
 

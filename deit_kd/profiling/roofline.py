@@ -1,7 +1,7 @@
-"""How long a recipe takes, on devices that need not be there: counted work against what a device gives.
+"""How long a recipe takes on devices, which need not be there: counted work divided by what a device can do.
 
-Seconds of a pass are the sum over its operations of max(FLOPs / peak, bytes / bandwidth), divided by the share of that which such networks were
-seen to reach, plus what starting an operation costs where that is more. Of GPUs every number here is a prediction; see `EFFICIENCY`.
+Seconds of a pass are the sum over its operations of max(FLOPs / peak, bytes / bandwidth), divided by the share of the peak that such networks
+reach, or the time to launch the operations where that is longer. Every number for GPUs is a prediction; see `EFFICIENCY`.
 """
 
 from __future__ import annotations
@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from deit_kd.data.build import accumulation
 from deit_kd.errors import UserError
-from deit_kd.models.build import accumulation
 from deit_kd.models.summary import Plan
 from deit_kd.profiling.devices import Device
 from deit_kd.profiling.operations import Operation, StepCost
-from deit_kd.recipe import Recipe
 
 # The share of the roofline that is reached, from published images a second, not from a measurement here. Teachers: RegNetY-160 inference in timm's results
 # tables, eager 1,070 (3090), 1,664 (4090), 2,299 (5090), 2,377 (RTX PRO 6000): 0.77, 0.75, 0.68, 0.53; compiled 2,152, 2,848, 3,093: 0.97, 0.84, 0.69.
@@ -24,6 +23,18 @@ EFFICIENCY = {"teacher": {False: 0.71, True: 0.84}, "student": {False: 0.55, Tru
 # Of a CPU: measured here on one AMD EPYC core with AVX-512, batches of 8 in float32, processor time: RegNetY-160 0.83, 0.79, DeiT-Ti 0.82, DeiT-S 0.83.
 CPU_EFFICIENCY = {"teacher": 0.8, "student": 0.8}
 USABLE = 0.9  # of a device's memory; the rest goes to the driver and to gaps
+
+
+@dataclass(frozen=True)
+class Training:
+    """The values of a recipe that decide how long its run is and what a device holds."""
+
+    img_size: int  # pixels a side
+    global_batch_size: int
+    epochs: int
+    eval_every_epochs: int
+    has_ema: bool
+    moments: int  # numbers that the optimizer keeps for each parameter
 
 
 @dataclass(frozen=True)
@@ -51,12 +62,12 @@ class Prediction:
 
     @property
     def step_seconds(self) -> float:
-        """Of everything, nothing hidden behind anything."""
+        """Seconds of all parts, none of them hidden behind another."""
         return self.teacher_seconds + self.student_seconds + self.all_reduce_seconds + self.gather_seconds
 
 
 def seconds_of(operations: Iterable[Operation], batch: int, device: Device, efficiency: float) -> float:
-    """A pass over `batch` images."""
+    """Seconds of a pass over `batch` images."""
     operations = list(operations)
     moved = [
         max(each.flops * batch / device.flops, (each.bytes_per_image * batch + each.fixed_bytes) / device.bandwidth)
@@ -67,36 +78,35 @@ def seconds_of(operations: Iterable[Operation], batch: int, device: Device, effi
     return sum(moved) / efficiency + len(operations) * device.launch
 
 
-def state_bytes(recipe: Recipe, plan: Plan, work: StepCost) -> float:
+def state_bytes(training: Training, plan: Plan, work: StepCost) -> float:
     """Weights, gradients, the optimizer's moments and EMA of what is trained, and the teachers' weights; float32."""
-    moments = 1 if recipe.optim.momentum is not None else 2
     frozen = plan.student_parameters + plan.projector_parameters - work.trained_parameters
-    ema = plan.student_parameters if recipe.ema_decay else 0
-    return 4.0 * ((2 + moments) * work.trained_parameters + frozen + ema + (0 if plan.cached else work.teacher_parameters))
+    ema = plan.student_parameters if training.has_ema else 0
+    return 4.0 * ((2 + training.moments) * work.trained_parameters + frozen + ema + (0 if plan.cached else work.teacher_parameters))
 
 
-def memory_bytes(recipe: Recipe, plan: Plan, work: StepCost, batch: int) -> float:
+def memory_bytes(training: Training, plan: Plan, work: StepCost, batch: int) -> float:
     """What a training step of `batch` images holds at its peak.
 
-    The teacher has gone when the student's activations are kept; at the peak, all are there and the largest operation of backward works.
+    The teacher's activations are freed before the student's are kept. At the peak all of these are held, and the largest backward operation runs.
     """
     student = work.saved_bytes_per_image + max(each.bytes_per_image for each in work.student_backward)
-    images = 3 * recipe.data.img_size**2 * 4
+    images = 3 * training.img_size**2 * 4
     return (
-        state_bytes(recipe, plan, work)
+        state_bytes(training, plan, work)
         + work.fixed_saved_bytes
         + batch * (images + max(student, 0 if plan.cached else work.teacher_peak_per_image))
     )
 
 
-def largest_batch(recipe: Recipe, plan: Plan, work: StepCost, device: Device) -> int:
+def largest_batch(training: Training, plan: Plan, work: StepCost, device: Device) -> int:
     """The largest power of two that fits; 0: not even one image."""
-    fitting = [1 << n for n in range(15) if memory_bytes(recipe, plan, work, 1 << n) <= USABLE * device.memory]
+    fitting = [1 << n for n in range(15) if memory_bytes(training, plan, work, 1 << n) <= USABLE * device.memory]
     return fitting[-1] if fitting else 0
 
 
 def predict(
-    recipe: Recipe,
+    training: Training,
     plan: Plan,
     work: StepCost,
     device: Device,
@@ -108,10 +118,10 @@ def predict(
     compiled: bool = False,
     device_batch: int | None = None,
 ) -> Prediction:
-    """Hours of the recipe, data not counted.
+    """Hours of a whole run, data not counted.
 
     Args:
-        recipe: what would be trained.
+        training: how long it is.
         plan: its counts.
         work: its operations; with autocast for a GPU, in float32 for a CPU.
         device: what each process has; processes of a CPU share it.
@@ -126,10 +136,10 @@ def predict(
         UserError: a global batch that does not divide, or a device on which no image fits.
     """
     processes = gpus * nodes
-    fits = largest_batch(recipe, plan, work, device)
+    fits = largest_batch(training, plan, work, device)
     if not fits:
-        raise UserError(f"--gpu {device.name}: not one image of {recipe.data.img_size} px fits in {device.memory / 1e9:.0f} GB")
-    total = min(recipe.global_batch_size, train_images // processes * processes)
+        raise UserError(f"--gpu {device.name}: not one image of {training.img_size} px fits in {device.memory / 1e9:.0f} GB")
+    total = min(training.global_batch_size, train_images // processes * processes)
     share = total // processes
     micro = max((n for n in range(1, share + 1) if share % n == 0 and n <= (device_batch or fits)), default=1)
     micro_steps = accumulation(total, processes, micro)
@@ -138,16 +148,16 @@ def predict(
     teacher = 0.0 if plan.cached else slower * seconds_of(work.teacher, micro, device, efficiency["teacher"])
     forward = slower * seconds_of(work.student_forward, micro, device, efficiency["student"])
     backward = slower * seconds_of(work.student_backward, micro, device, efficiency["student"])
-    update = slower * (28 + (12 if recipe.ema_decay else 0)) * work.trained_parameters / device.bandwidth
+    update = slower * (28 + (12 if training.has_ema else 0)) * work.trained_parameters / device.bandwidth
     passes = 2 if micro_steps > 1 and plan.gathered_per_image else 1  # a first without gradients, see GlobalBatch
     student = micro_steps * (passes * forward + backward) + update
     speed = device.inside if nodes == 1 else device.between
     reduced = 2 * (processes - 1) / processes * plan.gradient_bytes
     gathered = (processes - 1) * share * plan.gathered_per_image * 4.0
     steps_per_epoch = train_images // total
-    steps = recipe.epochs * max(1, steps_per_epoch)
+    steps = training.epochs * max(1, steps_per_epoch)
     seconds = micro_steps * teacher + student + (reduced + gathered) / speed
-    evaluations = -(-recipe.epochs // recipe.run.eval_every_epochs) * (2 if recipe.ema_decay else 1)
+    evaluations = -(-training.epochs // training.eval_every_epochs) * (2 if training.has_ema else 1)
     evaluation = val_images / processes / micro * (evaluations * forward + teacher)
     hours = (steps * seconds + evaluation) / 3600
     return Prediction(
@@ -156,7 +166,7 @@ def predict(
         processes=processes,
         device_batch=micro,
         accumulation_steps=micro_steps,
-        memory_bytes=memory_bytes(recipe, plan, work, micro),
+        memory_bytes=memory_bytes(training, plan, work, micro),
         largest_batch=fits,
         teacher_seconds=micro_steps * teacher,
         student_seconds=student,

@@ -9,6 +9,7 @@ from typing import Any
 KEYS = {  # dotted key, without the teacher's number -> its last part now; None: nothing reads it any more
     "distill.normalisation": "normalization",
     "optim.decay": "weight_decay_on",
+    "run.overlap_teacher": None,
 }
 VALUES = {"distill.kd_loss": {"normalised_distillation": "normalized_distillation"}}
 

@@ -225,9 +225,6 @@ class Run(Section):
     keep_memory: bool | Literal["auto"] = (
         "auto"  # freed memory stays the process's, so that no page is zeroed again; auto: on a CPU, where glibc can do it
     )
-    overlap_teacher: bool = (
-        False  # on a GPU: the next step's teacher beside this step's backward pass, at the price of memory for both
-    )
     compile: bool | Literal["auto", "reduce-overhead", "max-autotune"] = "auto"  # teacher, student, losses; auto: on a GPU
 
 
@@ -254,6 +251,7 @@ class Recipe(Section):
     teachers: tuple[OneOfTeachers, ...] = ()  # entries of one teacher (all its keys equal) share its forward
     optim: Optim
     run: Run = field(default_factory=Run)
+    task: Literal["classification"] = "classification"  # a key of deit_kd.tasks.TASKS
 
     def distillations(self) -> tuple[Distillation, ...]:
         """What each teacher teaches, however the file states it."""

@@ -1,1 +1,5 @@
-"""What is learned: the terms of a step, evaluation, and the checks before the first step."""
+"""What can be learned: a task for each value of the recipe's key `task`; see `deit_kd.training.task.Task`."""
+
+from deit_kd.tasks.classification import Classification
+
+TASKS = {"classification": Classification}

@@ -1,4 +1,4 @@
-"""Image classification: the equation of a step, and what is measured.
+"""Image classification: the equation of a step.
 
     loss = label_weight * CE(class head, mixed labels)
          + for each teacher
@@ -11,36 +11,27 @@ Every term has the same name here, in the recipe and in metrics.jsonl; of severa
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import broadcast
-from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 
 from deit_kd.data import Batch, Source
-from deit_kd.distributed import fsdp
-from deit_kd.distributed.global_batch import GlobalBatch
-from deit_kd.evaluation.metrics import measure_student, near_chance
-from deit_kd.models import AnyTeacher, CachedTeacher, Distiller, StudentOutput, TeacherOutput
-from deit_kd.models.build import build_distiller, tokens
+from deit_kd.evaluation.metrics import near_chance
+from deit_kd.models import AnyTeacher, StudentOutput, TeacherOutput
 from deit_kd.models.features import TimmModel
 from deit_kd.models.statistics import frozen_statistics
-from deit_kd.recipe import Distillation, Recipe, fingerprint
+from deit_kd.recipe import Recipe, fingerprint
 from deit_kd.tasks.closeness import closeness
-from deit_kd.tasks.distillation import Terms
-from deit_kd.tasks.measure import in_one_piece, measure_teachers, spectrum
-from deit_kd.tasks.ready import make_loaders
-from deit_kd.tasks.teacher_ahead import keep_for_this_stream
-from deit_kd.teacher_cache.class_means import load_or_compute, must_fit
+from deit_kd.tasks.evaluate import StudentEvaluation, in_one_piece, measure_teachers, spectrum
+from deit_kd.tasks.setup import make_distiller, make_loaders, make_terms, run_facts
 from deit_kd.training.metrics import Clock, Tracker
 
-_Taught = dict[AnyTeacher, TeacherOutput]
+Answers = dict[AnyTeacher, TeacherOutput]
 
 
 class Classification:
@@ -48,16 +39,16 @@ class Classification:
 
     Args:
         recipe: what to train.
-        accelerator: prepares nothing here but says where and among how many.
+        accelerator: of this process.
         sources: train and val.
         teachers: one a distillation of the recipe, on the device.
         output: the run folder, where class means are kept.
         device_batch_size: the largest micro-batch of one device; None for no accumulation.
-        warn: tells people something.
+        warn: takes a line for people.
         compiled: torch.compile's mode for student, projectors and losses; None for none.
 
     Raises:
-        UserError: a batch that does not divide, a cache of other images, or what `build_distiller` and `class_means.load_or_compute` refuse.
+        UserError: see `make_loaders`, `make_distiller` and `make_terms`.
     """
 
     def __init__(
@@ -72,102 +63,62 @@ class Classification:
         compiled: str | None = None,
     ):
         self.recipe, self.accelerator, self.teachers = recipe, accelerator, tuple(teachers)
-        cached = next((teacher for teacher in teachers if isinstance(teacher, CachedTeacher)), None)
-        loaders = make_loaders(recipe, accelerator, sources, device_batch_size, warn, cached)
-        self.train_loader, self.val_loader, self.holdout_loader = loaders
-        train, tune, distillations = self.train_loader.source, recipe.finetune, recipe.distillations()
-        self.num_classes, self.accumulation_steps = len(train.class_names), self.train_loader.accumulation_steps
-        self.distills_logits = [bool(distillation.distill.kd_weight) for distillation in distillations]
-        self.patience = tune and tune.patience_epochs
-        self.steps_per_epoch = self.train_loader.steps_per_epoch
+        self.train_loader, self.val_loader, holdout = make_loaders(recipe, accelerator, sources, device_batch_size, warn, teachers)
+        train = self.train_loader.source
+        self.num_classes, self.held_out = len(train.class_names), 0 if holdout is None else len(holdout.source)
+        self.distiller = make_distiller(recipe, self.num_classes, teachers, train.labels, accelerator, compiled)
+        self.module: nn.Module = self.distiller
+        self.student, self.projectors = self.distiller.student, self.distiller.projectors
+        self.terms, self.global_batch = make_terms(
+            recipe, self.distiller, teachers, self.train_loader, output, accelerator, compiled
+        )
+        piece = (recipe.student, self.num_classes, recipe.data.img_size, accelerator.device)
+        self.whole: Callable[[nn.Module], TimmModel] = lambda student: in_one_piece(student, *piece)
+        self.evaluation = StudentEvaluation(self.distiller, self.val_loader, holdout, self.whole, accelerator, compiled)
+        self.steps_per_epoch, self.accumulation_steps = self.train_loader.steps_per_epoch, self.train_loader.accumulation_steps
+        self.images_per_step = self.train_loader.global_batch_size
         self.fingerprint, self.depends_on = fingerprint(recipe), dict[str, Any]()
         self.layout = {
             "processes": accelerator.num_processes,
             "accumulation_steps": self.accumulation_steps,
             "batch_statistics": recipe.batch_statistics,
         }
-        distiller = build_distiller(recipe, self.num_classes, teachers, torch.from_numpy(train.labels))
-        if recipe.batch_statistics == "global" and accelerator.num_processes > 1 and accelerator.device.type == "cuda":
-            distiller = convert_sync_batchnorm(distiller)  # torch has it on CUDA alone
-        license = distiller.student.pretrained_cfg.get("license") or "unknown"
-        self.origin = {"license": license} if tune else {}
-        if compiled:
-            distiller.compile_forward(compiled)
-        self._compiled, self._averaged = compiled, cast(Distiller | None, None)
-        self.distiller, self.student, self.projectors = distiller, distiller.student, distiller.projectors
-        self.module: nn.Module = distiller
-        self.global_batch = GlobalBatch(accelerator, self.accumulation_steps)
-
-        def means(distillation: Distillation, teacher: AnyTeacher) -> Tensor | None:
-            stated = distillation.distill.class_means
-            if stated is None or not distillation.distill.feature_weight:
-                return None
-            file = output / f"class_means_{teacher.info.sha256[:8]}.safetensors" if stated == "auto" else Path(stated)
-            must_fit(recipe, distillation.distill, None, None)
-            return load_or_compute(file, recipe, teacher, train, accelerator, self.train_loader.loader_config)
-
-        self.terms = [
-            Terms(distillation, number, token or 0, teacher, recipe, means(distillation, teacher), self.global_batch, compiled)
-            for number, (distillation, token, teacher) in enumerate(
-                zip(distillations, tokens(distillations, distiller.distillation_heads), teachers, strict=True)
-            )
-        ]
-        self._ahead: list[_Taught] = []  # what teachers said of the micro-batches to come
-        overlaps = recipe.run.overlap_teacher and accelerator.device.type == "cuda"
-        self._stream = torch.cuda.Stream() if overlaps else None
+        self._answers: list[Answers] = []  # of the teachers to the micro-batches to come
 
     def train_batches(self, epoch: int, start_step: int, clock: Clock) -> Iterator[Batch]:
-        """See `Task`. Accumulates rows first, where a term couples samples: the student then runs twice, teachers once."""
+        """See `Task`. Under accumulation, losses that couple samples need the rows of all micro-batches first: an extra student forward."""
         stream = self.train_loader.epoch(epoch, start_step)
-        looks_ahead = self.accumulation_steps > 1 and any(terms.needs_whole_batch() for terms in self.terms)
+        gathers_first = self.accumulation_steps > 1 and any(terms.needs_whole_batch() for terms in self.terms)
         while True:
-            with self._beside():
-                with clock.span("data", host=True):
-                    batches = list(islice(stream, self.accumulation_steps if looks_ahead else 1))
-                if looks_ahead or self._stream:
-                    self._ahead = [self._ask(batch, clock) for batch in batches]
+            with clock.span("data", host=True):
+                batches = list(islice(stream, self.accumulation_steps if gathers_first else 1))
             if not batches:
                 return
-            if self._stream:
-                keep_for_this_stream(batches, self._ahead)
-            if looks_ahead:
+            if gathers_first:
+                self._answers = [self._ask(batch, clock) for batch in batches]
                 with torch.no_grad(), self.global_batch.recording(), frozen_statistics(self.module):
-                    for batch, taught in zip(batches, self._ahead, strict=True):
-                        self._equation(batch, taught, clock, detailed=False)
+                    for batch, answers in zip(batches, self._answers, strict=True):
+                        self._equation(batch, answers, clock, detailed=False)
             yield from batches
-
-    @contextmanager
-    def _beside(self) -> Iterator[None]:
-        """With run.overlap_teacher on a GPU what is queued inside runs beside the step that is under way: it needs nothing of it."""
-        if self._stream is None:
-            yield
-            return
-        with torch.cuda.stream(self._stream):
-            yield
-        torch.cuda.current_stream().wait_stream(self._stream)
 
     def compute_terms(self, batch: Batch, clock: Clock, detailed: bool) -> dict[str, Tensor]:
         """The equation, and `agreement`, the share of equal decisions; on detailed steps also `closeness` of the features."""
-        taught = self._ahead.pop(0) if self._ahead else self._ask(batch, clock)
-        terms = self._equation(batch, taught, clock, detailed)
+        answers = self._answers.pop(0) if self._answers else self._ask(batch, clock)
+        terms = self._equation(batch, answers, clock, detailed)
         self.global_batch.advance()
         return terms
 
-    def sample_names(self, indices: Tensor) -> list[str]:
-        """See `Task`."""
-        return [self.train_loader.source.where(index) for index in indices.tolist()]
-
-    def _ask(self, batch: Batch, clock: Clock) -> _Taught:
-        """What each teacher says; before the student runs, so that their activations are gone when its are kept."""
+    def _ask(self, batch: Batch, clock: Clock) -> Answers:
+        """The teachers' answers; before the student runs, so that the activations of both are never held at once."""
         teachers = dict.fromkeys(terms.teacher for terms in self.terms if terms.active(batch.epoch))
         with clock.span("teacher"), self.accelerator.autocast():
-            return {each: each(batch.cached_teacher if isinstance(each, CachedTeacher) else batch.images) for each in teachers}
+            return {teacher: teacher.answer(batch) for teacher in teachers}
 
-    def _equation(self, batch: Batch, taught: _Taught, clock: Clock, detailed: bool) -> dict[str, Tensor]:
-        asked = {number: terms for number, terms in enumerate(self.terms) if terms.active(batch.epoch)}
+    def _equation(self, batch: Batch, answers: Answers, clock: Clock, detailed: bool) -> dict[str, Tensor]:
+        active = {number: terms for number, terms in enumerate(self.terms) if terms.active(batch.epoch)}
         torch.manual_seed(batch.seed)  # of dropout and drop path: a function of the place in the epoch
         with clock.span("student"):
-            taps = [taught[t.teacher].tapped[t.tap] if t in asked.values() and t.tap is not None else None for t in self.terms]
+            taps = [answers[t.teacher].tapped[t.tap] if t in active.values() and t.tap is not None else None for t in self.terms]
             student: StudentOutput = self.module(batch.images, taps)
             values: dict[str, Tensor] = {}
             loss = batch.targets.new_zeros(())
@@ -175,65 +126,54 @@ class Classification:
                 class_head = student.logits if any(t.teaches_tokens(batch.epoch) for t in self.terms) else student.prediction()
                 values["ce"] = F.cross_entropy(class_head.to(batch.targets.dtype), batch.targets)
                 loss = self.recipe.label_weight * values["ce"]
-            for number, terms in asked.items():
-                output, suffix = taught[terms.teacher], f"_{number}" if len(self.terms) > 1 else ""
+            for number, terms in active.items():
+                answer, suffix = answers[terms.teacher], f"_{number}" if len(self.terms) > 1 else ""
                 if terms.distill.kd_weight and terms.on("kd", batch.epoch):
-                    values[f"kd{suffix}"] = kd = terms.kd(student, output, batch)
+                    values[f"kd{suffix}"] = kd = terms.kd(student, answer, batch)
                     loss = loss + terms.weight("kd", batch.epoch) * kd
                 if terms.tap is not None and terms.on("feature", batch.epoch):
-                    values[f"feature{suffix}"] = feature = terms.feature(student, output, batch, self.projectors[number])
+                    values[f"feature{suffix}"] = feature = terms.feature(student, answer, batch, self.projectors[number])
                     loss = loss + terms.weight("feature", batch.epoch) * feature
             for number, terms in enumerate(self.terms):  # else DDP waits for gradients that never come
-                if not (number in asked and terms.on("feature", batch.epoch)):
+                if not (number in active and terms.on("feature", batch.epoch)):
                     loss = loss + sum(0.0 * p.sum() for p in self.projectors[number].parameters())
-        if 0 in asked:
-            first = taught[self.terms[0].teacher]
-            if self.distills_logits[0]:
+        if 0 in active:
+            first = answers[self.terms[0].teacher]
+            if self.terms[0].distill.kd_weight:
                 values["agreement"] = (student.prediction().argmax(1) == first.logits.argmax(1)).float().mean()
             if detailed and self.terms[0].tap is not None:
                 values |= closeness(self.terms[0].distill, student.projected[0], first.tapped[self.terms[0].tap])
         return {"loss": loss, **values}
 
-    def whole(self, student: nn.Module) -> TimmModel:
+    def sample_names(self, indices: Tensor) -> list[str]:
         """See `Task`."""
-        return in_one_piece(student, self.recipe, self.num_classes, self.accelerator.device)
+        return [self.train_loader.source.where(index) for index in indices.tolist()]
 
-    @torch.no_grad()
     def evaluate(self, ema: nn.Module | None = None) -> dict[str, float]:
-        """top1 and top5 in percent and nll of the mean of the heads, each head's top1, over every validation image once."""
-        distiller = Distiller(self.whole(self.student)) if fsdp.is_sharded(self.student) else self.distiller
-        ema = None if ema is None else self.whole(ema)
-        if self.accelerator.num_processes > 1:  # running statistics differ by process; what is exported are those of the first
-            for model in (distiller, ema) if ema is not None else (distiller,):
-                for buffer in model.buffers():
-                    buffer.copy_(broadcast(buffer))
-        metrics = measure_student(distiller, self.val_loader, self.accelerator)
-        if self.holdout_loader:
-            metrics |= measure_student(distiller, self.holdout_loader, self.accelerator, "holdout_")
-        if ema is not None:
-            if self._averaged is None or self._averaged.student is not ema:
-                self._averaged = Distiller(ema)
-                if self._compiled:
-                    self._averaged.compile_forward(self._compiled)
-            metrics |= measure_student(self._averaged, self.val_loader, self.accelerator, "ema_")
-        return metrics
+        """See `StudentEvaluation`."""
+        return self.evaluation(ema)
 
-    def is_over(self, evaluations: list[dict[str, Any]]) -> bool:
-        """See `Task`: the held out images have not been told better for `patience_epochs`."""
-        if not (self.patience and evaluations):
+    def stop_early(self, evaluations: list[dict[str, Any]]) -> bool:
+        """See `Task`: the held-out images did not improve for `finetune.patience_epochs`."""
+        patience = self.recipe.finetune and self.recipe.finetune.patience_epochs
+        if not (patience and evaluations):
             return False
         best = max(evaluations, key=lambda line: line["holdout_top1"])  # the first of equals
-        return bool(evaluations[-1]["epoch"] - best["epoch"] >= self.patience)
+        return bool(evaluations[-1]["epoch"] - best["epoch"] >= patience)
 
-    def evaluate_teachers(self) -> dict[str, float]:
-        """See `measure_teachers`."""
-        return measure_teachers(self.teachers, self.distills_logits, self.recipe, self.val_loader, self.accelerator)
-
-    def warn_of_poor_teachers(self, tracker: Tracker) -> None:
-        """Says loudly which teachers were measured to know next to nothing."""
+    def evaluate_teachers(self, tracker: Tracker, first: bool) -> None:
+        """See `Task`, and `measure_teachers`."""
+        distills_logits = [bool(terms.distill.kd_weight) for terms in self.terms]
+        if first and any(distills_logits):
+            view = (self.recipe.data, self.recipe.evaluation)
+            tracker.log("teacher", 0, measure_teachers(self.teachers, distills_logits, view, self.val_loader, self.accelerator))
         for line in near_chance(self.teachers, tracker.lines("teacher"), self.val_loader.source.labels, self.num_classes):
             tracker.say(line)
 
     def inspect(self) -> dict[str, Any]:
         """The first projector's `spectrum`."""
         return spectrum(self.projectors[0]) if self.projectors else {}
+
+    def facts(self) -> dict[str, Any]:
+        """See `run_facts`."""
+        return run_facts(self.recipe, self.student, self.teachers, self.train_loader, self.val_loader.source, self.held_out)

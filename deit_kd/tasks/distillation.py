@@ -15,43 +15,47 @@ from deit_kd.data import Batch
 from deit_kd.distributed.global_batch import GlobalBatch
 from deit_kd.models import AnyTeacher, StudentOutput, TeacherOutput
 from deit_kd.models.projectors.contrastive_memory import ContrastiveMemory
-from deit_kd.recipe import Distillation, Recipe
+from deit_kd.recipe import Distill
 from deit_kd.recipe.objectives import FEATURE_OBJECTIVES, LOGIT_OBJECTIVES, couples_samples
 from deit_kd.seed import derive_seed
 
 
 class Terms:
-    """What one distillation of the recipe adds.
+    """The terms of one teacher.
 
     Args:
-        distillation: of the recipe.
-        number: among the recipe's distillations.
-        token: which distillation head it teaches, of those that the student has.
-        teacher: as it says.
-        recipe: the whole of it.
+        distill: names losses, weights and taps.
+        number: of the teacher among the recipe's distillations.
+        token: which distillation head learns from it, of those that the student has.
+        teacher: that is compared with.
         class_means: [K,E], for the losses that read them.
-        global_batch: completes the rows of losses that couple samples.
+        global_batch: gathers the rows of losses that couple samples.
+        epochs: of the run.
+        seed: of the run.
+        sees_global_batch: losses that couple samples see the rows of all processes and micro-batches.
         compiled: torch.compile's mode for the losses that compare two tensors; None for none.
     """
 
     def __init__(
         self,
-        distillation: Distillation,
+        distill: Distill,
         number: int,
         token: int,
         teacher: AnyTeacher,
-        recipe: Recipe,
         class_means: Tensor | None,
         global_batch: GlobalBatch,
+        *,
+        epochs: int,
+        seed: int,
+        sees_global_batch: bool,
         compiled: str | None = None,
     ):
-        self.distill, self.number, self.token, self.teacher = distillation.distill, number, token, teacher
-        self.epochs = recipe.epochs
-        self.seed, self.whole = recipe.seed, recipe.batch_statistics == "global"
+        self.distill, self.number, self.token, self.teacher = distill, number, token, teacher
+        self.epochs, self.seed, self.whole = epochs, seed, sees_global_batch
         self.class_means, self.global_batch = class_means, global_batch
-        self.tap = distillation.distill.teacher_tap if distillation.distill.feature_weight else None
+        self.tap = distill.teacher_tap if distill.feature_weight else None
         self.functions: dict[str, Callable[..., Tensor]] = {}
-        for name in (self.distill.kd_loss, self.distill.feature_loss):
+        for name in (distill.kd_loss, distill.feature_loss):
             if name is not None:
                 function = getattr(losses, name)
                 self.functions[name] = torch.compile(function, dynamic=False, mode=compiled) if compiled else function
@@ -68,7 +72,7 @@ class Terms:
         return full if ramp is None else full * min(1.0, epoch / ramp)
 
     def active(self, epoch: int) -> bool:
-        """Whether the teacher is asked at all."""
+        """Whether a term of this teacher is on."""
         return bool((self.distill.kd_weight and self.on("kd", epoch)) or (self.tap is not None and self.on("feature", epoch)))
 
     def needs_whole_batch(self) -> bool:

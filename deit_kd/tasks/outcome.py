@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from accelerate import Accelerator
 from timm.utils import ModelEmaV3
 
 from deit_kd import export, plots
 from deit_kd.files.warn import warn
+from deit_kd.recipe import Recipe
 from deit_kd.text import for_terminal
 from deit_kd.training.best import Best
 from deit_kd.training.metrics import Tracker
@@ -16,7 +18,14 @@ from deit_kd.training.task import Task
 
 
 def write(
-    task: Task, output: Path, ema: ModelEmaV3 | None, best: Best | None, class_names: Sequence[str], tracker: Tracker
+    task: Task,
+    recipe: Recipe,
+    accelerator: Accelerator,
+    output: Path,
+    ema: ModelEmaV3 | None,
+    best: Best | None,
+    class_names: Sequence[str],
+    tracker: Tracker,
 ) -> None:
     """Exports the student, on the main process; a card or plots that fail are a warning, because the student is there.
 
@@ -25,14 +34,17 @@ def write(
         OSError: the student cannot be written.
     """
     student = task.whole(task.student if ema is None else ema.module)
-    if not task.accelerator.is_main_process:
+    if not accelerator.is_main_process:
         return
     if best is not None:
         best.put_into(student, output, tracker)
     licenses = [teacher.info.license for teacher in task.teachers]
-    licenses += [task.origin["license"]] if task.recipe.finetune else []
-    export.export_student(student, output / "student", task.recipe, class_names, licenses)
-    say = task.accelerator.print
+    origin = task.facts()["finetuned_from"]
+    licenses += [origin["license"]] if origin else []
+    export.export_student(
+        student, output / "student", recipe.data, recipe.evaluation, recipe.student.model_args, class_names, licenses
+    )
+    say = accelerator.print
     say(f"student {output / 'student'}")
     for name, make, again in (
         ("card", export.write_card, f"deit-kd card {output}"),

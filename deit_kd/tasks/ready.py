@@ -10,19 +10,16 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from deit_kd.data import EvaluationLoader, Source, TrainLoader
-from deit_kd.data.on_device.augment import choose_augmentation
-from deit_kd.data.sources.base import split_holdout
-from deit_kd.data.transforms import evaluation_transform
+from deit_kd.data import Source
+from deit_kd.data.build import BAD_IMAGE, accumulation, open_data
 from deit_kd.errors import UserError
 from deit_kd.export.student import PERMISSIVE
 from deit_kd.files.warn import collected, warn
-from deit_kd.models import AnyTeacher, CachedTeacher, build, summary
+from deit_kd.models import AnyTeacher, build, summary
 from deit_kd.models.facts import facts_of, locate, unread
 from deit_kd.models.teacher import doubts, other_classes
 from deit_kd.recipe import Recipe
-from deit_kd.seed import derive_seed
-from deit_kd.teacher_cache import identity
+from deit_kd.tasks.setup import Loaders, make_loaders
 from deit_kd.teacher_cache.class_means import must_fit
 from deit_kd.training import optim, run_start
 
@@ -33,64 +30,6 @@ class Line(NamedTuple):
     severity: str
     name: str
     text: str
-
-
-class Loaders(NamedTuple):
-    """The loaders of a run; `holdout` is of the images that fine-tuning holds out."""
-
-    train: TrainLoader
-    val: EvaluationLoader
-    holdout: EvaluationLoader | None
-
-
-def make_loaders(
-    recipe: Recipe,
-    accelerator: Accelerator,
-    sources: tuple[Source, Source],
-    device_batch_size: int | None,
-    warn: Callable[[str], None],
-    cached: CachedTeacher | None = None,
-) -> Loaders:
-    """The loaders of this process.
-
-    Args:
-        recipe: what is trained.
-        accelerator: says where, and among how many processes.
-        sources: train and val.
-        device_batch_size: the largest micro-batch of one device; None for no accumulation.
-        warn: tells people something.
-        cached: the teacher whose answers are read.
-
-    Raises:
-        UserError: a batch that does not divide or has too few images, too few images, or a cache of other images.
-    """
-    train, val = sources
-    tune, holdout = recipe.finetune, None
-    if tune is not None and tune.holdout:
-        train, holdout = split_holdout(train, tune.holdout, derive_seed(recipe.seed, "holdout"))
-    if len(val) < accelerator.num_processes:
-        raise UserError(f"{val.origin}: {len(val)} validation images are fewer than the {accelerator.num_processes} processes")
-    steps = build.accumulation(recipe.global_batch_size, accelerator.num_processes, device_batch_size)
-    here = build.loader_config(recipe, accelerator, warn)
-    loader = TrainLoader(
-        train,
-        choose_augmentation(recipe, accelerator.device),
-        recipe.augmentation,
-        here,
-        num_classes=len(train.class_names),
-        seed=recipe.seed,
-        global_batch_size=recipe.global_batch_size,
-        accumulation_steps=steps,
-        memory=cached,
-    )
-    if cached is not None:
-        identity.check_identity(cached, recipe, loader, accelerator.mixed_precision, warn)
-    micro = loader.micro_batch_size
-    if micro < 2 and any(distillation.distill.feature_weight for distillation in recipe.distillations()):
-        raise UserError(f"global_batch_size={recipe.global_batch_size}: leaves {micro} image a micro-batch, feature losses need 2")
-    transform = evaluation_transform(recipe)
-    held = None if holdout is None else EvaluationLoader(holdout, transform, here, batch_size=micro)
-    return Loaders(loader, EvaluationLoader(val, transform, here, batch_size=micro), held)
 
 
 class Checks:
@@ -148,11 +87,11 @@ class Checks:
 
     def open_data(self) -> str:
         """Images of both splits, some of them read, and the classes."""
-        train, val = build.open_data(self.recipe, self.data)
+        train, val = open_data(self.recipe.data, self.data)
         for source in (train, val):
             for fault in unreadable(source):
                 if self.recipe.data.on_bad_image == "refuse":
-                    raise UserError(f"{fault}; {build.BAD_IMAGE}")
+                    raise UserError(f"{fault}; {BAD_IMAGE}")
                 self.warnings.append(f"{fault}; it is left out")
         self.sources = train, val
         return f"{len(train):,} training and {len(val):,} validation images of {train.origin}"
@@ -160,11 +99,10 @@ class Checks:
     def batch(self) -> str:
         """How the global batch is cut, and whether a teacher's cache is of these images."""
         if self.sources is None:
-            steps = build.accumulation(self.recipe.global_batch_size, self.accelerator.num_processes, self.device_batch_size)
+            steps = accumulation(self.recipe.global_batch_size, self.accelerator.num_processes, self.device_batch_size)
             return f"{self.recipe.global_batch_size} images on {self.accelerator.num_processes} processes in {steps} pieces"
-        cached = next((teacher for teacher in self.teachers if isinstance(teacher, CachedTeacher)), None)
         tell = self.warnings.append if self.reads_weights else _nobody  # the run makes them again, and says so itself
-        self.loaders = make_loaders(self.recipe, self.accelerator, self.sources, self.device_batch_size, tell, cached)
+        self.loaders = make_loaders(self.recipe, self.accelerator, self.sources, self.device_batch_size, tell, self.teachers)
         loader = self.loaders.train
         return (
             f"{loader.global_batch_size} images = {self.accelerator.num_processes} x {loader.accumulation_steps} x "
@@ -214,13 +152,14 @@ class Checks:
         place = None if tune is None else locate(tune.weights)
         for number, distillation in enumerate(self.recipe.distillations()):
             teacher = self.teachers[number] if self.teachers else None
-            must_fit(self.recipe, distillation.distill, teacher, self.loaders and self.loaders.train.source)
+            train = self.loaders and self.loaders.train.source
+            must_fit(self.recipe.data, self.recipe.augmentation, distillation.distill, teacher, train)
         if self.reads_weights and self.loaders and place and place.here and len(self.teachers) == len(self.recipe.distillations()):
             labels = torch.from_numpy(self.loaders.train.source.labels)
             built = build.build_distiller(self.recipe, len(self.loaders.train.source.class_names), self.teachers, labels)
         else:
             *_, built = build.build_models(self.recipe, classes)
-        optim.build_optimizer(self.recipe, built)
+        optim.build_optimizer(self.recipe.optim, tune, self.recipe.lr_factor(), built)
         return f"{self.recipe.student.name}" + (f", weights {place.words}" if place else ", fresh weights")
 
     def folder(self) -> str:
@@ -283,8 +222,19 @@ def rehearse(found: Checks, say: Callable[[str], None]) -> None:
             warn(warning)
     train = found.sources[0] if found.sources else None
     try:
-        counted = summary.make_plan(found.recipe, len(train.class_names) if train else None)
-        say(summary.describe(found.recipe, counted, len(train) if train else None))
+        recipe = found.recipe
+        text = summary.describe(
+            build.make_plan(recipe, len(train.class_names) if train else None),
+            len(train) if train else None,
+            student_name=recipe.student.name,
+            teachers=[distillation.teacher for distillation in recipe.distillations()],
+            epochs=recipe.epochs,
+            global_batch_size=recipe.global_batch_size,
+            optim=recipe.optim,
+            lr_factor=recipe.lr_factor(),
+            keep_checkpoints=recipe.run.keep_checkpoints,
+        )
+        say(text)
     except UserError as error:
         faults = faults or [str(error)]  # else it is one of them again
     if len(faults) == 1:

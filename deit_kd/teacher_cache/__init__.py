@@ -1,1 +1,1 @@
-"""What a teacher says of the training images, written once for many runs."""
+"""A teacher's logits and features of the training images, written once for many runs."""

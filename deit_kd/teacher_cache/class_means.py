@@ -1,4 +1,4 @@
-"""A teacher's class means: the mean of its pooled features over the training images of each class, which ND points students to.
+"""A teacher's class means: the mean of its pooled features over the training images of each class, which norm_direction reads.
 
 Wang et al. (2023) take them with the teacher in evaluation mode from randomly cropped and flipped training images, and so does this:
 crop and flip are the recipe's, without colors, erasing and mixing. Sums are in float64 and the crops the same each time, so that two
@@ -28,11 +28,11 @@ from deit_kd.errors import UserError
 from deit_kd.files.documents import MEGABYTE, Document, must_be_a_file, parse_json
 from deit_kd.files.whole import write_tensors
 from deit_kd.models import AnyTeacher, Teacher
-from deit_kd.recipe import Distill, Recipe, dump
+from deit_kd.recipe import Augmentation, Data, Distill
 from deit_kd.seed import derive_seed
 from deit_kd.text import for_terminal
 
-OTHER = {  # what a file must agree on, and what it is of if it does not
+OTHER = {  # what a file must agree on, and of what it is if it does not
     "teacher": "another teacher",
     "teacher_sha256": "other weights of this teacher",
     "classes": "other classes",
@@ -42,30 +42,74 @@ OTHER = {  # what a file must agree on, and what it is of if it does not
 
 
 def load_or_compute(
-    file: Path, recipe: Recipe, teacher: AnyTeacher, source: Source, accelerator: Accelerator, loader_config: LoaderConfig
+    file: Path,
+    data: Data,
+    augmentation: Augmentation,
+    teacher: AnyTeacher,
+    source: Source,
+    accelerator: Accelerator,
+    loader_config: LoaderConfig,
+    global_batch_size: int,
 ) -> Tensor:
     """[K,E] float32 from `file` when it is there, else computed and written to it.
+
+    Args:
+        file: of class means.
+        data: how images are normalized.
+        augmentation: how they are cropped and flipped.
+        teacher: whose features are averaged.
+        source: the training images.
+        accelerator: of this process; each computes its share.
+        loader_config: of this process.
+        global_batch_size: images that all processes take at a time, but no process more than 256.
 
     Raises:
         UserError: the file is of another teacher, label set, data or crop; or a class has no readable image.
     """
     if not os.path.lexists(file):
-        assert isinstance(teacher, Teacher), "a cache has no answers to these images; a recipe with one names a file"
+        network = teacher.live
+        assert network, "a cache has no answers to these images; a recipe with one names a file"
         accelerator.print(f"computing the class means of {teacher.info.name} over {len(source):,} images, for {file.name}")
-        means = _compute(recipe, teacher, source, accelerator, loader_config)
+        means = _compute(data, augmentation, network, source, accelerator, loader_config, global_batch_size)
         if accelerator.is_main_process:
             file.parent.mkdir(parents=True, exist_ok=True)
-            told = {**_identity(recipe, teacher, source), "recipe": dump(recipe)}
-            write_tensors({"class_means": means}, file, {"deit_kd": json.dumps(told)})  # one entry: several come in any order
+            stated = json.dumps(_identity(data, augmentation, teacher, source))
+            write_tensors({"class_means": means}, file, {"deit_kd": stated})  # one entry: several come in any order
         accelerator.wait_for_everyone()
-    return _read(file, _identity(recipe, teacher, source), teacher.width).to(accelerator.device)
+    return _read(file, _identity(data, augmentation, teacher, source), teacher.width).to(accelerator.device)
 
 
-def must_fit(recipe: Recipe, distill: Distill, teacher: AnyTeacher | None, source: Source | None) -> None:
+def stated_means(
+    output: Path,
+    data: Data,
+    augmentation: Augmentation,
+    source: Source,
+    accelerator: Accelerator,
+    loader_config: LoaderConfig,
+    global_batch_size: int,
+    distill: Distill,
+    teacher: AnyTeacher,
+) -> Tensor | None:
+    """The class means [K,E] that one distillation reads, those of `auto` kept in `output`; None: the distillation reads none.
+
+    Raises:
+        UserError: the stated file is not there; see `load_or_compute`.
+    """
+    if distill.class_means is None or not distill.feature_weight:
+        return None
+    file = Path(distill.class_means)
+    if distill.class_means == "auto":
+        file = output / f"class_means_{teacher.info.sha256[:8]}.safetensors"
+    else:
+        must_fit(data, augmentation, distill, None, None)
+    return load_or_compute(file, data, augmentation, teacher, source, accelerator, loader_config, global_batch_size)
+
+
+def must_fit(data: Data, augmentation: Augmentation, distill: Distill, teacher: AnyTeacher | None, source: Source | None) -> None:
     """Refuses a stated file that is not there, or of another teacher or data where these are given.
 
     Raises:
-        UserError: it is so.
+        UserError: the file is missing or does not fit.
     """
     if distill.class_means in (None, "auto") or not distill.feature_weight:
         return
@@ -73,14 +117,22 @@ def must_fit(recipe: Recipe, distill: Distill, teacher: AnyTeacher | None, sourc
     if not file.exists():
         raise UserError(f"distill.class_means={file}: no such file; make it with deit-kd class-means, or set it to auto")
     if teacher is not None and source is not None:
-        _read(file, _identity(recipe, teacher, source), teacher.width)
+        _read(file, _identity(data, augmentation, teacher, source), teacher.width)
 
 
 @torch.inference_mode()
-def _compute(recipe: Recipe, teacher: Teacher, source: Source, accelerator: Accelerator, loader_config: LoaderConfig) -> Tensor:
-    quiet = replace(recipe.augmentation, auto_augment=None, color_jitter=0.0, random_erasing=0.0)
-    transform = train_transform(replace(recipe, augmentation=quiet))
-    batch_size = max(1, min(256, recipe.global_batch_size // accelerator.num_processes))
+def _compute(
+    data: Data,
+    augmentation: Augmentation,
+    teacher: Teacher,
+    source: Source,
+    accelerator: Accelerator,
+    loader_config: LoaderConfig,
+    global_batch_size: int,
+) -> Tensor:
+    quiet = replace(augmentation, auto_augment=None, color_jitter=0.0, random_erasing=0.0)
+    transform = train_transform(data, quiet)
+    batch_size = max(1, min(256, global_batch_size // accelerator.num_processes))
     loader = EvaluationLoader(source, transform, loader_config, batch_size, seed=derive_seed("class means"))
     classes = len(source.class_names)
     sums = torch.zeros(classes, teacher.width, dtype=torch.float64, device=accelerator.device)
@@ -97,20 +149,20 @@ def _compute(recipe: Recipe, teacher: Teacher, source: Source, accelerator: Acce
     return (sums / counts.clamp_min(1)[:, None]).float()
 
 
-def _identity(recipe: Recipe, teacher: AnyTeacher, source: Source) -> dict[str, Any]:
-    """What a file must agree on."""
-    aug = recipe.augmentation
+def _identity(data: Data, augmentation: Augmentation, teacher: AnyTeacher, source: Source) -> dict[str, Any]:
+    """The facts that a file must agree on."""
+    aug = augmentation
     crop = aug.crop_scale, aug.crop_padding, aug.horizontal_flip, *(["upright"] if source.upright else [])
     return {
         "teacher": teacher.info.name,
         "teacher_sha256": teacher.info.sha256,
         "classes": list(source.class_names),
         "images": fingerprint(source),
-        "view": json.loads(json.dumps([recipe.data.img_size, teacher.img_size, aug.interpolation, *crop])),
+        "view": json.loads(json.dumps([data.img_size, teacher.img_size, aug.interpolation, *crop])),
     }
 
 
-class _Told(Document):
+class _Metadata(Document):
     """The metadata of a file of class means."""
 
     teacher: str
@@ -128,9 +180,9 @@ def _read(file: Path, expected: dict[str, Any], width: int) -> Tensor:
         with safe_open(file, "pt") as content:
             stated, found = content.metadata() or {}, content.get_slice("class_means")
             found_shape, dtype = tuple(found.get_shape()), found.get_dtype()
-            told = parse_json(stated.get("deit_kd", ""), f"{file}: its metadata", _Told, remedy)
+            metadata = parse_json(stated.get("deit_kd", ""), f"{file}: its metadata", _Metadata, remedy)
             for key, value in expected.items():
-                if getattr(told, key) != value:
+                if getattr(metadata, key) != value:
                     raise UserError(f"{file}: holds class means of {OTHER[key]}; give the file of this recipe, or class_means=auto")
             if (found_shape, dtype) != (shape, "F32"):
                 raise UserError(f"{file}: holds numbers {dtype} of shape {found_shape}, not F32 of {shape}; {remedy}")

@@ -1,9 +1,10 @@
-"""What the images that a teacher sees depend on, and the teacher itself: all that a cache of its answers must agree on with a run."""
+"""The identity of a teacher's cache: all that its images and its teacher depend on, which must be the same in a run that reads it."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from deit_kd.errors import UserError
 from deit_kd.files.whole import sha256
 from deit_kd.models import CachedTeacher
 from deit_kd.models.loading import file_of
-from deit_kd.recipe import Recipe, flatten
+from deit_kd.recipe import Data, Evaluation, Teacher
 from deit_kd.text import for_terminal
 
 # Where data come from and how labels are smoothed changes no image; the data themselves are compared.
@@ -23,26 +24,29 @@ TEACHER, WEIGHTS, FILE = "teacher.name", "teacher.weights", "sha256 of the teach
 PACKAGES = ("torch", "torchvision", "timm", "pillow", "numpy")
 
 
-def cache_identity(recipe: Recipe, loader: TrainLoader, autocast: str) -> dict[str, Any]:
+def cache_identity(teacher: Teacher, data: Data, loader: TrainLoader, holdout: float, autocast: str) -> dict[str, Any]:
     """The identity, one plain value a name.
 
     Args:
-        recipe: with one teacher.
-        loader: of its training images.
+        teacher: as the recipe states it.
+        data: the recipe's.
+        loader: of the training images.
+        holdout: share of the training images that is held out; 0 is none.
         autocast: of Accelerate: no, bf16 or fp16.
     """
-    teacher, micro = recipe.distillations()[0].teacher, loader.micro_batch_size
-    aug = recipe.augmentation
+    micro, aug = loader.micro_batch_size, loader.augmentation
+    keys = {f"data.{key}": value for key, value in asdict(data).items()}
+    keys |= {f"augmentation.{key}": value for key, value in asdict(aug).items()}
     mixes = (aug.mixup or aug.cutmix) and aug.mixup_prob
     follows = {"no": "float32"}.get(autocast, f"{autocast} autocast")
     file = file_of(teacher.name) if teacher.weights == "pretrained" else Path(teacher.weights)
     found = {
-        "seed": recipe.seed,
+        "seed": loader.seed,
         "global_batch_size": loader.global_batch_size,
         # Pairs that are mixed are neighbors in a micro-batch; of an odd one, the last stays alone, wherever the batch is cut.
         "micro-batches": "any" if not mixes else "even" if micro % 2 == 0 else micro,
-        "finetune.holdout": recipe.finetune.holdout if recipe.finetune else 0.0,
-        **{key: value for key, value in flatten(recipe) if key.startswith(("data.", "augmentation.")) and key not in NO_MATTER},
+        "finetune.holdout": holdout,
+        **{key: value for key, value in keys.items() if key not in NO_MATTER},
         "augmented on": loader.augments_on,  # colors within a gray level of each other, and other noise
         "decoded on": loader.decodes_on,  # workers, or the device's type: a GPU's decoder gives other pixels
         "teacher.img_size": teacher.img_size,
@@ -57,7 +61,7 @@ def cache_identity(recipe: Recipe, loader: TrainLoader, autocast: str) -> dict[s
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that make images."""
+    """Versions of the packages that make images."""
     return {name: version(name) for name in PACKAGES}
 
 
@@ -75,29 +79,29 @@ def must_agree(folder: Path, cached: Mapping[str, Any], wanted: Mapping[str, Any
     if None in (cached.get(optional), wanted.get(optional)):
         passed = (*passed, optional)
     different = [name for name in names if name not in passed and cached.get(name) != wanted.get(name)]
-    told = [f"{_short(name)} was {_short(cached.get(name))}, is {_short(wanted.get(name))}" for name in different[:8]]
-    told += [f"{len(different) - 8} more"] if len(different) > 8 else []
-    if told:
-        raise UserError(f"teacher.cache={folder}: was made for another stream or teacher ({'; '.join(told)}); {remedy}")
+    lines = [f"{_short(name)} was {_short(cached.get(name))}, is {_short(wanted.get(name))}" for name in different[:8]]
+    lines += [f"{len(different) - 8} more"] if len(different) > 8 else []
+    if lines:
+        raise UserError(f"teacher.cache={folder}: was made for another stream or teacher ({'; '.join(lines)}); {remedy}")
 
 
-def check_identity(teacher: CachedTeacher, recipe: Recipe, loader: TrainLoader, autocast: str, warn: Callable[[str], None]) -> None:
-    """Refuses a cache that is not of this run's images and teacher; warns where other versions of packages made the images.
+def check_identity(teacher: CachedTeacher, wanted: Mapping[str, Any], warn: Callable[[str], None]) -> None:
+    """Refuses a cache whose `cache_identity` is not the `wanted` one; warns where other versions of packages made the images.
 
     Raises:
         UserError: every difference, with both values.
     """
     remedy = "cache this recipe into another folder, or set these as they were"
-    must_agree(teacher.folder, teacher.manifest["stream"], cache_identity(recipe, loader, autocast), remedy)
+    must_agree(teacher.folder, teacher.manifest["stream"], wanted, remedy)
     ours, theirs = versions(), teacher.manifest["versions"]
     if other := [f"{name} {_short(theirs.get(name))}, here {ours[name]}" for name in PACKAGES if ours[name] != theirs.get(name)]:
         warn(f"teacher.cache={teacher.folder}: was made with {'; '.join(other)}, whose images may differ a little")
 
 
-def of_validation(recipe: Recipe, source: Source) -> dict[str, Any]:
-    """What a teacher's accuracy depends on beside the teacher."""
-    size, aug = recipe.data.img_size, recipe.evaluation
-    view = [size, recipe.data.mean, recipe.data.std, aug.crop_pct, aug.interpolation, *(["upright"] if source.upright else [])]
+def of_validation(data: Data, evaluation: Evaluation, source: Source) -> dict[str, Any]:
+    """What a teacher's accuracy depends on, beside the teacher: the validation images and how they are cropped."""
+    view = [data.img_size, data.mean, data.std, evaluation.crop_pct, evaluation.interpolation]
+    view += ["upright"] if source.upright else []
     found = {"view": view, **of_images(source)}
     plain: dict[str, Any] = json.loads(json.dumps(found))
     return plain

@@ -1,7 +1,7 @@
-"""Writes what a teacher says of a recipe's training images, view by view, so that students after the first need no teacher.
+"""Writes a teacher's logits and features of a recipe's training images, view by view, so that later students need no teacher.
 
-A view of an image is the image in an epoch of the recipe's own stream: its crop, its colors, what is erased, whom it is mixed with and by
-how much, are functions of (seed, epoch, index). Epoch e of a run from a cache of M views is epoch e mod M of that stream, so a mixed image
+A view of an image is the image in an epoch of the recipe's own stream: its crop, its colors, what is erased, its partner
+in mixing and the ratio are functions of (seed, epoch, index). Epoch e of a run from a cache of M views is epoch e mod M of that stream, so a mixed image
 is itself the view that the teacher saw, and the cache is exact under mixup and cutmix.
 """
 
@@ -22,6 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from deit_kd.data import EvaluationLoader, LoaderConfig, Source, TrainLoader
+from deit_kd.data.build import loader_config
 from deit_kd.data.on_device.augment import choose_augmentation
 from deit_kd.data.sources.base import split_holdout
 from deit_kd.data.transforms import evaluation_transform
@@ -30,15 +31,14 @@ from deit_kd.evaluation.metrics import measure
 from deit_kd.files.outputs import claimed
 from deit_kd.files.whole import sha256, write_tensors
 from deit_kd.models import Teacher, cached_teacher, teacher_formats
-from deit_kd.models.build import loader_config
 from deit_kd.models.teacher_formats import Basis
 from deit_kd.recipe import Recipe
 from deit_kd.seed import derive_seed
 from deit_kd.teacher_cache import identity
 
 ERRORS = {"features_relative_error": "{:.2g} of the features' spread", "logits_kl": "{:.2g} nats of the logits (KL)"}
-MEASURED_BATCHES = 4  # at least, before anything is promised
-DEVICE_BATCH = {"cpu": 64, "cuda": 256}  # images a forward, unless told
+MEASURED_BATCHES = 4  # at least, before size and time are reported
+DEVICE_BATCH = {"cpu": 64, "cuda": 256}  # images a forward, by default
 
 
 def write_cache(
@@ -54,17 +54,17 @@ def write_cache(
     device_batch_size: int | None = None,
     shard_bytes: int = 64_000_000,
 ) -> None:
-    """Writes a cache, or the rest of one; every process its share of the files.
+    """Writes a cache, or the rest of one; every process writes its share of the files.
 
     Args:
-        recipe: whose stream; with one teacher.
-        teacher: it, on the device.
+        recipe: of the images; with one teacher.
+        teacher: the recipe's, on the device.
         sources: train and val.
         folder: where to.
-        accelerator: for autocast, processes and telling people.
+        accelerator: for autocast, processes and messages.
         views: epochs of the stream.
         formats: of features and logits; see `deit_kd.models.teacher_formats`.
-        ran: what was done to the teacher beforehand, for people.
+        ran: how the teacher was prepared, for people.
         device_batch_size: images in a forward at most.
         shard_bytes: where a file ends.
 
@@ -111,15 +111,16 @@ def _write(
 ) -> None:
     """`write_cache` in a folder that is claimed; `sources` without what is held out."""
     train, val = sources
-    here = loader_config(recipe, accelerator, accelerator.print)
+    here = loader_config(recipe.data, recipe.run, accelerator, accelerator.print)
     loader = _whole_batches(recipe, train, here, device_batch_size)
-    images = identity.cache_identity(recipe, loader, accelerator.mixed_precision)
+    holdout, autocast = recipe.finetune.holdout if recipe.finetune else 0.0, accelerator.mixed_precision
+    images = identity.cache_identity(recipe.distillations()[0].teacher, recipe.data, loader, holdout, autocast)
     is_new = [not (folder / "manifest.json").exists()]
     broadcast_object_list(is_new)  # the first process makes it while others may still be looking
     if is_new[0]:
         manifest: dict[str, Any] = {
             "format": cached_teacher.FORMAT,
-            "teacher": teacher.info.told(),
+            "teacher": teacher.info.facts(),
             "ran": ran,
             "img_size": teacher.img_size,
             "width": teacher.width,
@@ -128,14 +129,18 @@ def _write(
             "logits": formats[1],
             "global_batch_size": loader.global_batch_size,
             "steps_per_epoch": loader.steps_per_epoch,
-            "validation": identity.of_validation(recipe, val),
+            "validation": identity.of_validation(recipe.data, recipe.evaluation, val),
             "stream": images,
             "versions": identity.versions(),
         }
         if accelerator.is_main_process:
             manifest |= _measured(teacher, loader, formats, folder, accelerator, shard_bytes)
-            _tell(manifest, list(cached_teacher.shards(manifest)), folder, accelerator)
-        manifest["accuracy"] = _accuracy(recipe, teacher, val, here, loader.micro_batch_size, accelerator)
+            _report(manifest, list(cached_teacher.shards(manifest)), folder, accelerator)
+        manifest["accuracy"] = _accuracy(
+            teacher,
+            EvaluationLoader(val, evaluation_transform(recipe.data, recipe.evaluation), here, loader.micro_batch_size),
+            accelerator,
+        )
         if accelerator.is_main_process:
             cached_teacher.write_manifest(folder, manifest)
         accelerator.wait_for_everyone()
@@ -146,7 +151,7 @@ def _write(
         raise UserError(f"--output {folder}: holds a cache with {', '.join(other)}; give another folder")
     todo = _missing(manifest, folder, accelerator)
     if not is_new[0] and accelerator.is_main_process:
-        _tell(manifest, todo, folder, accelerator)
+        _report(manifest, todo, folder, accelerator)
     _write_shards(manifest, todo, teacher, loader, formats, folder, accelerator)
 
 
@@ -157,7 +162,7 @@ def _whole_batches(recipe: Recipe, train: Source, here: LoaderConfig, device_bat
     pieces = [n for n in range(1, batch + 1) if batch % n == 0 and batch // n <= most and batch // n % 2 == 0]
     return TrainLoader(
         train,
-        choose_augmentation(recipe, here.device),
+        choose_augmentation(recipe.data, recipe.augmentation, recipe.run, here.device),
         recipe.augmentation,
         LoaderConfig(here.device, 1, 0, here.workers, here.on_bad_image, here.warn),
         num_classes=len(train.class_names),
@@ -177,20 +182,17 @@ def _answers(
         yield output.features, output.logits
 
 
-def _accuracy(
-    recipe: Recipe, teacher: Teacher, val: Source, here: LoaderConfig, batch_size: int, accelerator: Accelerator
-) -> dict[str, float]:
+def _accuracy(teacher: Teacher, loader: EvaluationLoader, accelerator: Accelerator) -> dict[str, float]:
     """The teacher's top1 and top5 over the validation images, if it knows their labels."""
-    if teacher.num_classes != len(val.class_names) or len(val) < accelerator.num_processes:
+    if teacher.num_classes != len(loader.source.class_names) or len(loader.source) < accelerator.num_processes:
         return {}
-    loader = EvaluationLoader(val, evaluation_transform(recipe), here, batch_size)
     return measure(lambda images: {"": teacher(images).logits}, loader, accelerator, "teacher_")
 
 
 def _measured(
     teacher: Teacher, loader: TrainLoader, formats: tuple[str, str], folder: Path, accelerator: Accelerator, shard_bytes: int
 ) -> dict[str, Any]:
-    """Bytes and seconds an image, what the formats lose, and where files end; told from some batches of the first view.
+    """Bytes and seconds an image, what the formats lose, and where files end; measured on some batches of the first view.
 
     Principal components are fitted on three quarters of these images, as many as four times their number if there are so many; what is
     lost is measured on the others.
@@ -207,11 +209,11 @@ def _measured(
             timed += len(features)
     seconds = (time.perf_counter() - started) / timed
     features, logits = (torch.cat(parts) for parts in zip(*answers, strict=True))
-    fitted, basis, told = len(features) * 3 // 4, None, {}
+    fitted, basis, hashes = len(features) * 3 // 4, None, {}
     if formats[0].startswith("pca:"):
         basis = teacher_formats.fit_basis(features[:fitted], teacher_formats.number_of(formats[0]))
         write_tensors(basis._asdict(), folder / "basis.safetensors", {"format": "pt"})
-        told["basis_sha256"] = sha256(folder / "basis.safetensors")
+        hashes["basis_sha256"] = sha256(folder / "basis.safetensors")
     others = slice(fitted if len(features) - fitted > 1 else 0, None)
     rows = teacher_formats.encode(features, logits, formats, basis)
     _must_be_finite(rows, teacher, formats)
@@ -221,7 +223,7 @@ def _measured(
         "seconds_per_image": seconds,
         "errors": teacher_formats.errors(features[others], logits[others], formats, basis),
         "steps_per_shard": max(1, min(loader.steps_per_epoch, shard_bytes // (row_bytes * loader.global_batch_size))),
-        **told,
+        **hashes,
     }
 
 
@@ -233,7 +235,7 @@ def _must_be_finite(rows: dict[str, Tensor], teacher: Teacher, formats: tuple[st
 
 
 def _missing(manifest: dict[str, Any], folder: Path, accelerator: Accelerator) -> list[tuple[int, int]]:
-    """(view, first step) of every file that is missing or damaged, the same list on all processes; each looks at its share."""
+    """(view, first step) of every missing or damaged file, the same list on all processes; each checks its share."""
     mine = list(cached_teacher.shards(manifest))[accelerator.process_index :: accelerator.num_processes]
     quiet = None if accelerator.is_main_process else True
     found = [
@@ -244,8 +246,8 @@ def _missing(manifest: dict[str, Any], folder: Path, accelerator: Accelerator) -
     return sorted(gather_object(found))
 
 
-def _tell(manifest: dict[str, Any], todo: list[tuple[int, int]], folder: Path, accelerator: Accelerator) -> None:
-    """What will be written, how large it is and how long it takes.
+def _report(manifest: dict[str, Any], todo: list[tuple[int, int]], folder: Path, accelerator: Accelerator) -> None:
+    """Prints what will be written, how large it is and how long it takes.
 
     Raises:
         UserError: the disk has less space.

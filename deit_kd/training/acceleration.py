@@ -1,4 +1,4 @@
-"""How the networks of a run are executed: folded, laid out, compiled. What changes their numbers is measured first, and told."""
+"""How the networks of a run are executed: folded, laid out, compiled. What changes their outputs is measured and reported."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def prepare(
     if run.keep_memory is True and not kept:
         raise UserError("run.keep_memory=true: only the C library of Linux, glibc, can be told so; set run.keep_memory=auto")
     compiled = _compile_mode(run, accelerator.device, sharded)
-    networks = [each if isinstance(each, Teacher) else None for each in dict.fromkeys(teachers)]
+    networks = [each.live for each in dict.fromkeys(teachers)]
     images = example().to(accelerator.device) if any(networks) else torch.empty(0)
     quick = tuple(None if each is None else _quicken(each, run, images, accelerator) for each in networks)
     for each in networks:
@@ -121,11 +121,11 @@ def _quicken(teacher: Teacher, run: Run, images: Tensor, accelerator: Accelerato
     if run.fold_teacher is True or (run.fold_teacher == "auto" and not plain):
         teacher.model = copy.deepcopy(before)
         folded = fold_batch_norms(teacher.model, partial(teacher.probe, images[:1]))
-    low = teacher.stated_dtype
+    low = teacher.dtype_once_folded
     if low is None and teacher.follows_autocast and not plain:
         low = HALF.get(accelerator.mixed_precision)
     layout = _layout(teacher, run, images, accelerator, low)
-    _lay_out(teacher, layout)
+    teacher.lay_out(FORMATS[layout])
     error = _errors(_exact(teacher, images), reference)
     if not all(each <= ALLOWED for each in error):
         if run.fold_teacher is True or run.teacher_layout == layout != "contiguous":
@@ -134,10 +134,10 @@ def _quicken(teacher: Teacher, run: Run, images: Tensor, accelerator: Accelerato
                 f"{ALLOWED:g}; set run.fold_teacher=false and run.teacher_layout=contiguous"
             )
         teacher.model, folded, layout = before, 0, "contiguous"
-        _lay_out(teacher, layout)
+        teacher.lay_out(FORMATS[layout])
         error = _errors(_exact(teacher, images), reference)
-    if teacher.stated_dtype:
-        error = _cast(teacher, teacher.stated_dtype, images, reference)
+    if teacher.dtype_once_folded:
+        error = _cast(teacher, teacher.dtype_once_folded, images, reference)
     elif low:  # instead of casting the weights again at each step, if that is as exact
         with accelerator.autocast():
             error = _errors(_outputs(teacher, images), reference)
@@ -187,7 +187,7 @@ def _faster(teacher: Teacher, images: Tensor) -> str:
     if key not in known:
         seconds = {}
         for layout in FORMATS:
-            _lay_out(teacher, layout)
+            teacher.lay_out(FORMATS[layout])
             for repeat in range(13):
                 if repeat == 3:
                     torch.cuda.synchronize()
@@ -208,11 +208,6 @@ def _known_layouts(file: Path) -> dict[str, str]:
         return dict(read_json(file, dict[str, Literal["contiguous", "channels_last"]], "it is measured again", MEGABYTE))
     except UserError:
         return {}
-
-
-def _lay_out(teacher: Teacher, layout: str) -> None:
-    teacher.memory_format = FORMATS[layout]
-    teacher.model.to(memory_format=FORMATS[layout])
 
 
 def _exact(teacher: Teacher, images: Tensor) -> tuple[Tensor, Tensor]:

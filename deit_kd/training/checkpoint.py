@@ -1,4 +1,4 @@
-"""What a run needs to go on: `checkpoints/step_XXXXXXXX/` of safetensors and one JSON, written whole or not at all.
+"""Checkpoints: folders `checkpoints/step_XXXXXXXX/` of safetensors and one JSON, written whole or not at all.
 
 A save goes to a temporary folder, is flushed to disk and renamed; only then are older ones pruned. A load takes the newest
 folder whose files match the hashes in its `state.json`. No random state is stored: see `deit_kd.seed`.
@@ -34,7 +34,7 @@ MOST_BYTES = 2000 * MEGABYTE  # of a state.json, which holds the lines of metric
 
 
 class _DependsOn(Document):
-    """What a run depends on, as far as somebody reads it; keys of a recipe may have any value."""
+    """What a run depends on, as far as code reads it; keys of a recipe may have any value."""
 
     classes: list[str] = []
     validation_classes: list[str] = []
@@ -85,7 +85,7 @@ def prune(folder: Path, last: Path, keep: int) -> None:
 
 
 def set_aside_after(folder: Path, chosen: Path | None, warn: Callable[[str], None]) -> None:
-    """Renames checkpoints of `folder` that are newer than the one to go on from: damaged, or of a course that is given up."""
+    """Renames checkpoints of `folder` that are newer than the one to go on from: they are damaged, or of a continuation that is given up."""
     for path in _all(folder):
         if chosen is None or path.name > chosen.name:
             names = (f"aside_{path.name}{number and f'.{number}' or ''}" for number in count())
@@ -118,7 +118,7 @@ def newest(
 
 
 def verify(path: Path) -> dict[str, Any]:
-    """The state.json of a checkpoint, all of whose files are as they were written.
+    """The state.json of a checkpoint, after all its files have been compared with their hashes.
 
     Raises:
         UserError: it is missing or damaged.
@@ -158,7 +158,7 @@ def load(path: Path, verified: bool = False) -> tuple[dict[str, dict[str, Tensor
 
     Args:
         path: its folder.
-        verified: the hashes of its files need no look, because this run just had one.
+        verified: this run has just compared the hashes of its files.
 
     Raises:
         UserError: it is missing or damaged.
@@ -187,7 +187,7 @@ def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor],
 
 
 def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: Tensors, rest: Mapping[str, Any]) -> None:
-    """Puts back what `pack_optimizer` gave; of parameters that are cut over processes each its own part.
+    """Restores what `pack_optimizer` returned; of sharded parameters each process takes its part.
 
     Settings of the groups stay those with which the optimizer was built, but for those that training changes.
 
@@ -233,7 +233,7 @@ def _all(folder: Path) -> list[Path]:
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether a folder holds nothing but what `save` writes; half of it, too."""
+    """Whether a folder holds nothing but files of `save`, all or some."""
     return path.is_dir() and all(re.fullmatch(r"state\.json|\w+\.safetensors|\..*\.tmp", each.name) for each in path.iterdir())
 
 

@@ -11,14 +11,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from timm.utils import ModelEmaV3
-from torch import Tensor
 
+from deit_kd.recipe import Run
 from deit_kd.training.best import Best
 from deit_kd.training.metrics import Clock, Tracker, Window
-from deit_kd.training.nonfinite import Buffers, PendingSteps, StepTerms, Vote, can_skip_by_itself
+from deit_kd.training.nonfinite import StepGuard, StepTerms
 from deit_kd.training.signals import Stop, Stopped, goes_on
 from deit_kd.training.state import RunState
-from deit_kd.training.task import Loop, Task
+from deit_kd.training.task import Task
 
 
 def fit(
@@ -26,14 +26,33 @@ def fit(
     accelerator: Accelerator,
     optimizer: torch.optim.Optimizer,
     schedule: Callable[[int], float],
-    loop: Loop,
+    run: Run,
     tracker: Tracker,
     folder: Path,
+    *,
+    total_steps: int,
+    clip_grad: float | None,
+    reads_every_step: bool,
     ema: ModelEmaV3 | None = None,
     resume: Path | None = None,
     best: Best | None = None,
 ) -> bool:
-    """Trains to `loop.total_steps`, from a checkpoint if one is given.
+    """Trains to `total_steps`, from a checkpoint if one is given.
+
+    Args:
+        task: what is learned, prepared by `deit_kd.training.setup`.
+        accelerator: of this process.
+        optimizer: prepared.
+        schedule: step, from 0 -> learning rate.
+        run: how often to log, evaluate and save.
+        tracker: takes metrics.
+        folder: of the run.
+        total_steps: optimizer steps from the run's beginning.
+        clip_grad: largest gradient norm; None for no limit.
+        reads_every_step: see `StepGuard`.
+        ema: of the student.
+        resume: a checkpoint.
+        best: keeps the weights of the best evaluation.
 
     Returns:
         True when the run is complete, False when a signal stopped it; its state is saved either way.
@@ -52,94 +71,93 @@ def fit(
         recipe=task.fingerprint,
         layout=task.layout,
         depends_on=task.depends_on,
-        keep_checkpoints=loop.keep_checkpoints,
-        on_full_disk=loop.on_full_disk,
+        keep_checkpoints=run.keep_checkpoints,
+        on_full_disk=run.on_full_disk,
         best=best,
     )
     step = state.restore(resume) if resume else 0
-    clock, batches, vote = Clock(accelerator.device), None, Vote(accelerator)
+    save_every = task.steps_per_epoch if run.save_every_steps == "epoch" else run.save_every_steps
+    eval_every = run.eval_every_epochs * task.steps_per_epoch
     tracker.start(step)
     if step == 0:
         tracker.log("projector", step, task.inspect())
-    elif _evaluation_is_due(loop, task, step):  # stopped after saving, and before evaluating or after
+    elif step % eval_every == 0 or step >= total_steps:  # the checkpoint is older than the evaluation of its step
         evaluated = [line for line in tracker.lines("eval") if line["step"] == step]
         _evaluate(task, tracker, step, ema, best, evaluated[-1] if evaluated else None)
-    over = _is_over(task, tracker, accelerator)
-    window, buffers, unread = Window(step), Buffers(task.module), PendingSteps(task, tracker)
-    lazily = not loop.reads_every_step and can_skip_by_itself(optimizer, accelerator)
+    clock, window, guard = (
+        Clock(accelerator.device),
+        Window(step),
+        StepGuard(task, accelerator, optimizer, tracker, reads_every_step),
+    )
+    over, batches = _is_over(task, tracker, accelerator), None
     task.module.train()
 
     with Stop(alone=accelerator.num_processes == 1) as stop:
         try:
-            while step < loop.total_steps and not over:
+            while step < total_steps and not over and not guard.should_stop:
                 epoch, step_of_epoch = divmod(step, task.steps_per_epoch)
                 if batches is None or step_of_epoch == 0:
                     batches = task.train_batches(epoch, step_of_epoch, clock)
-                lr = schedule(step)
-                for group in optimizer.param_groups:
-                    group["lr"] = lr * group.get("lr_scale", 1.0)
+                lr = _set_learning_rate(optimizer, schedule(step))
                 step += 1
-                log = step % loop.log_every_steps == 0 or step == loop.total_steps
-                buffers.keep()
-                done = _backward(task, accelerator, batches, loop.accumulation_steps, clock, log, stop, vote)
-                unread.steps.append((step, done, vote.skip))
-                due = step % loop.save_every_steps == 0 or step == loop.total_steps or vote.stopping
-                counts = lazily or unread.read()
+                last = step == total_steps
+                log, save, evaluate = step % run.log_every_steps == 0, step % save_every == 0, step % eval_every == 0
+                guard.snapshot()
+                terms = _backward(task, accelerator, batches, clock, log or last, stop, guard)
+                guard.settle(step, terms, wait=log or save or last or guard.should_stop)
                 with clock.span("student"):
-                    if lazily or not counts:
-                        buffers.restore(vote.skip)
-                    _update(task, accelerator, optimizer, loop, ema, vote.skip if lazily else None, counts)
-                    optimizer.zero_grad(set_to_none=True)
+                    _update(task, accelerator, optimizer, clip_grad, ema, guard)
                 state.reached = step
                 tracker.advance()
-                if lazily and (log or due):
-                    counts = unread.read()
-
-                if log:  # beside those that save, the only steps that wait for the device
-                    means, speed = tracker.means(), window.close(step, loop.images_per_step, clock)
-                    tracker.log("train", step, {"epoch": step / task.steps_per_epoch, "lr": lr, **means, **speed})
+                if log or last:
+                    progress = {"epoch": step / task.steps_per_epoch, "lr": lr, **tracker.means()}
+                    tracker.log("train", step, {**progress, **window.close(step, task.images_per_step, clock)})
                 with window.paused():
-                    if due and (counts or vote.stopping or step == loop.total_steps):  # a skipped one could push out a good one
+                    if (save and guard.step_is_valid) or last or guard.should_stop:
                         state.save(step)  # before evaluating, which can take long and fail
-                    if _evaluation_is_due(loop, task, step) and not vote.stopping:
+                    if (evaluate or last) and not guard.should_stop:
                         with stop.waiting():
                             _evaluate(task, tracker, step, ema, best)
                         over = _is_over(task, tracker, accelerator)
-                if vote.stopping:
-                    tracker.say(goes_on(step, folder))
-                    break
-        except Stopped as stopped:  # while it evaluated, or before the step was made, which changed buffers alone
-            buffers.restore(torch.full_like(vote.skip, step > state.reached))
-            unread.read()
+            if guard.should_stop:
+                tracker.say(goes_on(step, folder))
+        except Stopped as stopped:  # in an evaluation, or before a step was complete, which so far changed only buffers
+            guard.restore(torch.full_like(guard.found_inf, step > state.reached))
+            guard.read()
             state.save_what_is_not()
             stopped.give_reason()
             tracker.say(goes_on(state.reached, folder))
             return False
-    return over or step >= loop.total_steps
+    return over or step >= total_steps
+
+
+def _set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> float:
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)
+    return lr
 
 
 def _backward(
     task: Task,
     accelerator: Accelerator,
     batches: Iterator[Any],
-    accumulation_steps: int,
     clock: Clock,
     detailed: bool,
     stop: Stop,
-    vote: Vote,
+    guard: StepGuard,
 ) -> StepTerms:
-    """The gradients of an optimizer step. All processes agree on isfinite(loss) before the last backward pass, which overlaps it."""
+    """The gradients of a step. All processes agree on isfinite(loss) before the last backward, so that the reduction overlaps it."""
     done: StepTerms = []
-    for micro in range(1, accumulation_steps + 1):
+    for micro in range(1, task.accumulation_steps + 1):
         with stop.waiting():
-            batch, last = next(batches), micro == accumulation_steps
+            batch, last = next(batches), micro == task.accumulation_steps
         with nullcontext() if last else accelerator.no_sync(task.module):
             terms = task.compute_terms(batch, clock, detailed)
             done.append((batch.indices, {name: value.detach().clone() for name, value in terms.items()}))
             if last:
-                vote.cast(stop, torch.stack([values["loss"] for _, values in done]).sum())
+                guard.agree(stop, torch.stack([values["loss"] for _, values in done]).sum())
             with clock.span("student"):
-                accelerator.backward(terms["loss"] / accumulation_steps)
+                accelerator.backward(terms["loss"] / task.accumulation_steps)
     return done
 
 
@@ -147,33 +165,23 @@ def _update(
     task: Task,
     accelerator: Accelerator,
     optimizer: torch.optim.Optimizer,
-    loop: Loop,
+    clip_grad: float | None,
     ema: ModelEmaV3 | None,
-    skip: Tensor | None,
-    counts: bool,
+    guard: StepGuard,
 ) -> None:
-    """The optimizer's step, unless `skip` tells it on the device, or `counts` here, that this one does not count."""
-    if loop.clip_grad is not None and counts:
-        accelerator.clip_grad_norm_(task.module.parameters(), loop.clip_grad)
-    if skip is not None:
-        bare: Any = getattr(optimizer, "optimizer", optimizer)
-        bare.found_inf = skip
-        optimizer.step()
-        del bare.found_inf
-    elif counts:
-        optimizer.step()
-    if ema is not None:  # of a step that does not count: towards weights that stayed
+    """The optimizer's step, unless the guard says that this one does not count."""
+    if clip_grad is not None and guard.step_is_valid:
+        accelerator.clip_grad_norm_(task.module.parameters(), clip_grad)
+    guard.step()
+    if ema is not None:
         ema.update(task.student)
-
-
-def _evaluation_is_due(loop: Loop, task: Task, step: int) -> bool:
-    return step % (loop.eval_every_epochs * task.steps_per_epoch) == 0 or step >= loop.total_steps
+    optimizer.zero_grad(set_to_none=True)
 
 
 def _evaluate(
     task: Task, tracker: Tracker, step: int, ema: ModelEmaV3 | None, best: Best | None, done: dict[str, Any] | None = None
 ) -> None:
-    """Measures, unless that is `done`, and offers the weights to `best`."""
+    """Evaluates, unless the metrics are `done`, and offers the weights to `best`."""
     metrics = done or task.evaluate(None if ema is None else ema.module)
     if best is not None:
         best.offer(step, metrics)
@@ -184,7 +192,7 @@ def _evaluate(
 
 
 def _is_over(task: Task, tracker: Tracker, accelerator: Accelerator) -> bool:
-    """Asks the task on the main process, which alone has all lines; all hear the answer."""
-    answer = [accelerator.is_main_process and task.is_over(tracker.lines("eval"))]
+    """Whether to stop early. The main process decides, because only it has all lines."""
+    answer = [accelerator.is_main_process and task.stop_early(tracker.lines("eval"))]
     broadcast_object_list(answer)
     return answer[0]

@@ -1,4 +1,4 @@
-"""What a run says: metrics.jsonl (one JSON object a line), a progress bar or plain lines, and Accelerate's trackers."""
+"""What a run reports: metrics.jsonl (one JSON object a line), a progress bar or plain lines, and Accelerate's trackers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TIMES = ("seconds", "images_per_second", "seconds_data", "seconds_teacher", "sec
 
 
 class Clock:
-    """Seconds by name. On a GPU work is measured with events, read (and waited for) only in `read`."""
+    """Measures seconds by name. On a GPU it records events, and only `read` waits for them."""
 
     def __init__(self, device: torch.device):
         self.on_gpu = device.type == "cuda"
@@ -37,7 +37,7 @@ class Clock:
 
     @contextmanager
     def span(self, name: str, host: bool = False) -> Iterator[None]:
-        """Times the block; `host` for what the processor waits for, such as data."""
+        """Times the block; `host` measures the time of the host, such as a wait for data."""
         start = self._mark(host)
         yield
         self._spans[name].append((start, self._mark(host)))
@@ -69,7 +69,7 @@ class Window:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """The time that the block takes does not count."""
+        """Leaves the block's time out of the window."""
         before = time.perf_counter()
         yield
         self.started += time.perf_counter() - before
@@ -89,7 +89,7 @@ class Tracker:
         accelerator: for averaging over processes and for its trackers.
         folder: the run folder; metrics.jsonl grows there.
         total_steps: of the whole run, for the bar.
-        goes_on: on a full disk, where nothing can be written.
+        goes_on: a full disk does not end the run.
     """
 
     def __init__(self, accelerator: Accelerator, folder: Path, total_steps: int, goes_on: bool = False):
@@ -130,7 +130,7 @@ class Tracker:
             self._counts[name] = self._counts.get(name, 0) + 1
 
     def advance(self) -> None:
-        """One optimizer step is done."""
+        """Moves the progress bar by one optimizer step."""
         if self._bar is not None:
             self._bar.update()
 
@@ -153,7 +153,7 @@ class Tracker:
         return {"sums": sums, "counts": self._counts, "seconds": time.monotonic() - self._started}
 
     def restore(self, state: Mapping[str, Any], lines: str | None = None) -> None:
-        """Puts back what `state` gave; `lines` are those that metrics.jsonl had then, if that is known."""
+        """Restores what `state` returned; `lines` are those that metrics.jsonl had then, if known."""
         self._held = lines
         device = self.accelerator.device
         self._sums = {name: torch.tensor(value, device=device) for name, value in state["sums"].items()}
@@ -163,7 +163,7 @@ class Tracker:
     def log(self, kind: str, step: int, values: Mapping[str, Any], with_the_next: bool = False) -> None:
         """Writes one line of `kind` (train, eval, teacher, projector, skipped), shows it, and passes its numbers to the trackers.
 
-        A line `with_the_next` is written when the next one is: a crash loses both, or neither.
+        A line `with_the_next` is written together with the next one, so that a crash loses both or neither.
         """
         if not self.accelerator.is_main_process:
             return
@@ -189,7 +189,7 @@ class Tracker:
         return str(timedelta(seconds=round(pace * (self.total_steps - step))))
 
     def _write(self) -> None:
-        """Appends what waits; on a full disk, where the run is to go on, it waits for the next time, and no half of a line is left."""
+        """Appends the pending lines. On a full disk a run that goes on keeps them for the next time and removes half a line."""
         size = self.file.stat().st_size if self.file.exists() else 0
         try:
             with self.file.open("a") as stream:
@@ -206,7 +206,7 @@ class Tracker:
         self._pending = ""
 
     def say(self, text: str) -> None:
-        """A line for people, from the main process."""
+        """Prints a line, on the main process."""
         if self.accelerator.is_main_process:
             tqdm.write(lines_for_terminal(text), file=sys.stderr)
 
@@ -220,7 +220,7 @@ class Tracker:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """All lines of a run's metrics.jsonl; those that are damaged, as a last line that was cut off by a crash, are left out.
+    """All lines of a run's metrics.jsonl, but for damaged ones, such as a last line that a crash cut off.
 
     Raises:
         UserError: the file cannot be read.

@@ -1,11 +1,13 @@
-"""Steps whose loss is not finite: how processes agree that a step does not count, what is put back, and what is reported."""
+"""Steps whose loss is not finite: all processes agree on them, their changes are undone, and they are reported."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import Tensor, nn
+from torch import Tensor
 
 from deit_kd.errors import UserError
 from deit_kd.training.metrics import Tracker
@@ -16,107 +18,134 @@ SKIPPED_IN_A_ROW = 3  # steps without a finite loss end the run
 StepTerms = list[tuple[Tensor, dict[str, Tensor]]]  # of each micro-batch of a step its indices and its terms
 
 
-class Vote:
-    """What all processes must agree on before a step counts: is the loss finite everywhere, and is any of them asked to stop?
+class StepGuard:
+    """Lets a step count only if the loss is finite on all processes.
 
-    The first answer stays on the device. The second is the host's; of several GPUs it comes with the step after, whose votes are
-    copied long before anybody reads them.
+    The answer stays on the device where the optimizer reads it there (torch's fused optimizers without a scaler). The host then learns it
+    on steps that are logged or saved, and waits for the device on no other. Everywhere else the host reads it at each step.
+
+    Args:
+        task: names the samples of a bad step.
+        accelerator: reduces over the processes.
+        optimizer: of the run.
+        tracker: gets the terms of steps that count, and a line for each other one.
+        reads_every_step: the host reads the answer at each step anyway.
+
+    Attributes:
+        found_inf: 0-d, on the device: 1 if the loss of the step is not finite on some process, else 0.
+        should_stop: a process was asked to stop. On several GPUs this comes a step later, so that the host need not wait for it.
+        step_is_valid: False if the host knows that the step does not count.
     """
 
-    def __init__(self, accelerator: Accelerator):
-        self.accelerator, self.on_gpu = accelerator, accelerator.device.type == "cuda"
-        self.skip = torch.zeros((), device=accelerator.device)  # 1: the loss of this step is not finite somewhere; else 0
-        self.stopping = False
+    def __init__(
+        self, task: Task, accelerator: Accelerator, optimizer: torch.optim.Optimizer, tracker: Tracker, reads_every_step: bool
+    ):
+        self.task, self.accelerator, self.tracker, self.on_gpu = task, accelerator, tracker, accelerator.device.type == "cuda"
+        self.optimizer = optimizer
+        self.bare: Any = getattr(optimizer, "optimizer", optimizer)
+        fused = getattr(self.bare, "_step_supports_amp_scaling", False)
+        self.deferred = not reads_every_step and fused and accelerator.scaler is None
+        self.found_inf = torch.zeros((), device=accelerator.device)
+        self.should_stop, self.step_is_valid, self.invalid_in_a_row = False, True, 0
+        self._pending: list[tuple[int, StepTerms, Tensor]] = []  # step, its terms, found_inf
         self._copied: tuple[Tensor, torch.cuda.Event] | None = None
+        stored = task.module.state_dict()  # other buffers are constant
+        self._buffers = [buffer for name, buffer in task.module.named_buffers() if name in stored]
+        self._before = [buffer.clone() for buffer in self._buffers]
 
-    def cast(self, stop: Stop, loss: Tensor) -> None:
-        """This process's vote: its request to stop, and its loss, the sum of all micro-batches."""
-        nonfinite = loss.isfinite().logical_not().float()
+    def snapshot(self) -> None:
+        """Before a step: copies the buffers (of batch norms and memories), which the step changes."""
+        if self._buffers:
+            torch._foreach_copy_(self._before, self._buffers)
+
+    def agree(self, stop: Stop, loss: Tensor) -> None:
+        """Before the last backward pass of a step: sets `found_inf` and `should_stop` from the loss [] and the requests of all processes."""
+        found_inf = loss.isfinite().logical_not().float()
         if self.accelerator.num_processes == 1:
-            self.skip, self.stopping = nonfinite, stop.requested
+            self.found_inf, self.should_stop = found_inf, stop.requested
             return
-        votes = torch.stack([nonfinite, torch.full_like(nonfinite, float(stop.requested))])
-        votes = self.accelerator.reduce(votes, reduction="sum").clamp_max(1.0)
-        self.skip = votes[0]
+        both = torch.stack([found_inf, torch.full_like(found_inf, float(stop.requested))])
+        both = self.accelerator.reduce(both, reduction="sum").clamp_max(1.0)
+        self.found_inf = both[0]
         if not self.on_gpu:
-            self.stopping = bool(votes[1].item())
+            self.should_stop = bool(both[1].item())
             return
         if self._copied:
             copy, event = self._copied
             event.synchronize()
-            self.stopping = bool(copy.item())
-        copy, event = torch.empty((), pin_memory=True).copy_(votes[1], non_blocking=True), torch.cuda.Event()
+            self.should_stop = bool(copy.item())
+        copy, event = torch.empty((), pin_memory=True).copy_(both[1], non_blocking=True), torch.cuda.Event()
         event.record()
         self._copied = copy, event
 
+    def settle(self, step: int, terms: StepTerms, wait: bool) -> None:
+        """After backward: puts the buffers back if the step does not count, and reports it.
 
-class PendingSteps:
-    """Steps of which the host does not know yet whether they count. Those that do enter the means; the others are reported."""
-
-    def __init__(self, task: Task, tracker: Tracker):
-        self.task, self.tracker, self.in_a_row = task, tracker, 0
-        self.steps: list[tuple[int, StepTerms, Tensor]] = []  # number, terms, and 1 if it does not count
-
-    def read(self) -> bool:
-        """Waits for the device. Whether the last step counts; True if there is none.
+        Args:
+            step: its number, from 1.
+            terms: of its micro-batches.
+            wait: for the device, to know now whether it counts.
 
         Raises:
-            UserError: too many in a row do not.
+            UserError: too many steps in a row do not count.
         """
-        skipped = torch.stack([skip for *_, skip in self.steps]).tolist() if self.steps else [False]
-        for (step, done, _), skip in zip(self.steps, skipped, strict=False):
-            self.in_a_row = self.in_a_row + 1 if skip else 0
-            if skip:
-                self._report(step, done)
-            else:
-                for _, values in done:
-                    self.tracker.add(values)
-        self.steps = []
-        return not skipped[-1]
+        self.step_is_valid = True
+        self._pending.append((step, terms, self.found_inf))
+        if wait or not self.deferred:
+            self.read()
+        if self.deferred or not self.step_is_valid:
+            self.restore(self.found_inf)
 
-    def _report(self, step: int, done: StepTerms) -> None:
-        """Reports which terms of which samples were not finite, and ends the run when that repeats."""
-        mine = []
+    def step(self) -> None:
+        """The optimizer's step, unless this one does not count."""
+        if self.deferred:
+            self.bare.found_inf = self.found_inf
+            self.optimizer.step()
+            del self.bare.found_inf
+        elif self.step_is_valid:
+            self.optimizer.step()
+
+    def restore(self, where: Tensor) -> None:
+        """Puts the buffers back if `where` [] is 1, without waiting for the device."""
+        for before, buffer in zip(self._before, self._buffers, strict=True):
+            buffer.copy_(torch.where(where.bool(), before, buffer))
+
+    def read(self) -> None:
+        """Waits for the device: adds the terms of steps that count to the means, and reports the others.
+
+        Raises:
+            UserError: too many steps in a row do not count.
+        """
+        if not self._pending:
+            return
+        for (step, terms, _), invalid in zip(self._pending, torch.stack([each[2] for each in self._pending]).tolist(), strict=True):
+            self.step_is_valid = not invalid
+            self.invalid_in_a_row = self.invalid_in_a_row + 1 if invalid else 0
+            if invalid:
+                self._report_nonfinite(step, terms)
+            else:
+                for _, values in terms:
+                    self.tracker.add(values)
+        self._pending = []
+
+    def _report_nonfinite(self, step: int, done: StepTerms) -> None:
+        """Reports which terms of which samples are not finite, and ends the run when that repeats."""
+        mine: list[dict[str, Any]] = []
         for indices, values in done:
             terms = [name for name, value in values.items() if not value.isfinite()]
-            if terms:  # `loss` is among them, and says nothing that its terms do not
+            if terms:
                 mine.append({"terms": terms, "samples": indices.tolist(), "names": self.task.sample_names(indices)})
-        found = gather_object(mine)  # of all processes
+        found = gather_object(mine)
         terms = list(dict.fromkeys(name for each in found for name in each["terms"] if name != "loss")) or ["loss"]
-        names = [name for each in found for name in each["names"]]  # for people here; metrics.jsonl is published
+        names = [name for each in found for name in each["names"]]  # printed, but not stored: metrics.jsonl is published
         self.tracker.log("skipped", step, {"terms": terms, "samples": [index for each in found for index in each["samples"]]})
         fault = f"step {step}: {', '.join(terms)} not finite, for samples {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
-        if self.in_a_row < SKIPPED_IN_A_ROW:
+        if self.invalid_in_a_row < SKIPPED_IN_A_ROW:
             self.tracker.say(
                 f"{fault} ({len(names)}; {self.tracker.file.name} has their places among the training images); the step is skipped"
             )
             return
         raise UserError(
-            f"{fault}, {self.in_a_row} steps in a row; lower optim.lr, set optim.clip_grad, or use run.precision=no or teacher.precision=float32 if they were not; "
+            f"{fault}, {self.invalid_in_a_row} steps in a row; lower optim.lr, set optim.clip_grad, or use run.precision=no or teacher.precision=float32 if they were not; "
             "with another recipe give another --output or --resume none"
         )
-
-
-class Buffers:
-    """Buffers as they were before a step: what a step that does not count left in batch norms and memories must not stay."""
-
-    def __init__(self, module: nn.Module):
-        stored = module.state_dict()  # what is not is constant
-        self.live = [buffer for name, buffer in module.named_buffers() if name in stored]
-        self.kept = [buffer.clone() for buffer in self.live]
-
-    def keep(self) -> None:
-        """Copies them, before a step."""
-        if self.live:
-            torch._foreach_copy_(self.kept, self.live)
-
-    def restore(self, skip: Tensor) -> None:
-        """Puts them back where `skip` is 1, without asking the device."""
-        for kept, live in zip(self.kept, self.live, strict=True):
-            live.copy_(torch.where(skip.bool(), kept, live))
-
-
-def can_skip_by_itself(optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> bool:
-    """Whether the optimizer reads on the device that a step does not count, as torch's fused ones do where no scaler uses that."""
-    bare = getattr(optimizer, "optimizer", optimizer)
-    return getattr(bare, "_step_supports_amp_scaling", False) and accelerator.scaler is None

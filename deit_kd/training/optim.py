@@ -12,11 +12,11 @@ from timm.optim import create_optimizer_v2, list_optimizers, param_groups_weight
 from torch import nn
 
 from deit_kd.errors import UserError
-from deit_kd.recipe import Recipe, nearest
+from deit_kd.recipe import Finetune, Optim, nearest
 
 
-def build_optimizer(recipe: Recipe, module: nn.Module) -> torch.optim.Optimizer:
-    """The recipe's optimizer over all parameters.
+def build_optimizer(optim: Optim, finetune: Finetune | None, lr_factor: float, module: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer of a recipe over all parameters; `lr_factor` multiplies its learning rate.
 
     With optim.weight_decay_on=matrices no weight decay on biases, norms, nor what `module.no_weight_decay()` lists (position embedding, tokens,
     constrained projectors); with matrices_and_tokens it falls on what the student lists.
@@ -24,21 +24,20 @@ def build_optimizer(recipe: Recipe, module: nn.Module) -> torch.optim.Optimizer:
     Raises:
         UserError: an optimizer that timm does not know, or that refuses betas or eps.
     """
-    optim = recipe.optim
     if optim.name not in list_optimizers():
         raise UserError(f"optim.name={optim.name}: timm knows no such optimizer{nearest(optim.name, list_optimizers())}")
     groups = None
-    if recipe.finetune is not None and recipe.finetune.layer_decay < 1:
-        groups = _layers(recipe, module)
+    if finetune is not None and finetune.layer_decay < 1:
+        groups = _layers(optim, finetune.layer_decay, module)
     elif optim.weight_decay_on == "matrices_and_tokens":
-        groups = param_groups_weight_decay(module, optim.weight_decay, no_weight_decay_list=_undecayed(recipe, module))
+        groups = param_groups_weight_decay(module, optim.weight_decay, no_weight_decay_list=_undecayed(optim, module))
     # One kernel for all parameters, 3.6 times the speed on a CPU; and it knows by itself that a step does not count.
     fused = {"fused": True} if optim.name in ("adamw", "adam", "sgd", "momentum") else {}
     try:
         return create_optimizer_v2(
             module if groups is None else groups,
             opt=optim.name,
-            lr=optim.lr * recipe.lr_factor(),
+            lr=optim.lr * lr_factor,
             weight_decay=optim.weight_decay,
             filter_bias_and_bn=optim.weight_decay_on == "matrices" and groups is None,
             **{key: getattr(optim, key) for key in ("betas", "eps", "momentum") if getattr(optim, key) is not None},
@@ -48,33 +47,30 @@ def build_optimizer(recipe: Recipe, module: nn.Module) -> torch.optim.Optimizer:
         raise UserError(f"optim.name={optim.name}: cannot take the recipe's betas, eps or momentum ({error}); use adamw") from None
 
 
-def _undecayed(recipe: Recipe, module: Any) -> set[str]:
+def _undecayed(optim: Optim, module: Any) -> set[str]:
     """Names of parameters of two and more dimensions that do not decay."""
-    if recipe.optim.weight_decay_on == "all":
+    if optim.weight_decay_on == "all":
         return set()
-    tokens_too = recipe.optim.weight_decay_on == "matrices_and_tokens"
+    tokens_too = optim.weight_decay_on == "matrices_and_tokens"
     return {name for name in module.no_weight_decay() if not (tokens_too and name.startswith("student."))}
 
 
-def _layers(recipe: Recipe, module: Any) -> list[dict[str, Any]]:
+def _layers(optim: Optim, layer_decay: float, module: Any) -> list[dict[str, Any]]:
     """Groups of parameters by layer of the student, as timm counts them, each with `lr_scale`; projectors learn at the full rate."""
-    assert recipe.finetune is not None
     student: Any = module.get_submodule("student")
     layers = group_parameters(student, student.group_matcher(coarse=False), reverse=True)
     last = max(layers.values())
-    undecayed = _undecayed(recipe, module)
+    undecayed = _undecayed(optim, module)
     groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            decays = recipe.optim.weight_decay_on == "all" or not (
-                parameter.ndim <= 1 or name.endswith(".bias") or name in undecayed
-            )
+            decays = optim.weight_decay_on == "all" or not (parameter.ndim <= 1 or name.endswith(".bias") or name in undecayed)
             groups.setdefault((layers.get(name.removeprefix("student."), last), decays), []).append(parameter)
     return [
         {
             "params": parameters,
-            "weight_decay": recipe.optim.weight_decay if decays else 0.0,
-            "lr_scale": recipe.finetune.layer_decay ** (last - layer),
+            "weight_decay": optim.weight_decay if decays else 0.0,
+            "lr_scale": layer_decay ** (last - layer),
         }
         for (layer, decays), parameters in sorted(groups.items(), key=lambda item: item[0])
     ]
@@ -106,16 +102,15 @@ class Schedule:
         return self.min_lr + 0.5 * (self.peak_lr - self.min_lr) * (1 + math.cos(math.pi * progress))
 
 
-def build_schedule(recipe: Recipe, steps_per_epoch: int) -> Schedule:
-    """The recipe's schedule, the rates that its batch rule scales multiplied by what it says."""
-    optim, factor = recipe.optim, recipe.lr_factor()
-    others = factor if optim.lr_rule_scales == "all" else 1.0
+def build_schedule(optim: Optim, lr_factor: float, epochs: int, steps_per_epoch: int) -> Schedule:
+    """The schedule of a recipe; `lr_factor` multiplies the rates that `optim.lr_rule` scales."""
+    others = lr_factor if optim.lr_rule_scales == "all" else 1.0
     steps_down = optim.milestones or () if optim.schedule == "multistep" else None
     return Schedule(
-        peak_lr=optim.lr * factor,
+        peak_lr=optim.lr * lr_factor,
         warmup_lr=optim.warmup_lr * others,
         warmup_steps=round(optim.warmup_epochs * steps_per_epoch),
-        total_steps=recipe.epochs * steps_per_epoch,
+        total_steps=epochs * steps_per_epoch,
         min_lr=(optim.min_lr or 0.0) * others,
         milestones=None if steps_down is None else tuple(round(epoch * steps_per_epoch) for epoch in steps_down),
         decay_rate=optim.decay_rate or 1.0,

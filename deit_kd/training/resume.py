@@ -1,4 +1,4 @@
-"""What a run depends on beside its code, and which of it may change under way."""
+"""What a run depends on beside its code, and which of these facts may change when it is resumed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from deit_kd.files.documents import short
 from deit_kd.files.whole import sha256
 from deit_kd.models import AnyTeacher
 from deit_kd.models.loading import file_of
-from deit_kd.recipe import Recipe, flatten, renamed
+from deit_kd.recipe import renamed
 from deit_kd.training.run_files import plain
 
 TRAINING, VALIDATION = "training_images", "validation_images"
@@ -29,12 +29,21 @@ OF_DATA = ("classes", "validation_classes", TRAINING, VALIDATION, "teacher_tenso
 SOME, MOST_SIZES = 512, 100_000  # images whose content is compared; files whose sizes are looked up
 
 
-def depends_on(recipe: Recipe, sources: tuple[Source, Source], teachers: Iterable[AnyTeacher]) -> dict[str, Any]:
-    """All that a resumed run must find again, one plain value a key: those of the recipe, and what its names stand for."""
+def depends_on(
+    keys: Mapping[str, Any], finetuned_from: str | None, sources: tuple[Source, Source], teachers: Iterable[AnyTeacher]
+) -> dict[str, Any]:
+    """All that a resumed run must find again, one plain value a key.
+
+    Args:
+        keys: of the recipe, those that move a number.
+        finetuned_from: the weights that training began with, as `finetune.weights` states them.
+        sources: train and val.
+        teachers: each once.
+    """
     train, val = sources
-    file = file_of(recipe.finetune.weights) if recipe.finetune else None
+    file = file_of(finetuned_from) if finetuned_from else None
     found = {
-        **of_recipe(recipe),
+        **keys,
         "classes": list(train.class_names),
         "validation_classes": list(val.class_names),
         TRAINING: of_images(train),
@@ -45,13 +54,8 @@ def depends_on(recipe: Recipe, sources: tuple[Source, Source], teachers: Iterabl
     return plain(found)
 
 
-def of_recipe(recipe: Recipe) -> dict[str, Any]:
-    """The keys that move a number."""
-    return plain({key: value for key, value in flatten(recipe) if not key.startswith("run.")})
-
-
 def of_images(source: Source) -> dict[str, Any]:
-    """What tells images apart, wherever they lie: number, labels, the content of some, the sizes of files."""
+    """Facts that differ between data sets, whatever their place: number, labels, the content of some images, the sizes of files."""
     content = hashlib.sha256()
     for index in some(source):
         content.update(_content(source, index))
@@ -65,7 +69,7 @@ def of_images(source: Source) -> dict[str, Any]:
 
 
 def some(source: Source) -> list[int]:
-    """Images anywhere among all of a source, the same each time."""
+    """Indices of images spread over a source, the same each time."""
     return np.random.default_rng(0).permutation(len(source))[:SOME].tolist()
 
 
@@ -81,7 +85,7 @@ def unreadable(source: Source) -> list[str]:
 
 
 def changes(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Each key whose value is another now, with both values. What an earlier version did not know is not compared."""
+    """Each key whose value has changed, with both values. A key that an earlier version did not store is not compared."""
     found = []
     for key, a in renamed.current(was).items():
         b = now.get(key)
@@ -101,7 +105,7 @@ def refuse(
     unreadable: Sequence[str] = (),
     begun: str = "",
 ) -> None:
-    """Ends the run unless each change is accepted, or was and is recorded.
+    """Ends the run unless each change is accepted now, or was accepted before and is recorded.
 
     Args:
         fault: the beginning of the line.
@@ -130,7 +134,7 @@ def refuse(
             f"{'; '.join(unreadable[:3])}: remove it, or set data.on_bad_image=skip, and" if unreadable else "to go on with this,"
         )
         way = f"{mend} add {flag}; or {way}"
-    raise UserError(f"{fault} ({'; '.join(tell(change) for change in left[:5])}); {way}")
+    raise UserError(f"{fault} ({'; '.join(in_words(change) for change in left[:5])}); {way}")
 
 
 def may_change(key: str) -> bool:
@@ -153,12 +157,12 @@ def parse_accepted(text: str | None) -> tuple[str, ...]:
     return keys
 
 
-def of_old(recipe: Recipe, steps_per_epoch: int | None, classes: Sequence[str]) -> dict[str, Any]:
-    """What checkpoints of earlier versions say of the data, whose folders were in the order of their names as text."""
-    return plain({**of_recipe(recipe), TRAINING: {"steps_an_epoch": steps_per_epoch}, "classes": list(classes)})
+def of_old(keys: Mapping[str, Any], steps_per_epoch: int | None, classes: Sequence[str]) -> dict[str, Any]:
+    """What checkpoints of earlier versions say of the data, beside the recipe's `keys`."""
+    return plain({**keys, TRAINING: {"steps_an_epoch": steps_per_epoch}, "classes": list(classes)})
 
 
-def tell(change: Mapping[str, Any]) -> str:
+def in_words(change: Mapping[str, Any]) -> str:
     """A change in words."""
     key, was, now = change["key"], change["was"], change["now"]
     if isinstance(was, dict) and isinstance(now, dict):

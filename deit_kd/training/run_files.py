@@ -22,7 +22,7 @@ Text = Annotated[str, Field(max_length=10_000)]
 
 
 class _Kept(Document):
-    """A mapping whose other keys are not checked, because nobody reads them."""
+    """A mapping whose other keys are not checked, because no code reads them."""
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False, frozen=True)
 
@@ -52,7 +52,7 @@ class _Teacher(_Kept):
     name: Text
     weights: Text
     sha256: Text
-    license: Any  # a hub's word, whatever it is: the card makes a text of it
+    license: Any  # of a hub's metadata, of any type: the card turns it into text
     parameters: Count
     gmacs: Number
     img_size: Count | None = None
@@ -85,7 +85,7 @@ class _Session(_Kept):
 
 
 class Change(Document):
-    """Something that a run depends on and that was changed under way, with its user's consent."""
+    """A change, accepted by the user, of something that a run depends on."""
 
     key: Text
     was: Any
@@ -100,7 +100,7 @@ class _Exported(_Kept):
 
 
 class Run(_Kept):
-    """What a run.json says."""
+    """The content of run.json."""
 
     name: Text
     deit_kd: Text
@@ -110,7 +110,7 @@ class Run(_Kept):
     hardware: Text
     earlier_sessions: list[_Session] = []
     accepted_changes: list[Change] = []
-    saved: bool = True  # whether there was a checkpoint; runs of before do not say
+    saved: bool = True  # whether there was a checkpoint; runs of earlier versions do not say
     precision: Text
     environment: dict[Text, Text] = {}
     augmented_on: Text = "cpu"
@@ -164,7 +164,7 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 
 def parse_run(content: bytes | str, where: str) -> dict[str, Any]:
-    """`read_run` of what is read already.
+    """The content of a run.json that has been read.
 
     Raises:
         UserError: as `read_run`.
@@ -175,7 +175,7 @@ def parse_run(content: bytes | str, where: str) -> dict[str, Any]:
 
 
 def parse_line(line: str) -> dict[str, Any] | None:
-    """A line of metrics.jsonl; None of what is none, such as one that was cut off by a crash."""
+    """A line of metrics.jsonl; None if it is damaged, for example cut off by a crash."""
     try:
         values = json.loads(line)
         kind = check(values, "", _Line, "").kind
@@ -200,7 +200,7 @@ def read_lines(file: Path) -> str:
 
 
 def are_ours(text: str) -> bool:
-    """Whether train.py wrote all lines of a metrics.jsonl; of the last one a part is enough, and a crash may leave zeros."""
+    """Whether train.py wrote all lines of a metrics.jsonl; a part is enough of the last one, and a crash may leave zeros."""
     *lines, last = text.replace("\0", "").split("\n")
     begin = '{"kind": "'
     whole = all(parse_line(line) is not None for line in lines if line.strip())
@@ -219,7 +219,7 @@ def copies(folder: Path) -> dict[str, str]:
 
 
 def note_saved(folder: Path) -> None:
-    """Writes into run.json that the run has had a checkpoint: from now on it is not begun anew without being told to."""
+    """Writes into run.json that the run has had a checkpoint: from now on only --resume none begins it anew."""
     with optional(f"writing {folder / 'run.json'}"):
         try:
             run = read_run(folder)

@@ -1,4 +1,4 @@
-"""What a run says of itself at its start: recipe.yaml, run.json, and lines for people."""
+"""What a run writes and prints at its start: recipe.yaml, run.json, and lines for people."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ from deit_kd.distributed.accelerator import environment
 from deit_kd.errors import UserError
 from deit_kd.files.documents import short
 from deit_kd.files.whole import write_json, write_text
-from deit_kd.models import CachedTeacher, summary
+from deit_kd.models import build
+from deit_kd.models.summary import Plan
 from deit_kd.recipe import Recipe
 from deit_kd.text import for_terminal, redact, redact_path, redact_words
 from deit_kd.training.run_files import plain
@@ -46,20 +47,21 @@ def describe(
     sources: tuple[Source, Source],
     start: Start,
 ) -> None:
-    """Compares what the run depends on, checks the disk, writes run.json and recipe.yaml, says what will happen, starts the trackers.
+    """Compares what the run depends on, checks the disk, writes run.json and recipe.yaml, prints what will happen, starts the trackers.
 
     Raises:
-        UserError: the run depends on what is another now, or the disk is too small.
+        UserError: something that the run depends on has changed, or the disk is too small.
     """
-    counted = summary.make_plan(recipe, task.num_classes)
+    facts = task.facts()
+    counted = build.make_plan(recipe, facts["data"]["num_classes"])
     needed = counted.checkpoint_bytes * (recipe.run.keep_checkpoints + 1) + 4 * counted.student_parameters
-    loader, val, cut = task.train_loader, task.val_loader.source, fsdp.is_sharded(task.student)
+    cut = fsdp.is_sharded(task.student)
 
     def begin() -> None:
         accepted = compare_data(output, task, recipe, sources, start, accelerator.print)
         _must_hold(output, needed, recipe.run.on_full_disk, accelerator.print)
-        run = _facts(output, recipe, accelerator, task, total_steps, accelerated, counted)
-        _tell_other_code(start.run, run, accelerator.print)
+        run = _facts(output, recipe, accelerator, task, facts, total_steps, accelerated, counted)
+        _report_other_code(start.run, run, accelerator.print)
         # run.json first: it makes the folder a run's.
         before = {
             "earlier_sessions": _earlier_sessions(start.run),
@@ -70,41 +72,46 @@ def describe(
         write_text(output / "recipe.yaml", recipes.dump(recipe))
 
     on_main(accelerator, begin)
-    loading = f"{accelerator.num_processes} x {loader.accumulation_steps} x {loader.micro_batch_size}"
+    loading = f"{accelerator.num_processes} x {task.accumulation_steps} x {facts['micro_batch_size']}"
+    train_images, val_images = (
+        _counted(facts["data"][key], source) for key, source in zip(("train_images", "val_images"), sources, strict=True)
+    )
     accelerator.print(
-        f"train   {_counted(loader.source)} of {for_terminal(loader.source.origin)}; validation {_counted(val)}\n"
+        f"train   {train_images} of {for_terminal(sources[0].origin)}; validation {val_images}\n"
         f"student {for_terminal(recipe.student.name)}, {counted.student_parameters:,} parameters; projector {counted.projector_parameters:,}\n"
         + "".join(
-            f"teacher {for_terminal(name)}, {parameters:,} parameters, {for_terminal(teacher.describe()) if isinstance(teacher, CachedTeacher) else quick}\n"
+            f"teacher {for_terminal(name)}, {parameters:,} parameters, {for_terminal(teacher.cache.describe()) if teacher.cache else quick}\n"
             for (name, parameters, _), teacher, quick in zip(
                 counted.teachers, dict.fromkeys(task.teachers), accelerated.teachers, strict=True
             )
         )
         + "".join(f"tap     {tap}\n" for tap in counted.taps)
-        + f"steps   {total_steps:,} of {loader.global_batch_size} = {loading} images "
+        + f"steps   {total_steps:,} of {task.images_per_step} = {loading} images "
         f"(processes x accumulation x device), {'each with its part of the weights, ' if cut else ''}on {hardware(accelerator.device)}, precision {accelerator.mixed_precision}"
     )
     if recipe.run.trackers:
         accelerator.init_trackers("deit_kd", config=dict(_for_trackers(recipe)))
 
 
-def _counted(source: Source) -> str:
+def _counted(images: int, source: Source) -> str:
     left_out = f" (left out: {for_terminal(source.left_out)})" if source.left_out else ""
-    return f"{len(source):,} images{left_out}"
+    return f"{images:,} images{left_out}"
 
 
-def _tell_other_code(before: Mapping[str, Any] | None, now: Mapping[str, Any], say: Callable[[str], None]) -> None:
-    """Says what moves numbers a little and is another than in the session before."""
+def _report_other_code(before: Mapping[str, Any] | None, now: Mapping[str, Any], say: Callable[[str], None]) -> None:
+    """Reports what differs from the session before and may change numbers a little."""
     names = ("deit_kd", "commit", "versions", "hardware", "precision", "environment", "augmented_on", "decoded_on")
     pairs = [(name, before[name], now[name]) for name in names if before and name in before and before[name] != now[name]]
-    told = [f"{name} {short(was, 300)} -> {short(new, 300)}" for name, was, new in pairs]
-    if told:
-        say(f"other than in the session before, so that numbers may differ a little: {'; '.join(told)}")
+    changed = [f"{name} {short(was, 300)} -> {short(new, 300)}" for name, was, new in pairs]
+    if changed:
+        say(f"other than in the session before, so that numbers may differ a little: {'; '.join(changed)}")
 
 
 def _must_hold(output: Path, needed: float, on_full_disk: str, say: Callable[[str], None]) -> None:
-    """Refuses a disk that is too small for the checkpoints, or says so."""
-    there = sum(file.stat().st_size for file in (output / "checkpoints").rglob("*") if file.is_file())  # new ones push these out
+    """Refuses a disk that is too small for the checkpoints; with on_full_disk=go_on it only warns."""
+    there = sum(
+        file.stat().st_size for file in (output / "checkpoints").rglob("*") if file.is_file()
+    )  # new checkpoints replace these
     free = shutil.disk_usage(output).free + there
     if free < needed:
         fault = f"no space left for checkpoints in {output}: {needed / 1e6:.0f} MB are needed, {free / 1e6:.0f} MB are free"
@@ -118,13 +125,13 @@ def _facts(
     recipe: Recipe,
     accelerator: Accelerator,
     task: Task,
+    facts: dict[str, Any],
     total_steps: int,
     accelerated: Acceleration,
-    counted: summary.Plan,
+    counted: Plan,
 ) -> dict[str, Any]:
-    """What run.json says of this session."""
-    loader, val = task.train_loader, task.val_loader.source
-    weights = task.depends_on["starting_weights"]
+    """The facts of this session for run.json."""
+    tune, weights = recipe.finetune, task.depends_on["starting_weights"]
     return {
         "name": output.resolve().name,
         "deit_kd": deit_kd.__version__,
@@ -135,50 +142,33 @@ def _facts(
         "hardware": hardware(accelerator.device),
         "precision": accelerator.mixed_precision,
         "environment": environment(),
-        "augmented_on": loader.augments_on,
-        "decoded_on": loader.decodes_on,
         "processes": accelerator.num_processes,
         "sharded": fsdp.is_sharded(task.student),
         "speed": asdict(accelerated),
-        "accumulation_steps": task.accumulation_steps,
-        "micro_batch_size": loader.micro_batch_size,
-        "global_batch_size": loader.global_batch_size,
         "total_steps": total_steps,
-        "data": {
-            "name": val.name,
-            "train_images": len(loader.source),
-            "val_images": len(val),
-            "num_classes": task.num_classes,
-        },
+        **facts,
         "student": {"parameters": counted.student_parameters, "gmacs": counted.student_gmacs},
-        "finetuned_from": recipe.finetune and {"source": redact_path(recipe.finetune.weights), "sha256": weights, **task.origin},
-        "held_out_images": len(task.holdout_loader.source) if task.holdout_loader else 0,
+        "finetuned_from": tune and {"source": redact_path(tune.weights), "sha256": weights, **facts["finetuned_from"]},
         "projector_parameters": counted.projector_parameters,
         "teachers": [
-            {
-                **teacher.info.told(),
-                "gmacs": gmacs,
-                "img_size": teacher.img_size or recipe.data.img_size,
-                "cache": teacher.told() if isinstance(teacher, CachedTeacher) else None,
-            }
-            for teacher, (_, _, gmacs) in zip(dict.fromkeys(task.teachers), counted.teachers, strict=True)
+            {**teacher, "gmacs": gmacs} for teacher, (_, _, gmacs) in zip(facts["teachers"], counted.teachers, strict=True)
         ],
     }
 
 
 def _for_trackers(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    """The recipe for a tracker, which may send it elsewhere."""
+    """The recipe's keys and values without paths and secrets, because a tracker may upload them."""
     paths = ("name", "weights", "cache", "class_means")
     for key, value in recipes.flatten(recipe):
         yield key, redact_path(str(value)) if key.rpartition(".")[2] in paths else redact(str(value))
 
 
 def _earlier_sessions(before: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    """What run.json said of the sessions before this one: a card must not speak of the last alone."""
+    """What run.json holds of the sessions before this one, so that a card describes all of them."""
     if before is None:
         return []
-    told = ("command", "commit", "hardware", "processes", "micro_batch_size", "precision", "augmented_on", "decoded_on", "speed")
-    return [*before.get("earlier_sessions", []), {key: before[key] for key in (*told, "environment") if key in before}]
+    kept = ("command", "commit", "hardware", "processes", "micro_batch_size", "precision", "augmented_on", "decoded_on", "speed")
+    return [*before.get("earlier_sessions", []), {key: before[key] for key in (*kept, "environment") if key in before}]
 
 
 def commit() -> str:

@@ -1,4 +1,4 @@
-"""Whether a folder is a place for a run: empty, or of a run of this project, which touches nothing of others."""
+"""Whether a run may use a folder: one that is empty or holds a run of this project, so that no files of others are touched."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FILES, FOLDERS = ("run.json", "recipe.yaml", "metrics.jsonl"), ("checkpoints", "
 
 
 def must_be_ours(real: Path, output: Path, data: Path | None) -> None:
-    """Refuses a place where a run would touch what this project did not make, or be taken for data.
+    """Refuses a folder that holds files of others, or lies in the data.
 
     Args:
         real: the folder, links followed.
@@ -28,7 +28,7 @@ def must_be_ours(real: Path, output: Path, data: Path | None) -> None:
         data: the folder of the data.
 
     Raises:
-        UserError: it is such a place.
+        UserError: the folder is refused.
     """
     if output.parts[:1] and output.parts[0].startswith("~"):
         raise UserError(f"--output {output}: the shell did not replace the ~; write --output with a space behind it, or $HOME")
@@ -42,9 +42,9 @@ def must_be_ours(real: Path, output: Path, data: Path | None) -> None:
         if holds_a_student(real) and _is_student(real):
             raise UserError(f"--output {output}: is an exported student; give the folder of a run, or another --output")
         if not _is_likely_run(real):
-            told = ", ".join(sorted(path.name for path in real.iterdir())[:3])
+            names = ", ".join(sorted(path.name for path in real.iterdir())[:3])
             raise UserError(
-                f"--output {output}: holds {for_terminal(told)[:200]} ..., which train.py did not make; give another --output"
+                f"--output {output}: holds {for_terminal(names)[:200]} ..., which train.py did not make; give another --output"
             )
     student = real / "student"
     if os.path.lexists(student) and not _is_student(student):
@@ -52,10 +52,10 @@ def must_be_ours(real: Path, output: Path, data: Path | None) -> None:
 
 
 def must_be_of_files(real: Path, output: Path) -> None:
-    """Refuses a run's folder where something else has the name of one of its files or folders.
+    """Refuses a run's folder in which a file has the name of one of its folders, or the other way round.
 
     Raises:
-        UserError: it is so.
+        UserError: there is one.
     """
     for name in (*FILES, *FOLDERS):
         path = real / name
@@ -66,13 +66,13 @@ def must_be_of_files(real: Path, output: Path) -> None:
 
 
 def is_empty(folder: Path) -> bool:
-    """Whether a folder holds nothing but empty folders, and what a start leaves that was killed before it wrote anything of worth."""
+    """Whether a folder holds nothing but empty folders, and the files of a start that was killed before it wrote results."""
     left = re.compile(r"\.lock|\..+\.[0-9a-f]{8}\.tmp|class_means_[0-9a-f]{8}\.safetensors")
     return all(left.fullmatch(path.name) or _is_bare(path) for path in folder.iterdir())
 
 
 def _is_bare(path: Path) -> bool:
-    """Whether this is a folder with nothing in it, such as a disk's lost+found."""
+    """Whether this is an empty folder, or one such as a disk's lost+found."""
     try:
         return path.is_dir() and not path.is_symlink() and not any(path.iterdir())
     except OSError:
@@ -80,7 +80,7 @@ def _is_bare(path: Path) -> bool:
 
 
 def _is_known_run(folder: Path) -> bool:
-    """Whether train.py made a folder: run.json says so, or a checkpoint."""
+    """Whether train.py made a folder, by its run.json or a checkpoint."""
     with suppress(UserError):
         if "deit_kd" in documents.read_json(folder / "run.json", dict[str, Any], ""):
             return True
@@ -121,7 +121,7 @@ def holds_a_student(folder: Path) -> bool:
 
 
 def _is_student(folder: Path) -> bool:
-    """Whether train.py wrote a student there, whole or in part: config.json says so, or where it is lost, our recipe or card."""
+    """Whether train.py wrote a student there, whole or in part: by its config.json, or if that is lost by our recipe or card."""
     if not folder.is_dir():
         return False
     if not any(folder.iterdir()):

@@ -1,4 +1,4 @@
-"""The beginning of a run in its folder: whose it is, who is in it, which checkpoint to go on from, and whether that still fits."""
+"""The start of a run in its folder: whether the folder is ours and free, which checkpoint to go on from, and whether it still fits."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Start:
-    """How a run begins. All but the checkpoint is known to the main process alone.
+    """How a run begins. Only the main process has more than the checkpoint.
 
     Attributes:
         checkpoint: to go on from; its files are whole.
@@ -61,7 +61,7 @@ def entered(
         resume: auto, none, or the path of a checkpoint. With none an existing run is moved aside, not deleted.
         accept: keys, with commas between them, of what may have changed; see `resume.MAY_CHANGE`.
         data: the folder of the data.
-        accelerator: for doing this once and telling people.
+        accelerator: does this on the main process and prints.
 
     Raises:
         UserError: the folder is not of this project, of another recipe or in use, or the checkpoint is not there.
@@ -71,7 +71,7 @@ def entered(
 
         def enter() -> Start:
             accepted = resuming.parse_accepted(accept)
-            real = Path(os.path.realpath(output))  # of a link, what it leads to is the run
+            real = Path(os.path.realpath(output))  # a link stands for the folder that it leads to
             run_place.must_be_ours(real, output, data)
             if resume == "none" and real.is_dir() and not run_place.is_empty(real):
                 _move_aside(real, output, accelerator.print)
@@ -84,30 +84,35 @@ def entered(
 
         start = on_main(accelerator, enter)
         chosen: list[Path | None] = [start.checkpoint if start else None]
-        broadcast_object_list(chosen)  # one process looks, all go on from the same
+        broadcast_object_list(chosen)  # one process looks for it, and all use the same
         yield start or Start(chosen[0])
 
 
 def must_fit(output: Path, recipe: Recipe, resume: str, accept: str | None, data: Path | None) -> None:
-    """Looks whether `entered` would refuse the folder for what it is, or for its recipe; changes nothing there.
+    """Refuses a folder that `entered` would refuse for its content or its recipe; changes nothing there.
 
     Raises:
-        UserError: it would.
+        UserError: as `entered`.
     """
     accepted, real = resuming.parse_accepted(accept), Path(os.path.realpath(output))
     run_place.must_be_ours(real, output, data)
     stored = None if resume == "none" else _stored_recipe(output, lambda _: None)
     if stored is not None:
-        was = {key: value for key, value in resuming.of_recipe(stored).items() if key not in resuming.OF_DATA}
+        was = {key: value for key, value in number_keys(stored).items() if key not in resuming.OF_DATA}
         recorded = _accepted_before(_stored_run(output, lambda _: None))
         fault = f"--output {output}: holds a run of another recipe"
-        resuming.refuse(fault, resuming.changes(was, resuming.of_recipe(recipe)), accepted, recorded, begun=f"--recipe {output}")
+        resuming.refuse(fault, resuming.changes(was, number_keys(recipe)), accepted, recorded, begun=f"--recipe {output}")
     if resume not in ("auto", "none"):
         checkpoint.verify(Path(resume))
 
 
+def number_keys(recipe: Recipe) -> dict[str, Any]:
+    """The keys of a recipe that move a number, with their values."""
+    return run_files.plain({key: value for key, value in recipes.flatten(recipe) if not key.startswith("run.")})
+
+
 def _move_aside(real: Path, output: Path, say: Callable[[str], None]) -> None:
-    """Renames a run's folder; nobody writes there meanwhile."""
+    """Renames a run's folder, holding its lock."""
     stamp = real.with_name(f"{real.name}.{time.strftime('%Y%m%d-%H%M%S')}")
     aside = next(path for n in count() if not os.path.lexists(path := stamp.with_name(f"{stamp.name}{n and f'-{n}' or ''}")))
     with locked(real, "train.py", shown=output):
@@ -119,17 +124,17 @@ def _move_aside(real: Path, output: Path, say: Callable[[str], None]) -> None:
 
 
 def _find(output: Path, recipe: Recipe, resume: str, accepted: tuple[str, ...], say: Callable[[str], None]) -> Start:
-    """The start in a folder that is this process's: where to go on, if what the run depends on is as it was."""
+    """The start in a folder that this process holds: the checkpoint to go on from, if what the run depends on is the same."""
     stored, run = _stored_recipe(output, say), _stored_run(output, say)
     recorded = _accepted_before(run)
-    now = resuming.of_recipe(recipe)
+    now = number_keys(recipe)
 
     def compare(was: Mapping[str, Any], fault: str) -> None:
         found = resuming.changes({key: value for key, value in was.items() if key not in resuming.OF_DATA}, now)
         resuming.refuse(fault, found, accepted, recorded, begun=f"--recipe {output}" if stored is not None else "")
 
     if stored is not None:
-        compare(resuming.of_recipe(stored), f"--output {output}: holds a run of another recipe")
+        compare(number_keys(stored), f"--output {output}: holds a run of another recipe")
 
     def accepts(state: Mapping[str, Any]) -> bool:
         try:
@@ -144,7 +149,7 @@ def _find(output: Path, recipe: Recipe, resume: str, accepted: tuple[str, ...], 
         path = checkpoint.newest(folder, say, accepts=lambda state: state.get("recipe") in fits or accepts(state))
         state = {} if path is None else checkpoint.read_state(path)
     else:
-        state = checkpoint.verify(path)  # says now what is wrong with it
+        state = checkpoint.verify(path)  # reports now what is wrong with it
         if state.get("recipe") not in fits:
             compare(state.get("depends_on") or {"recipe": "unknown"}, f"--resume {path}: is of another recipe")
     if path is None:
@@ -160,14 +165,14 @@ def _find(output: Path, recipe: Recipe, resume: str, accepted: tuple[str, ...], 
         say(f"going on from {path}")
     checkpoint.set_aside_after(folder, path, say)
     if path is not None and path.parent == folder:
-        checkpoint.prune(folder, path, recipe.run.keep_checkpoints)  # as a save would have, had it not been killed
+        checkpoint.prune(folder, path, recipe.run.keep_checkpoints)  # a save that was killed may not have done it
     return Start(path, state, run, accepted)
 
 
 def _of_worth(output: Path, run: Mapping[str, Any] | None) -> str | None:
-    """What would be lost if a run began anew in this folder, in words; None if it is nothing."""
+    """What a new start in this folder would lose, in words; None if nothing."""
     lines = read_metrics(output)
-    saved = None if run is None else run.get("saved")  # runs of before do not say
+    saved = None if run is None else run.get("saved")  # runs of earlier versions do not say
     if lines and saved is not False:
         return "what a run measured"
     if run_place.holds_a_student(output / "student"):
@@ -189,7 +194,7 @@ def _drop_lines(file: Path, say: Callable[[str], None]) -> None:
 
 
 def _stored_recipe(output: Path, say: Callable[[str], None]) -> Recipe | None:
-    """What recipe.yaml of a run says; None if it is not there, or damaged."""
+    """The recipe in recipe.yaml of a run; None if it is missing or damaged."""
     file = output / "recipe.yaml"
     try:
         return recipes.load(file) if os.path.lexists(file) else None
@@ -199,7 +204,7 @@ def _stored_recipe(output: Path, say: Callable[[str], None]) -> Recipe | None:
 
 
 def _stored_run(output: Path, say: Callable[[str], None]) -> dict[str, Any] | None:
-    """run.json; None if it is not there, or damaged."""
+    """The content of run.json; None if it is missing or damaged."""
     try:
         return run_files.read_run(output) if os.path.lexists(output / "run.json") else None
     except UserError as error:
@@ -208,11 +213,11 @@ def _stored_run(output: Path, say: Callable[[str], None]) -> dict[str, Any] | No
 
 
 def _copied_run(path: Path, state: Mapping[str, Any], say: Callable[[str], None]) -> dict[str, Any] | None:
-    """run.json as a checkpoint holds it."""
+    """The copy of run.json in a checkpoint; None if there is none."""
     try:
         return run_files.parse_run(state["folder"]["run.json"], str(path / "state.json"))
     except (UserError, KeyError, TypeError):
-        say(f"{path}: does not say how the run began; its card will tell of this session alone")
+        say(f"{path}: does not say how the run began; its card will describe this session alone")
         return None
 
 
@@ -223,7 +228,7 @@ def _accepted_before(run: Mapping[str, Any] | None) -> list[dict[str, Any]]:
 def compare_data(
     output: Path, task: Task, recipe: Recipe, sources: tuple[Source, Source], start: Start, say: Callable[[str], None]
 ) -> list[dict[str, Any]]:
-    """Notes in the task what the run depends on; refuses other data, teachers or weights than the checkpoint's.
+    """Stores in the task what the run depends on; refuses other data, teachers or weights than the checkpoint's.
 
     Returns:
         All changes that were accepted so far.
@@ -231,7 +236,8 @@ def compare_data(
     Raises:
         UserError: a change that is not accepted.
     """
-    task.depends_on = resuming.depends_on(recipe, sources, dict.fromkeys(task.teachers))
+    keys, tune = number_keys(recipe), recipe.finetune
+    task.depends_on = resuming.depends_on(keys, tune.weights if tune else None, sources, dict.fromkeys(task.teachers))
     recorded = _accepted_before(start.run)
     if start.checkpoint is None:
         return []
@@ -239,9 +245,10 @@ def compare_data(
     if not was:
         say(f"{start.checkpoint}: an earlier version wrote it; whether data, classes and teacher are the same cannot be compared")
         names = sources[0].class_names
+        # Earlier versions had the folders of classes in the order of their names as text.
         by_text = sorted(names) if recipe.data.source in ("image_folder", "imagenette") else names
-        was = resuming.of_old(recipe, start.state.get("steps_per_epoch"), by_text)
-        now = resuming.of_old(recipe, task.steps_per_epoch, names)
+        was = resuming.of_old(keys, start.state.get("steps_per_epoch"), by_text)
+        now = resuming.of_old(keys, task.steps_per_epoch, names)
     found = resuming.changes(was, now)
     faults = [fault for source in sources for fault in resuming.unreadable(source)] if found else []
     resuming.refuse(
@@ -252,9 +259,9 @@ def compare_data(
         faults,
     )
     _must_be_reachable(start.checkpoint, start.state, recipe.epochs, task.steps_per_epoch, bool(found or recorded))
-    new = [{**change, "told": redact(resuming.tell(change)), "step": start.state["step"]} for change in found]
+    new = [{**change, "told": redact(resuming.in_words(change)), "step": start.state["step"]} for change in found]
     for change in new:
-        say(f"goes on with a change that was accepted, and is recorded in run.json: {resuming.tell(change)}")
+        say(f"goes on with a change that was accepted, and is recorded in run.json: {resuming.in_words(change)}")
     return [*recorded, *(change for change in new if change not in recorded)]
 
 
@@ -262,7 +269,7 @@ def _must_be_reachable(path: Path, state: Mapping[str, Any], epochs: int, steps_
     """Refuses a step that the run does not have, and an epoch of other length than the same data have.
 
     Raises:
-        UserError: the checkpoint says so.
+        UserError: the checkpoint has such a step or epoch.
     """
     then = state.get("steps_per_epoch") or steps_per_epoch
     if then != steps_per_epoch and not changed:
@@ -272,7 +279,7 @@ def _must_be_reachable(path: Path, state: Mapping[str, Any], epochs: int, steps_
 
 
 def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T | None:
-    """Does it on the main process, which gets the answer; where it fails, all processes do."""
+    """Calls `work` on the main process, which gets its result; if it fails, all processes raise the error."""
     answer: list[Any] = [None]
     found: T | None = None
     if accelerator.is_main_process:

@@ -17,7 +17,7 @@ from deit_kd import recipe as recipes
 from deit_kd.data import open_source
 from deit_kd.errors import UserError
 from deit_kd.evaluation import report
-from deit_kd.files import whole as files
+from deit_kd.files import warn
 
 Cli = Callable[..., tuple[int, str]]
 
@@ -96,7 +96,7 @@ def test_the_environment_is_made_without_a_warning(tmp_path: Path) -> None:
 
 
 def test_a_network_without_names_is_matched_by_order_with_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
-    files._warned.clear()
+    warn._warned.clear()
     names = ["0", "1", "10", "2"]
     assert report.match_labels(None, 4, names).tolist() == [0, 1, 2, 3]
     said = capsys.readouterr().err

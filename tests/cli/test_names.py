@@ -157,12 +157,12 @@ def test_trackers_get_no_path(tmp_path: Path, train_cli: Cli, monkeypatch: pytes
 
 def test_what_files_say_of_a_teacher_holds_no_folder() -> None:
     info = TeacherInfo("/home/anna/teacher", "weights of/anna/x.pth", "0" * 64, "mit", 1, 2, ("/m/01g317", "b"))
-    assert info.told() == {
+    assert info.facts() == {
         "name": ".../teacher", "weights": ".../x.pth", "sha256": "0" * 64, "license": "mit", "parameters": 1, "num_classes": 2,
         "label_names": ("/m/01g317", "b"),
     }  # fmt: skip
-    assert TeacherInfo("regnety_160.deit_in1k", "pretrained", "", "", 1, 2, None).told()["name"] == "regnety_160.deit_in1k"
-    assert TeacherInfo("hf-hub:timm/a.b", "pretrained", "", "", 1, 2, None).told()["name"] == "hf-hub:timm/a.b"
+    assert TeacherInfo("regnety_160.deit_in1k", "pretrained", "", "", 1, 2, None).facts()["name"] == "regnety_160.deit_in1k"
+    assert TeacherInfo("hf-hub:timm/a.b", "pretrained", "", "", 1, 2, None).facts()["name"] == "hf-hub:timm/a.b"
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le"])

@@ -12,8 +12,8 @@ from deit_kd.cli import main
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ([], "error: deit-kd: a verb is missing; verbs: class-means, cache-teacher, grid,"),
-        (["evalute"], "error: deit-kd: 'evalute' is no verb (did you mean evaluate?); verbs: class-means,"),
+        ([], "error: deit-kd: a verb is missing; verbs: pack, class-means, cache-teacher,"),
+        (["evalute"], "error: deit-kd: 'evalute' is no verb (did you mean evaluate?); verbs: pack,"),
         (["publsh", "--to", "x"], "'publsh' is no verb (did you mean publish?)"),
         (["a\nb"], "is no verb; verbs:"),
     ],

@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from sections import evaluating, training
 
 from deit_kd import recipe as recipes
 from deit_kd.data.transforms import MustFit, evaluation_transform, own_transform, train_transform
@@ -53,10 +54,10 @@ def test_other_images_are_as_timm_has_them(size: tuple[int, int, int], mode: str
 def test_loaders_refuse_them_too() -> None:
     overrides = ["data.img_size=4096", "evaluation.crop_pct=0.5"]
     with pytest.raises(ValueError, match="would be resized to"):
-        evaluation_transform(recipes.load("deit_ti", overrides))(Image.new("RGB", (400, 20)))
+        evaluation_transform(*evaluating(recipes.load("deit_ti", overrides)))(Image.new("RGB", (400, 20)))
     padded = ["data.img_size=1024", "augmentation.crop_scale=null", "augmentation.crop_padding=4"]
     with pytest.raises(ValueError, match="would be resized to"):
-        train_transform(recipes.load("deit_ti", padded))(Image.new("RGB", (2000, 20)))
+        train_transform(*training(recipes.load("deit_ti", padded)))(Image.new("RGB", (2000, 20)))
 
 
 def test_predict_names_such_an_image_and_no_secret(tmp_path: Path) -> None:

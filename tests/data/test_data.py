@@ -11,17 +11,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sections import evaluating, training
 from timm.data.auto_augment import rand_augment_transform
 from timm.data.mixup import Mixup
 
 from deit_kd import recipe as recipes
 from deit_kd.data import EvaluationLoader, LoaderConfig, TrainLoader, open_source
+from deit_kd.data.build import open_data
 from deit_kd.data.mixing import mix, partner, smooth_one_hot
 from deit_kd.data.on_device.augment import choose_augmentation
 from deit_kd.data.sources.catalog import EMBEDDED
 from deit_kd.data.transforms import evaluation_transform, train_transform
 from deit_kd.errors import UserError
-from deit_kd.models.build import open_data
 
 CPU = torch.device("cpu")
 HEAVY = [
@@ -47,7 +48,7 @@ def train_loader(
     recipe = recipes.load("quickstart", [*HEAVY, f"run.augment_on={on}"])
     return TrainLoader(
         open_source(source, folder, "train"),
-        choose_augmentation(recipe, CPU),
+        choose_augmentation(recipe.data, recipe.augmentation, recipe.run, CPU),
         recipe.augmentation,
         LoaderConfig(CPU, processes, process, workers, bad, print),
         num_classes=10,
@@ -91,7 +92,10 @@ def test_loading_leaves_the_models_random_stream_alone(fashion_folder: Path) -> 
 
 
 def test_evaluation_counts_each_image_once_for_any_number_of_processes(fashion_folder: Path) -> None:
-    source, transform = open_source("image_folder", fashion_folder, "val"), evaluation_transform(recipes.load("quickstart"))
+    source, transform = (
+        open_source("image_folder", fashion_folder, "val"),
+        evaluation_transform(*evaluating(recipes.load("quickstart"))),
+    )
     for processes in (1, 3, 7):
         labels = [
             label
@@ -128,7 +132,7 @@ def test_idx_files(packed: bool, nested: bool, tmp_path: Path) -> None:
     assert len(source) == 6
     np.testing.assert_array_equal(np.asarray(source[3][0])[..., 1], images[3])
     with pytest.raises(UserError, match=r"has 6 training images, the recipe says data.train_images=60000"):
-        open_data(recipes.load("quickstart_teacher"), tmp_path)
+        open_data(recipes.load("quickstart_teacher").data, tmp_path)
     broken = next(folder.glob("t10k-images*"))
     broken.write_bytes(broken.read_bytes()[:-9])
     with pytest.raises(UserError, match="cannot be read"):
@@ -162,7 +166,7 @@ def test_missing_and_empty_data(fashion_folder: Path, tmp_path: Path) -> None:
     shutil.rmtree(copy / "val")
     assert "has no val or validation folder" in fault("image_folder", copy)
     with pytest.raises(UserError, match="has 10 classes, the recipe says data.num_classes=12"):
-        open_data(recipes.load("quickstart", ["data.num_classes=12"]), None)
+        open_data(recipes.load("quickstart", ["data.num_classes=12"]).data, None)
 
 
 def test_a_download_that_fails_says_what_to_do(tmp_path: Path) -> None:
@@ -208,7 +212,7 @@ def test_augmentation_survives_full_magnitude_posterize() -> None:
     """timm's own transform raises here: PosterizeIncreasing asks for 0 bits at magnitude 10, which Pillow 13 refuses."""
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8))
     recipe = recipes.load("quickstart", ["augmentation.auto_augment=rand-m10-inc1", "data.img_size=28"])
-    transform = train_transform(recipe)
+    transform = train_transform(recipe.data, recipe.augmentation)
     operations = [op for step in transform.transforms for op in getattr(step, "ops", ()) if op.name == "PosterizeIncreasing"]  # type: ignore[attr-defined]
     assert operations
     for operation in operations:
@@ -239,10 +243,12 @@ def test_unusual_image_modes_are_read(mode: str, tmp_path: Path) -> None:
 
 def test_three_augment_and_unknown_augmentation() -> None:
     image = Image.new("RGB", (40, 40), (200, 100, 50))
-    tensor = train_transform(recipes.load("quickstart", ["augmentation.auto_augment=3a", "augmentation.color_jitter=0.3"]))(image)
+    tensor = train_transform(
+        *training(recipes.load("quickstart", ["augmentation.auto_augment=3a", "augmentation.color_jitter=0.3"]))
+    )(image)
     assert tensor.shape == (3, 28, 28)
     with pytest.raises(UserError, match="timm does not know it"):
-        train_transform(recipes.load("quickstart", ["augmentation.auto_augment=4a"]))
+        train_transform(*training(recipes.load("quickstart", ["augmentation.auto_augment=4a"])))
 
 
 def test_smoothing_and_mixing_equal_timms() -> None:

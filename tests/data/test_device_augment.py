@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import SMALL
 from PIL import Image
+from sections import augmenting
 from timm.data import auto_augment
 from torch import Tensor
 
@@ -47,9 +48,9 @@ def squares(files: list[bytes]) -> list[Image.Image]:
 
 def both(overrides: list[str]) -> tuple[Recipe, Any, OnDevice]:
     recipe = recipes.load("deit_ti", [*ON_DEVICE, *overrides])
-    on_device = choose_augmentation(recipe, CPU)
+    on_device = choose_augmentation(recipe.data, recipe.augmentation, recipe.run, CPU)
     assert isinstance(on_device, OnDevice)
-    return recipe, train_transform(recipe), on_device
+    return recipe, train_transform(recipe.data, recipe.augmentation), on_device
 
 
 def test_pixels_are_pillows(files: list[bytes]) -> None:
@@ -250,7 +251,7 @@ def test_the_device_is_never_waited_for(squares: list[Image.Image]) -> None:
             drawn.append(on_device.worker(as_pixels(image)))
     plan = make_plan(drawn)
     assert len({name for name, _, _ in plan.groups}) == 11
-    images = Finish(recipe, torch.device("meta"))(torch.stack([each.image for each in drawn]), plan)
+    images = Finish(recipe.data, torch.device("meta"), decodes=False)(torch.stack([each.image for each in drawn]), plan)
     assert images.shape == (40, 3, SIZE, SIZE)
     assert images.dtype == torch.float32
 
@@ -258,15 +259,15 @@ def test_the_device_is_never_waited_for(squares: list[Image.Image]) -> None:
 def test_where_it_is_done() -> None:
     cuda = torch.device("cuda")  # nothing is put there
     mixed = ["augmentation.auto_augment=augmix-m5-w4-d2"]
-    assert not isinstance(choose_augmentation(recipes.load("deit_ti"), CPU), OnDevice)
-    assert not isinstance(choose_augmentation(recipes.load("deit_ti", ["run.augment_on=cpu"]), cuda), OnDevice)
-    assert not isinstance(choose_augmentation(recipes.load("deit_ti", mixed), cuda), OnDevice)
+    assert not isinstance(choose_augmentation(*augmenting(recipes.load("deit_ti")), CPU), OnDevice)
+    assert not isinstance(choose_augmentation(*augmenting(recipes.load("deit_ti", ["run.augment_on=cpu"])), cuda), OnDevice)
+    assert not isinstance(choose_augmentation(*augmenting(recipes.load("deit_ti", mixed)), cuda), OnDevice)
     with pytest.raises(
         UserError, match=r"run.augment_on=device: auto_augment=augmix-m5-w4-d2 is not made of single operations; use"
     ):
-        choose_augmentation(recipes.load("deit_ti", [*mixed, "run.augment_on=device"]), CPU)
+        choose_augmentation(*augmenting(recipes.load("deit_ti", [*mixed, "run.augment_on=device"])), CPU)
     with pytest.raises(UserError, match="timm does not know it"):
-        choose_augmentation(recipes.load("deit_ti", ["augmentation.auto_augment=4a", "run.augment_on=device"]), CPU)
+        choose_augmentation(*augmenting(recipes.load("deit_ti", ["augmentation.auto_augment=4a", "run.augment_on=device"])), CPU)
 
 
 def test_a_run_goes_on_bit_exactly(fashion_folder: Path, tmp_path: Path, train_cli: Callable[..., tuple[int, str]]) -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import SMALL, python_calls
 from PIL import Image
+from sections import augmenting, training
 from torch import Tensor
 from torchvision.io import decode_jpeg
 
@@ -76,7 +77,10 @@ def loader(folder: Path, *overrides: str, workers: int = 0, bad: str = "refuse",
     warned: list[str] = []
     place = LoaderConfig(CPU, layout.get("processes", 1), layout.get("process", 0), workers, bad, warned.append)
     size = layout.get("batch", 12)
-    source, transform = open_source("image_folder", folder, "train"), choose_augmentation(recipe, CPU)
+    source, transform = (
+        open_source("image_folder", folder, "train"),
+        choose_augmentation(recipe.data, recipe.augmentation, recipe.run, CPU),
+    )
     options = {"num_classes": 2, "seed": 5, "global_batch_size": size, "accumulation_steps": 1}
     return TrainLoader(source, transform, recipe.augmentation, place, **options), warned  # type: ignore[arg-type]
 
@@ -116,8 +120,10 @@ def test_what_is_sent_as_it_is(images: list[Image.Image], files: list[bytes], mo
 def test_draws_and_crops_are_those_of_pillow(size: int, files: list[bytes]) -> None:
     """The CPU's decoder gives Pillow's pixels, so what is cut out of them is to be Pillow's bit for bit."""
     overrides = [*HEAVY, f"data.img_size={size}"]
-    held, sent = (choose_augmentation(recipes.load("deit_ti", [*overrides, *on]), CPU) for on in (DECODED[:1], DECODED))
-    crop, flip, *_ = train_transform(recipes.load("deit_ti", overrides)).transforms  # type: ignore[attr-defined]
+    held, sent = (
+        choose_augmentation(*augmenting(recipes.load("deit_ti", [*overrides, *on])), CPU) for on in (DECODED[:1], DECODED)
+    )
+    crop, flip, *_ = train_transform(*training(recipes.load("deit_ti", overrides))).transforms  # type: ignore[attr-defined]
     assert isinstance(held, OnDevice)
     assert isinstance(sent, OnDevice)
     pillows, theirs, ours = [], [], []
@@ -227,7 +233,7 @@ def test_a_device_that_decodes_no_more_ends_the_run(folder: Path, monkeypatch: p
 
 
 def test_other_sizes_than_the_headers_are_refused(files: list[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
-    sent, found = choose_augmentation(recipes.load("deit_ti", DECODED), CPU), decode.as_jpeg(files[0])
+    sent, found = choose_augmentation(*augmenting(recipes.load("deit_ti", DECODED)), CPU), decode.as_jpeg(files[0])
     assert isinstance(sent, OnDevice)
     assert found is not None
     plan = make_plan([sent.worker(found)])
@@ -263,7 +269,7 @@ def test_the_main_process_does_nothing_for_each_image(folder: Path, monkeypatch:
 
 def test_resizing_never_waits_for_the_device(files: list[bytes]) -> None:
     """On the meta device there are no values: whatever would bring one to the host raises."""
-    sent, drawn = choose_augmentation(recipes.load("deit_ti", DECODED), CPU), []
+    sent, drawn = choose_augmentation(*augmenting(recipes.load("deit_ti", DECODED)), CPU), []
     assert isinstance(sent, OnDevice)
     for seed, content in enumerate(files):
         found = decode.as_jpeg(content)
@@ -281,15 +287,15 @@ def test_where_images_are_decoded() -> None:
     assert recipes.load("deit_ti").run.decode_on == "workers"
     for stated in ("auto", "cpu"):
         with pytest.raises(UserError, match=r"^run.decode_on=device: .*; use run.augment_on=device, or run.decode_on=workers$"):
-            choose_augmentation(recipes.load("deit_ti", ["run.decode_on=device", f"run.augment_on={stated}"]), CPU)
-    chosen = choose_augmentation(recipes.load("deit_ti", DECODED), CPU)
+            choose_augmentation(*augmenting(recipes.load("deit_ti", ["run.decode_on=device", f"run.augment_on={stated}"])), CPU)
+    chosen = choose_augmentation(*augmenting(recipes.load("deit_ti", DECODED)), CPU)
     assert isinstance(chosen, OnDevice)
     assert chosen.worker.sends_jpegs
     padded = ["augmentation.crop_scale=null", "augmentation.crop_padding=4"]
     with pytest.raises(
         UserError, match=r"^run.decode_on=device: crops of padded images are cut in the workers; use run.decode_on=workers$"
     ):
-        choose_augmentation(recipes.load("deit_ti", [*DECODED, *padded]), CPU)
+        choose_augmentation(*augmenting(recipes.load("deit_ti", [*DECODED, *padded])), CPU)
 
 
 def test_a_run_goes_on_bit_exactly(folder: Path, tmp_path: Path, train_cli: Callable[..., tuple[int, str]]) -> None:

@@ -18,6 +18,7 @@ from torchvision.datasets import ImageFolder
 
 from deit_kd import recipe as recipes
 from deit_kd.data import open_source
+from deit_kd.data.build import open_data
 from deit_kd.data.sources import folder_source, folders
 from deit_kd.data.sources.catalog import open_folder_to_evaluate
 from deit_kd.data.sources.folder_source import FolderSource
@@ -375,7 +376,7 @@ def test_classes_without_pictures_and_folders_beside_are_said(tmp_path: Path, ca
         Image.new("RGB", (8, 8)).save(tmp_path / place / "x.png")
     (tmp_path / "class_order.json").write_text('["a", "b", "c"]')
     recipe = recipes.load("quickstart_alone", ["data.source=image_folder", "data.num_classes=auto", "data.train_images=auto"])
-    train, val = build.open_data(recipe, tmp_path)
+    train, val = open_data(recipe.data, tmp_path)
     said = capsys.readouterr().err
     assert f"{tmp_path}/train: no training image of 1 of the 3 classes (c)" in said
     assert f"{tmp_path}/val: no validation image of 1 of the 3 classes (b)" in said

@@ -369,7 +369,7 @@ def test_few_files_are_open_and_a_spawned_worker_opens_its_own(many: Path) -> No
 )  # fmt: skip
 def test_what_workers_get_can_be_pickled(policy: str, where: str) -> None:
     recipe = recipes.load("quickstart", [f"augmentation.auto_augment={policy}", f"run.augment_on={where}"])
-    chosen = choose_augmentation(recipe, torch.device("cpu"))
+    chosen = choose_augmentation(recipe.data, recipe.augmentation, recipe.run, torch.device("cpu"))
     transform = chosen.worker if isinstance(chosen, OnDevice) else chosen
     copy, image = pickle.loads(pickle.dumps(transform)), Image.new("RGB", (40, 40), (200, 100, 50))
     read = torch.from_numpy(np.array(image)).permute(2, 0, 1) if isinstance(chosen, OnDevice) else image

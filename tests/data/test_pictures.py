@@ -24,11 +24,11 @@ from PIL import Image, ImageDraw, ImageOps
 from deit_kd import recipe as recipes
 from deit_kd.cli import main
 from deit_kd.data import EvaluationLoader, LoaderConfig, decode, open_source
+from deit_kd.data.build import open_data
 from deit_kd.data.sources.base import pixels, pixels_or_jpeg, split_holdout, turned
 from deit_kd.data.sources.pack import pack
 from deit_kd.data.transforms import evaluation_transform
 from deit_kd.errors import UserError
-from deit_kd.models.build import open_data
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nnewpath 0 0 moveto 10 10 lineto stroke\nshowpage\n%%EOF\n"
 NAMES = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP", "tif": "TIFF"}
@@ -152,13 +152,13 @@ def test_one_key_turns_pictures_in_training_evaluation_and_packing(tmp_path: Pat
     root = folder(tmp_path / "data", {"a/0.jpg": lying, "a/1.jpg": lying, "b/0.jpg": lying, "b/1.jpg": lying})
     words = ["data.source=image_folder", "data.num_classes=auto", "data.train_images=auto"]
     recipe, old = recipes.load("quickstart", [*words, "data.exif_orientation=apply"]), recipes.load("quickstart", words)
-    train, val = open_data(recipe, root)
+    train, val = open_data(recipe.data, root)
     assert capsys.readouterr().err == ""
     assert [source[0][0].size for source in (train, val)] == [(48, 32), (48, 32)]
     assert pixels(train, 0).shape == (3, 32, 48)
     assert isinstance(pixels_or_jpeg(train, 0), torch.Tensor)
     assert all(part[0][0].size == (48, 32) for part in split_holdout(train, 0.5, 0))
-    train, val = open_data(old, root)
+    train, val = open_data(old.data, root)
     assert [source[0][0].size for source in (train, val)] == [(32, 48), (32, 48)]
     assert "4 of 4 images carry an EXIF orientation" in capsys.readouterr().err
     assert turned(train) == 4
@@ -169,8 +169,10 @@ def test_one_key_turns_pictures_in_training_evaluation_and_packing(tmp_path: Pat
     assert recipes.fingerprint(old) == recipes.fingerprint(recipes.load("quickstart", [*words, "data.exif_orientation=null"]))
     assert recipes.differences(old, recipe) == ["data.exif_orientation: None -> apply"]
     place = LoaderConfig(torch.device("cpu"), 1, 0, 0, "refuse", print)
-    (images, _), *_ = EvaluationLoader(open_data(recipe, root)[1], evaluation_transform(recipe), place, 4)
-    expected = evaluation_transform(recipe)(decode.decode_image(lying, True))
+    (images, _), *_ = EvaluationLoader(
+        open_data(recipe.data, root)[1], evaluation_transform(recipe.data, recipe.evaluation), place, 4
+    )
+    expected = evaluation_transform(recipe.data, recipe.evaluation)(decode.decode_image(lying, True))
     torch.testing.assert_close(images[0], expected, rtol=0, atol=0)
 
 

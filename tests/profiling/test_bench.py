@@ -13,10 +13,20 @@ from conftest import SMALL, FakeClock, run_script
 from deit_kd import cli
 from deit_kd import recipe as recipes
 from deit_kd.models import Teacher
-from deit_kd.profiling.advice import Machine, advise, bottleneck_of, describe
+from deit_kd.profiling.advice import Conditions, advise, bottleneck_of, describe
 from deit_kd.profiling.bench import Bench, StepBenchmark, bench
 
-MACHINE = Machine(cores=16, threads=1, gpus=1)
+CONDITIONS = Conditions(
+    cores=16,
+    threads=1,
+    gpus=1,
+    accumulation_steps=1,
+    source="image_folder",
+    img_size=224,
+    precision="bf16",
+    has_several_teachers=False,
+)
+ALONE = replace(CONDITIONS, cores=2, gpus=0, source="fashion_mnist", img_size=28, precision="auto")
 
 
 def timed(**changes: Any) -> Bench:
@@ -63,7 +73,7 @@ def test_a_run_that_waits_for_slow_images_is_bound_by_data(
     assert found.step_only < found.whole - 0.2
     assert found.read > 0.01
     assert bottleneck_of(found) == "data"
-    advice = advise(recipe, found, Machine(cores=2, threads=1, gpus=0))
+    advice = advise(found, ALONE)
     assert advice[0].startswith("run.workers="), advice
 
 
@@ -83,8 +93,8 @@ def test_a_run_with_a_slow_teacher_is_bound_by_it(
     assert found.student < 0.3
     assert found.all_reduce == found.gather == 0
     assert bottleneck_of(found) == "teacher"
-    printed = describe(recipe, found, Machine(cores=2, threads=1, gpus=0))
-    assert "The wall is the teacher" in printed
+    printed = describe(found, ALONE)
+    assert "The bottleneck is the teacher" in printed
     assert "teacher.cache" in printed
     assert "run.compile" not in printed  # nobody measured it on a CPU here
 
@@ -100,10 +110,8 @@ def test_the_verdict_follows_the_numbers() -> None:
 
 
 def test_advice_fits_the_measurement() -> None:
-    recipe = recipes.load("deit_ti", ["run.precision=bf16"])
-
-    def first_words(found: Bench, machine: Machine = MACHINE) -> list[str]:
-        return [line.split(":")[0] for line in advise(recipe, found, machine)]
+    def first_words(found: Bench, conditions: Conditions = CONDITIONS) -> list[str]:
+        return [line.split(":")[0] for line in advise(found, conditions)]
 
     waits = {"whole": 0.2, "wait": 0.1, "data_only": 0.2}
     assert first_words(timed(**waits)) == ["run.workers=8", "deit-kd pack --short-side 256"]
@@ -112,16 +120,16 @@ def test_advice_fits_the_measurement() -> None:
     assert first_words(starved)[:2] == ["run.workers=15", "28 cores keep up with the step and 15 are free here"]
     far = timed(**{**waits, "data_only": 0.7}, read=0.1)  # waits for a disk, not for a core
     assert first_words(far)[0] == "run.workers=28"
-    assert first_words(timed(**{**waits, "data_only": 0.05}, transform=0.004), replace(MACHINE, cores=5)) == [
+    assert first_words(timed(**{**waits, "data_only": 0.05}, transform=0.004), replace(CONDITIONS, cores=5)) == [
         "run.augment_on=device"
     ]
     assert first_words(timed(teacher=0.06, student=0.039))[:2] == ["run.compile=true", "deit-kd cache-teacher, and teacher.cache"]
     assert first_words(timed()) == ["run.compile=true"]
     assert first_words(timed(compiled="default")) == []
-    two = replace(MACHINE, gpus=2)
+    two = replace(CONDITIONS, gpus=2)
     assert first_words(timed(), two)[-1].startswith("1 of 2 GPUs work")
     talks = timed(processes=8, all_reduce=0.02, gather=0.03)
-    assert "batch_statistics=device" in first_words(talks, replace(MACHINE, gpus=8))[-1]
+    assert "batch_statistics=device" in first_words(talks, replace(CONDITIONS, gpus=8))[-1]
 
 
 def test_bench_of_two_processes(fashion_folder: Path, tmp_path: Path) -> None:
@@ -131,7 +139,7 @@ def test_bench_of_two_processes(fashion_folder: Path, tmp_path: Path) -> None:
         *launched, "--data", fashion_folder, "--steps", 3, "--device", "cpu", "--json", file, *[*SMALL, "teacher.weights=random"]
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("The wall is") == 1
+    assert done.stdout.count("The bottleneck is") == 1
     found = json.loads(file.read_text())
     assert (found["processes"], found["images_per_step"], found["micro_batch_size"]) == (2, 24, 12)
     assert found["all_reduce"] > 0

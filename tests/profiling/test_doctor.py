@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from conftest import ROOT, SMALL, run_script
 
 from deit_kd import recipe as recipes
-from deit_kd.models.build import open_data
+from deit_kd.data.build import open_data
 from deit_kd.profiling import machine
 from deit_kd.profiling.doctor import run_checks, verdict
 from deit_kd.tasks import ready
@@ -64,7 +64,7 @@ def test_alone(tmp_path: Path) -> None:
 
 
 def test_what_the_machine_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source, _ = open_data(recipes.load("quickstart"), None)
+    source, _ = open_data(recipes.load("quickstart").data, None)
 
     def blank(_: Any) -> torch.Tensor:
         return torch.zeros(3, 28, 28)

@@ -21,9 +21,10 @@ from torch import Tensor
 from deit_kd import losses
 from deit_kd import recipe as recipes
 from deit_kd.data import Batch
+from deit_kd.data.build import loader_config, open_data
 from deit_kd.errors import UserError
 from deit_kd.models import build
-from deit_kd.models.summary import make_plan
+from deit_kd.models.build import make_plan
 from deit_kd.tasks.classification import Classification
 from deit_kd.teacher_cache.class_means import load_or_compute
 from deit_kd.training.metrics import Clock
@@ -80,7 +81,7 @@ OBJECTIVES = {
 def make_task(tmp_path: Path, overrides: list[str], data: Path | None = None) -> Classification:
     recipe = recipes.load("quickstart", ["run.workers=0", "global_batch_size=32", *overrides])
     accelerator = Accelerator(cpu=True)
-    sources = build.open_data(recipe, data)
+    sources = open_data(recipe.data, data)
     teachers = build.build_teachers(recipe, sources[0].class_names)
     return Classification(recipe, accelerator, sources, teachers, tmp_path, None, lambda _: None)
 
@@ -304,11 +305,13 @@ def test_class_means_are_those_of_the_images_and_the_same_twice(fashion_folder: 
     overrides = [*SMALL, *OBJECTIVES["nd"], "augmentation.crop_scale=[0.3, 1.0]"]
     recipe = recipes.load("quickstart", overrides)
     accelerator = Accelerator(cpu=True)
-    source, _ = build.open_data(recipe, fashion_folder)
+    source, _ = open_data(recipe.data, fashion_folder)
     (teacher,) = build.build_teachers(recipe, source.class_names)
 
     def means(file: Path) -> Tensor:
-        return load_or_compute(file, recipe, teacher, source, accelerator, build.loader_config(recipe, accelerator, print))
+        here = loader_config(recipe.data, recipe.run, accelerator, print)
+        batch = recipe.global_batch_size
+        return load_or_compute(file, recipe.data, recipe.augmentation, teacher, source, accelerator, here, batch)
 
     first, second = means(tmp_path / "a.safetensors"), means(tmp_path / "b.safetensors")
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
@@ -318,19 +321,19 @@ def test_class_means_are_those_of_the_images_and_the_same_twice(fashion_folder: 
     with safe_open(tmp_path / "a.safetensors", "pt") as content:
         told = json.loads(content.metadata()["deit_kd"])
     assert told["teacher_sha256"] == teacher.info.sha256
-    assert "crop_scale" in told["recipe"]
+    assert [0.3, 1.0] in told["view"]
     assert told["classes"] == list(source.class_names)
 
     # By hand, without random crops: what a loop over the images gives.
     plain = recipes.load(
         "quickstart", [*SMALL, *OBJECTIVES["nd"], "augmentation.crop_scale=[1.0, 1.0]", "augmentation.horizontal_flip=0"]
     )
-    ours = load_or_compute(
-        tmp_path / "c.safetensors", plain, teacher, source, accelerator, build.loader_config(plain, accelerator, print)
-    )
+    here, sections = loader_config(plain.data, plain.run, accelerator, print), (plain.data, plain.augmentation)
+    file = tmp_path / "c.safetensors"
+    ours = load_or_compute(file, *sections, teacher, source, accelerator, here, plain.global_batch_size)
     from deit_kd.data.transforms import evaluation_transform
 
-    transform = evaluation_transform(plain)
+    transform = evaluation_transform(plain.data, plain.evaluation)
     images = torch.stack([transform(source[i][0]) for i in range(len(source)) if source.labels[i] == 3])
     torch.testing.assert_close(ours[3], teacher(images).features.double().mean(0).float(), rtol=1e-4, atol=1e-5)
 

@@ -19,8 +19,8 @@ from deit_kd import recipe as recipes
 from deit_kd.errors import UserError
 from deit_kd.evaluation.metrics import near_chance
 from deit_kd.models import build, load_teacher
+from deit_kd.models.build import make_plan
 from deit_kd.models.facts import facts_of, locate
-from deit_kd.models.summary import make_plan
 from deit_kd.tasks import ready
 
 Cli = Callable[..., tuple[int, str]]

@@ -89,7 +89,7 @@ def test_right_ones_are_read(features: str, logits: str, tmp_path: Path) -> None
     for name in ("ran", "accuracy", "validation", "own_sha256"):  # not noted from the start
         del manifest[name]
     cached_teacher.write_manifest(folder, manifest)
-    assert CachedTeacher(folder, False, False).told()["ran"] == ""
+    assert CachedTeacher(folder, False, False).facts()["ran"] == ""
 
 
 @bounded

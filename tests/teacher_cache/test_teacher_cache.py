@@ -24,11 +24,13 @@ from torch import Tensor
 
 from deit_kd import cli
 from deit_kd import recipe as recipes
+from deit_kd.data.build import example_images, open_data
 from deit_kd.data.sources.catalog import EMBEDDED
 from deit_kd.errors import UserError
 from deit_kd.models import CachedTeacher, Teacher, build, teacher_formats
 from deit_kd.models.teacher import RELEASED
 from deit_kd.tasks.classification import Classification
+from deit_kd.tasks.evaluate import measure_teachers
 from deit_kd.teacher_cache import identity
 from deit_kd.teacher_cache.identity import versions
 from deit_kd.teacher_cache.write import write_cache
@@ -78,10 +80,14 @@ def make_task(
 ) -> Classification:
     recipe = recipes.load("quickstart", [*SIZE, f"teacher.cache={cache or 'null'}", *overrides])
     accelerator = Accelerator(cpu=True)
-    sources = build.open_data(recipe, data)
+    sources = open_data(recipe.data, data)
     teachers = build.build_teachers(recipe, sources[0].class_names)
-    acceleration.prepare(recipe.run, teachers, partial(build.example_images, recipe, sources[1]), accelerator)
+    acceleration.prepare(recipe.run, teachers, partial(example_images, sources[1], recipe.data, recipe.evaluation), accelerator)
     return Classification(recipe, accelerator, sources, teachers, folder, device_batch_size, print)
+
+
+def teacher_metrics(task: Classification) -> dict[str, float]:
+    return measure_teachers(task.teachers, [True], (task.recipe.data, task.recipe.evaluation), task.val_loader, task.accelerator)
 
 
 def terms_of(task: Classification, epoch: int, steps: int) -> list[dict[str, float]]:
@@ -195,9 +201,9 @@ def test_a_run_from_the_cache_is_told_resumes_exactly_and_goes_round(
     assert "features float32, logits float32" in card
     assert re.search(r"\| Run for it \| \d+ batch norms folded, channels_last, float32; features differ by", card)
     (told,) = [line for line in read_metrics(tmp_path / "whole") if line["kind"] == "teacher"]
-    live = make_task(data, None, tmp_path).evaluate_teachers()
+    live = teacher_metrics(make_task(data, None, tmp_path))
     assert told["teacher_top1"] == live["teacher_top1"] > 80, "measured while it was cached"
-    assert make_task(data, exact, tmp_path, "evaluation.crop_pct=0.9").evaluate_teachers() == {}, "another view was not measured"
+    assert teacher_metrics(make_task(data, exact, tmp_path, "evaluation.crop_pct=0.9")) == {}, "another view was not measured"
     code, printed = train_cli(*common[:-1], "--output", tmp_path / "whole")
     assert code == 2
     assert f"teacher.cache: {exact} -> None" in printed, "a run of the cache is not one of the teacher"
@@ -234,10 +240,10 @@ def _write_as_one_of_two(data: Path, output: Path) -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
     recipe, accelerator = recipes.load("quickstart", SIZE), Accelerator(cpu=True)
     assert accelerator.num_processes == 2
-    sources = build.open_data(recipe, data)
+    sources = open_data(recipe.data, data)
     (teacher,) = build.build_teachers(recipe, sources[0].class_names)
     assert isinstance(teacher, Teacher)
-    acceleration.prepare(recipe.run, [teacher], partial(build.example_images, recipe, sources[1]), accelerator)
+    acceleration.prepare(recipe.run, [teacher], partial(example_images, sources[1], recipe.data, recipe.evaluation), accelerator)
     formats = ("float32", "float32")
     write_cache(recipe, teacher, sources, output, accelerator, views=2, formats=formats, ran="", shard_bytes=50_000)
 

@@ -30,8 +30,7 @@ from deit_kd.models import Teacher, load_teacher
 from deit_kd.models.folding import fold_batch_norms
 from deit_kd.recipe import Run
 from deit_kd.tasks.classification import Classification
-from deit_kd.training import acceleration
-from deit_kd.training import task as training_task
+from deit_kd.training import acceleration, loop
 from deit_kd.training.metrics import read_metrics
 
 RANDOM_TEACHER = ("teacher.name=resnet18", "teacher.weights=random")  # knows no names of classes
@@ -46,10 +45,10 @@ CNNS = {  # name: batch norms that read a convolution alone, of all
 }
 
 
-def cnn(name: str) -> Teacher:
+def cnn(name: str, precision: str = "auto") -> Teacher:
     """With the running statistics of no fresh network."""
     torch.manual_seed(0)
-    teacher = load_teacher(name, 10, weights="random")
+    teacher = load_teacher(name, 10, weights="random", precision=precision, folds_first=True)
     for norm in norms(teacher):
         norm.running_mean.normal_(0, 0.1)
         norm.running_var.uniform_(0.5, 1.5)
@@ -133,12 +132,11 @@ def test_bfloat16_weights_are_no_less_exact_than_autocast() -> None:
 def test_half_precision_is_rounded_once_after_folding() -> None:
     images, errors = torch.randn(2, 3, 64, 64), {}
     for dtype in (torch.bfloat16, torch.float16):
-        rounded, teacher = cnn("regnety_002"), cnn("regnety_002")
+        rounded, teacher = cnn("regnety_002"), cnn("regnety_002", str(dtype).removeprefix("torch."))
         exact = teacher(images).features
         rounded.use(dtype)
         fold_batch_norms(rounded.model, partial(rounded.probe, images[:1]))
         twice = ((rounded(images).features - exact).norm() / exact.norm()).item()
-        teacher.stated_dtype = dtype
         (quick,) = acceleration.prepare(Run(), [teacher], lambda: images, Accelerator(cpu=True)).teachers
         assert (quick.batch_norms_folded, f"torch.{quick.weights}") == (44, str(dtype))
         assert ((teacher(images).features - exact).norm() / exact.norm()).item() == pytest.approx(quick.feature_error, rel=1e-3)
@@ -148,9 +146,8 @@ def test_half_precision_is_rounded_once_after_folding() -> None:
 
 
 def test_a_teacher_beyond_float16_is_refused() -> None:
-    teacher, images = cnn("resnet18"), torch.randn(2, 3, 64, 64)
+    teacher, images = cnn("resnet18", "float16"), torch.randn(2, 3, 64, 64)
     teacher.model.fc.weight.mul_(1e6)
-    teacher.stated_dtype = torch.float16
     with pytest.raises(UserError, match="teacher .*: its outputs are not finite in half precision; set teacher.precision=float32"):
         acceleration.prepare(Run(), [teacher], lambda: images, Accelerator(cpu=True))
 
@@ -278,8 +275,8 @@ def test_steps_that_are_not_logged_read_nothing_from_the_device(
     train_cli: Cli, fashion_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a GPU, with mixing, erasing, clipping, EMA and a coupled loss; and a step asks its teacher once."""
-    loop, original, asked, seen = training_task.Loop, Classification.compute_terms, Counter[str](), []
-    monkeypatch.setattr(training_task, "Loop", lambda **values: loop(**{**values, "reads_every_step": False}))
+    fit, original, asked, seen = loop.fit, Classification.compute_terms, Counter[str](), []
+    monkeypatch.setattr(loop, "fit", lambda *given, **values: fit(*given, **{**values, "reads_every_step": False}))
     forward = Teacher.forward
 
     def teach(teacher: Teacher, images: Tensor) -> Any:
@@ -327,7 +324,7 @@ def test_the_main_thread_does_nothing_for_each_image(on: str, fashion_folder: Pa
     for size in (60, 120):
         batches = TrainLoader(
             open_source("image_folder", fashion_folder, "train"),
-            choose_augmentation(recipe, cpu),
+            choose_augmentation(recipe.data, recipe.augmentation, recipe.run, cpu),
             recipe.augmentation,
             LoaderConfig(cpu, 1, 0, 1, "refuse", print),
             num_classes=10,

@@ -15,6 +15,7 @@ import timm
 import torch
 from conftest import ROOT
 from safetensors.torch import load_file
+from sections import optimizing
 from timm.models._hub import save_for_hf
 from torch import Tensor, nn
 
@@ -104,7 +105,7 @@ def test_one_head_alone(
 def test_lower_layers_learn_more_slowly(weights: Path) -> None:
     recipe = resolve(recipes.load("finetune", ["data.img_size=42", f"finetune.weights={weights}", "finetune.layer_decay=0.5"]))
     distiller = build_distiller(recipe, 5, [])
-    optimizer = build_optimizer(recipe, distiller)
+    optimizer = build_optimizer(*optimizing(recipe), distiller)
     group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     scale = {name: group_of[id(p)]["lr_scale"] for name, p in distiller.named_parameters()}
     assert len(scale) == sum(len(group["params"]) for group in optimizer.param_groups)

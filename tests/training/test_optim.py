@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, SMALL
+from sections import optimizing, scheduling
 from torch import nn
 
 from deit_kd import recipe as recipes
@@ -76,7 +77,7 @@ def test_every_recipe_of_a_release_is_here() -> None:
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_cosine(name: str) -> None:
     published, recipe = PUBLISHED[name], recipes.load(name)
-    rate = build_schedule(recipe, STEPS)
+    rate = build_schedule(*scheduling(recipe), STEPS)
     total = 300 * STEPS
     warm = published.warmup_epochs * STEPS
     middle = published.final + (published.peak - published.final) / 2
@@ -91,7 +92,7 @@ def test_cosine(name: str) -> None:
 def test_steps_down(name: str) -> None:
     recipe = recipes.load(name)
     batch, peak, epochs = STEPPED[name]
-    rate = build_schedule(recipe, STEPS)
+    rate = build_schedule(*scheduling(recipe), STEPS)
     assert recipe.global_batch_size == batch
     for number, epoch in enumerate(epochs):
         assert rate(epoch * STEPS - 1) == pytest.approx(peak * 0.1**number, rel=1e-6)
@@ -140,7 +141,7 @@ def test_what_decays(decay: str, more: set[str]) -> None:
     """DeiT++ of ND decays tokens and position embedding, DeiT does not; a constrained projector never does. `all` is for CNNs, which list nothing."""
     module = Module()
     names = {id(parameter): name for name, parameter in module.named_parameters()}
-    optimizer = build_optimizer(recipes.load("deit_ti_nd", [f"optim.weight_decay_on={decay}"]), module)
+    optimizer = build_optimizer(*optimizing(recipes.load("deit_ti_nd", [f"optim.weight_decay_on={decay}"])), module)
     decayed = {names[id(each)] for group in optimizer.param_groups if group["weight_decay"] for each in group["params"]}
     assert decayed == {"student.head.weight", "projectors.0.weight"} | more
     assert {group["weight_decay"] for group in optimizer.param_groups} <= {0.0, 0.3}
@@ -153,7 +154,7 @@ def test_a_run_of_before_keeps_its_rates(tmp_path: Path) -> None:
     del stored["optim"]["lr_rule_scales"]
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(stored, sort_keys=False))
     old = recipes.load(tmp_path)
-    rate = build_schedule(old, STEPS)
+    rate = build_schedule(*scheduling(old), STEPS)
     assert (rate.peak_lr, rate(0), rate(300 * STEPS)) == pytest.approx((1e-3, 2e-6, 2e-5), rel=1e-9)
     progress = 0.5 * (1 + math.cos(math.pi * 290 / 300))
     assert rate(290 * STEPS) == pytest.approx(2e-5 + (1e-3 - 2e-5) * progress, rel=1e-9)

@@ -11,6 +11,7 @@ import signal
 import stat
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from deit_kd import export
 from deit_kd.errors import UserError
 from deit_kd.files import outputs
 from deit_kd.files import whole as files
+from deit_kd.files.locks import locked
 from deit_kd.training import checkpoint, run_files
 from deit_kd.training.metrics import TIMES, read_metrics
 
@@ -558,9 +560,11 @@ def holding(folder: Path) -> int:
     ready, said = os.pipe()
     process = os.fork()
     if process == 0:
-        with files.locked(folder, "train.py"):
+        with suppress(BaseException), locked(folder, "train.py"):
             os.write(said, b"x")
             time.sleep(600)
+        os._exit(1)  # never on into the test of the parent
+    os.close(said)
     assert os.read(ready, 1)
     return process
 
@@ -584,23 +588,25 @@ def test_children_of_a_killed_process_do_not_hold_its_lock(tmp_path: Path) -> No
     ready, said = os.pipe()
     parent = os.fork()
     if parent == 0:
-        with files.locked(tmp_path, "a run"):
+        with suppress(BaseException), locked(tmp_path, "a run"):
             child = os.fork()
             if child == 0:
                 time.sleep(600)
                 os._exit(0)
             os.write(said, child.to_bytes(8, "big"))
             time.sleep(600)
+        os._exit(1)
+    os.close(said)
     child = int.from_bytes(os.read(ready, 8), "big")
     try:
-        with pytest.raises(UserError, match="in use by a run"), files.locked(tmp_path, "another"):
+        with pytest.raises(UserError, match="in use by a run"), locked(tmp_path, "another"):
             pass
         os.kill(parent, signal.SIGKILL)
         os.waitpid(parent, 0)
         deadline = time.monotonic() + 60  # the child lets go once it runs
         while True:
             try:
-                with files.locked(tmp_path, "another"):
+                with locked(tmp_path, "another"):
                     break
             except UserError:
                 assert time.monotonic() < deadline
@@ -616,7 +622,7 @@ def test_a_disk_without_locks_is_told(tmp_path: Path, capsys: pytest.CaptureFixt
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
     monkeypatch.setattr("fcntl.flock", no_locks)
-    with files.locked(tmp_path, "a run"):
+    with locked(tmp_path, "a run"):
         pass
     assert f"{tmp_path}: this disk has no locks (Function not implemented); make sure" in capsys.readouterr().err
 

@@ -30,11 +30,11 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 import train
 from deit_kd import recipe as recipes
-from deit_kd.data import Batch, open_source
+from deit_kd.data import Batch, build, open_source
 from deit_kd.data.transforms import evaluation_transform
-from deit_kd.models import build, load_teacher
+from deit_kd.models import load_teacher
 from deit_kd.tasks.classification import Classification
-from deit_kd.training import task as training_task
+from deit_kd.training import loop
 from deit_kd.training.metrics import TIMES, Clock, Tracker
 
 Cli = Callable[..., tuple[int, str]]
@@ -359,8 +359,8 @@ def test_a_step_without_a_finite_loss_is_skipped_and_told(
     train_cli: Cli, fashion_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reads_every_step: bool
 ) -> None:
     """Read on the host at each step, or by the optimizer on the device and told with the next log."""
-    loop = training_task.Loop
-    monkeypatch.setattr(training_task, "Loop", lambda **values: loop(**{**values, "reads_every_step": reads_every_step}))
+    fit = loop.fit
+    monkeypatch.setattr(loop, "fit", lambda *given, **values: fit(*given, **{**values, "reads_every_step": reads_every_step}))
     original, weights = Classification.compute_terms, []
 
     def compute_terms(task: Classification, batch: Batch, clock: Clock, detailed: bool) -> dict[str, torch.Tensor]:
@@ -505,9 +505,7 @@ def test_a_crash_with_workers_ends_the_process(fashion_folder: Path, tmp_path: P
         *RANDOM_TEACHER,
         "run.workers=2",
     ]
-    crash = (
-        "import sys, train, deit_kd.training.loop as e; e.Vote.cast = None; sys.argv = ['train.py', *sys.argv[1:]]; train.main()"
-    )
+    crash = "import sys, train, deit_kd.training.loop as e; e.StepGuard.agree = None; sys.argv = ['train.py', *sys.argv[1:]]; train.main()"
     done = run_script("-c", crash, *options, timeout=MINUTES)
     assert done.returncode == 1
     assert "TypeError" in done.stderr
@@ -578,7 +576,7 @@ def test_a_teacher_that_overflows_later_is_refused_before_the_first_step(
 ) -> None:
     """The images that half precision is tried with are few; all of validation are evaluated anyway."""
     recipe, source = recipes.load("quickstart"), open_source("fashion_mnist", None, "val")
-    transform = evaluation_transform(recipe)
+    transform = evaluation_transform(recipe.data, recipe.evaluation)
     images = torch.stack([transform(source[n][0]) for n in range(len(source))])
     teacher = load_teacher("quickstart_teacher", image_mean=recipe.data.mean, image_std=recipe.data.std)
     largest = torch.cat([teacher(some).logits.abs().amax(1) for some in images.split(250)])

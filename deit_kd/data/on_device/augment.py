@@ -1,4 +1,4 @@
-"""Augmentation of whole batches on the device, by what the workers drew for each sample."""
+"""Augmentation of whole batches on the device, with the random parameters that workers drew for each sample."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from deit_kd.data.on_device.jpegs import Decoder
 from deit_kd.data.on_device.pillow_ops import OPERATIONS, affine
 from deit_kd.data.transforms import Transform, train_transform
 from deit_kd.errors import UserError
-from deit_kd.recipe import Recipe
+from deit_kd.recipe import Augmentation, Data, Run
 
 
 class OnDevice(NamedTuple):
-    """Augmentation in two parts: workers decode, crop, flip and draw what else is done; the device does that to whole batches."""
+    """Augmentation in two parts: workers decode, crop, flip and draw the rest; the device applies the rest to whole batches."""
 
     worker: WorkerTransform
     finish: Finish
 
 
-def choose_augmentation(recipe: Recipe, device: torch.device) -> Transform | OnDevice:
-    """The training transform for where `run.augment_on` says: of auto the device if it is a GPU and can do it.
+def choose_augmentation(data: Data, augmentation: Augmentation, run: Run, device: torch.device) -> Transform | OnDevice:
+    """The training transform where `run.augment_on` says; auto is the device if it is a GPU and supports the augmentation.
 
     Raises:
         UserError: the recipe says device, and its augmentation cannot be done there; or what `train_transform` and `Decoder` refuse.
     """
-    chosen = _choose(recipe, device)
-    if recipe.run.decode_on == "device":
+    chosen = _choose(data, augmentation, run, device)
+    if run.decode_on == "device":
         if not isinstance(chosen, OnDevice):
             raise UserError(
                 "run.decode_on=device: images are augmented in the workers here; use run.augment_on=device, or run.decode_on=workers"
@@ -39,33 +39,33 @@ def choose_augmentation(recipe: Recipe, device: torch.device) -> Transform | OnD
     return chosen
 
 
-def _choose(recipe: Recipe, device: torch.device) -> Transform | OnDevice:
-    stated = recipe.run.augment_on
+def _choose(data: Data, augmentation: Augmentation, run: Run, device: torch.device) -> Transform | OnDevice:
+    stated, decodes = run.augment_on, run.decode_on == "device"
     if stated == "cpu" or (stated == "auto" and device.type != "cuda"):
-        return train_transform(recipe)
+        return train_transform(data, augmentation)
     try:
-        return OnDevice(WorkerTransform(recipe), Finish(recipe, device))
+        return OnDevice(WorkerTransform(data, augmentation, decodes), Finish(data, device, decodes))
     except CannotBeDrawnError as error:
         if stated == "auto":
-            return train_transform(recipe)
+            return train_transform(data, augmentation)
         raise UserError(f"run.augment_on=device: {error}; use run.augment_on=cpu") from None
 
 
 class Finish:
-    """The device's part: the plan's operations, normalization, erasing. Nothing in it waits for the device, but for `Decoder`.
+    """The device's part: the plan's operations, normalization, erasing. Only `Decoder` makes the host wait for the device.
 
     Raises:
         UserError: what `Decoder` refuses.
     """
 
-    def __init__(self, recipe: Recipe, device: torch.device):
-        self.device, size = device, recipe.data.img_size
-        self.mean, self.std = (torch.tensor(each, device=device).view(-1, 1, 1) for each in (recipe.data.mean, recipe.data.std))
-        self.fill = torch.tensor([min(255, round(255 * each)) for each in recipe.data.mean], dtype=torch.uint8, device=device)
+    def __init__(self, data: Data, device: torch.device, decodes: bool):
+        self.device, size = device, data.img_size
+        self.mean, self.std = (torch.tensor(each, device=device).view(-1, 1, 1) for each in (data.mean, data.std))
+        self.fill = torch.tensor([min(255, round(255 * each)) for each in data.mean], dtype=torch.uint8, device=device)
         levels = (torch.arange(65536, dtype=torch.float64) + 0.5) / 65536
         self.normal = torch.special.ndtri(levels).float().to(device)
         self.places = _scramble(torch.arange(3 * size * size, dtype=torch.int32)).view(3, size, size).to(device)
-        self.decoder = Decoder(size, device) if recipe.run.decode_on == "device" else None
+        self.decoder = Decoder(size, device) if decodes else None
 
     def __call__(self, images: Tensor | None, plan: BatchPlan) -> Tensor:
         """Images [B,3,H,W] uint8, without those that are yet to be decoded -> all, float32, normalized, on the device.
@@ -94,8 +94,8 @@ class Finish:
         return normalized
 
     def _decode(self, images: Tensor | None, jpegs: Jpegs) -> Tensor:
-        """The whole batch; no images: all of it are JPEGs."""
-        assert self.decoder is not None, "workers send what they are told to"
+        """The whole batch, decoded; `images` is None where all are JPEGs."""
+        assert self.decoder is not None, "workers send JPEGs only to a device that decodes"
         decoded = self.decoder(jpegs)
         if images is None:
             return decoded
@@ -104,9 +104,9 @@ class Finish:
         return whole.index_copy_(0, members, decoded).index_copy_(0, others, images)
 
     def _erase(self, images: Tensor, boxes: Tensor, noise: Tensor) -> Tensor:
-        """Boxes filled with standard normal noise: a function of seed and place, so the same however a batch is cut, on any device.
+        """Fills boxes with standard normal noise. It depends on seed and place alone, so it is the same however a batch is cut, on any device.
 
-        It has 65,536 values, those in the middle of equal shares of the distribution.
+        The noise takes 65,536 values, the midpoints of equal shares of the distribution.
         """
         top, left, height, width = boxes.view(-1, 4, 1, 1, 1).unbind(1)
         row = torch.arange(images.shape[2], device=self.device).view(1, 1, -1, 1)

@@ -1,7 +1,7 @@
-"""What an image is to undergo on the device, drawn in a worker.
+"""The random parameters of an image's augmentation on the device, drawn in a worker.
 
-Every number is drawn from the streams, and in the order, in which timm draws it while it changes an image on the CPU: crops, flips,
-operations, magnitudes, interpolations and boxes are those of the CPU's augmentation, sample by sample.
+Numbers are drawn from the same generators and in the same order as timm draws them while it changes an image on the CPU. So crops,
+flips, operations, magnitudes, interpolations and boxes of each sample equal those of the CPU's augmentation.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from torchvision.transforms import CenterCrop, ColorJitter, InterpolationMode, N
 from deit_kd.data.decode import Jpeg
 from deit_kd.data.sources.base import pixels, pixels_or_jpeg
 from deit_kd.data.transforms import MustFit, augment_operations, train_transform
-from deit_kd.recipe import Recipe
+from deit_kd.recipe import Augmentation, Data
 
 
 class Crop(NamedTuple):
-    """What is to be cut out of a JPEG and resized: `lines` of `length` pixels, first along `length`, then across.
+    """A crop of a JPEG that is then resized: `lines` of `length` pixels, first along `length`, then across.
 
     Lines are rows of the image, or columns where Pillow resizes these first.
     """
@@ -46,7 +46,7 @@ class Crop(NamedTuple):
 
 
 class AugmentParams(NamedTuple):
-    """An image [3,H,W] uint8, cropped and flipped, or the JPEG that it is cut out of; and what is yet to be done to it."""
+    """An image [3,H,W] uint8, cropped and flipped, or the crop of a JPEG; and the operations that remain."""
 
     image: Tensor | Crop
     operations: list[tuple[str, Sequence[float]]]  # in order, with their arguments
@@ -64,7 +64,7 @@ class Jpegs(NamedTuple):
 
 
 class BatchPlan(NamedTuple):
-    """What is to be done to a batch: groups of samples that drew the same operation, so that the host knows them beforehand."""
+    """The operations on a batch, by groups of samples that drew the same one. The host knows the groups, so it need not ask the device."""
 
     groups: list[tuple[str, int, int]]  # operation, and which part of the next two; one after another
     members: Tensor  # [M] int, positions in the batch
@@ -80,18 +80,18 @@ class CannotBeDrawnError(Exception):
 
 
 class WorkerTransform:
-    """Crops and flips pixels [3,H,W] uint8, and draws the rest; of a JPEG it draws all.
+    """Crops and flips pixels [3,H,W] uint8 and draws the parameters of the rest; of a JPEG it only draws.
 
     Raises:
         CannotBeDrawnError: see there.
     """
 
-    def __init__(self, recipe: Recipe):
+    def __init__(self, data: Data, augmentation: Augmentation, sends_jpegs: bool):
         self.geometry: list[Callable[[Tensor], Tensor]] = []
         self.colors: list[Callable[[list[Any]], list[Any]]] = []
         self.erasing: RandomErasing | None = None
         self.crop: RandomResizedCropAndInterpolation | None = None
-        transform: Any = train_transform(recipe)
+        transform: Any = train_transform(data, augmentation)
         for step in transform.transforms:
             if isinstance(step, RandomResizedCropAndInterpolation):
                 self.crop = step
@@ -100,7 +100,7 @@ class WorkerTransform:
                 self.geometry.append(step)
             elif operations := augment_operations(step):
                 for operation in operations:
-                    operation.aug_fn = partial(_record, operation.name, recipe.data.img_size)
+                    operation.aug_fn = partial(_record, operation.name, data.img_size)
                 self.colors.append(step)
             elif isinstance(step, ColorJitter):
                 self.colors.append(partial(_jitter, step))
@@ -108,13 +108,13 @@ class WorkerTransform:
                 self.erasing = step
                 self.erasing.per_pixel = False  # the worker makes no noise
             elif not isinstance(step, (MaybeToTensor, Normalize)):
-                raise CannotBeDrawnError(f"auto_augment={recipe.augmentation.auto_augment} is not made of single operations")
-        self.size = recipe.data.img_size
-        self.sends_jpegs = recipe.run.decode_on == "device"
+                raise CannotBeDrawnError(f"auto_augment={augmentation.auto_augment} is not made of single operations")
+        self.size = data.img_size
+        self.sends_jpegs = sends_jpegs
         self.read = pixels_or_jpeg if self.sends_jpegs else pixels  # of (source, index), what this takes
 
     def __call__(self, read: Tensor | Jpeg) -> AugmentParams:
-        """Draws from the global streams, the same for the pixels of a JPEG as for itself."""
+        """Draws from the global generators; a JPEG and its pixels get the same draws."""
         image = self._place(read) if isinstance(read, Jpeg) else read
         if isinstance(image, Tensor):
             for step in self.geometry:
@@ -128,7 +128,7 @@ class WorkerTransform:
         return AugmentParams(image, operations, target.box, random.getrandbits(31) if target.box else 0)
 
     def _place(self, jpeg: Jpeg) -> Crop:
-        """What `geometry` would do to the pixels."""
+        """The crop that `geometry` would make of the pixels."""
         assert self.crop is not None
         (top, left, height, width), mode = _draw_crop(self.crop, torch.empty(1).expand(3, jpeg.height, jpeg.width))
         sides = torch.tensor([[[0, 1]]])
@@ -183,7 +183,7 @@ _NAMES = {
 
 
 def _record(name: str, size: int, drawn: list[Any], *level: float, resample: Any, **_: Any) -> list[Any]:
-    """Stands in for the function of a timm `AugmentOp`: notes what it would do to an image of `size` pixels a side."""
+    """Replaces the function of a timm `AugmentOp`: records what it would do to an image of `size` pixels a side."""
     name = name.removesuffix("Increasing").removesuffix("Original")
     if name in _NAMES:
         return [*drawn, (_NAMES[name], level)]
@@ -214,7 +214,7 @@ def _matrix(name: str, level: float, size: int) -> tuple[float, ...]:
 
 
 class _Target:
-    """What timm's RandomErasing takes for an image: it draws a box and writes to it."""
+    """A stand-in for an image: timm's RandomErasing draws a box and writes to it, and the box is recorded."""
 
     dtype = torch.float32
 
@@ -231,7 +231,7 @@ class _Target:
 
 
 def make_plan(drawn: Sequence[AugmentParams | None]) -> BatchPlan:
-    """The plan of a batch; None for a sample that nothing is done to."""
+    """The plan of a batch; a sample that needs no operation is None."""
     groups: dict[tuple[int, str], list[tuple[int, Sequence[float]]]] = {}
     for position, each in enumerate(drawn):
         for turn, (name, arguments) in enumerate(each.operations if each else ()):

@@ -19,7 +19,7 @@ MOST_AT_ONCE = 2**24  # pixels of crops, padded to the largest: about 1 GB while
 
 
 class UndecodedError(Exception):
-    """The device's decoder has something against a file of a batch."""
+    """The device's decoder refuses a file of a batch."""
 
 
 class Decoder:
@@ -64,7 +64,11 @@ class Decoder:
         return crops
 
     def takes(self, jpeg: Jpeg) -> bool:
-        """Whether it decodes the file when it is alone; where it decodes nothing any more, its error."""
+        """Whether the decoder accepts the file alone.
+
+        Raises:
+            RuntimeError: it decodes nothing any more.
+        """
         try:
             (alone,) = decode_jpeg([jpeg.content], ImageReadMode.RGB, self.device)
         except RuntimeError:

@@ -1,4 +1,4 @@
-"""What a source of images is, images in memory, and parts of a source."""
+"""The protocol of a source of images, images in memory, and parts of a source."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Source(Protocol):
     labels: np.ndarray  # [N] int
     name: str  # what this is, as a card may say it
     origin: str  # where it lies, for messages
-    left_out: str  # what of the files there is not read, as `3 .heic`; empty for nothing
+    left_out: str  # files that are not read, as `3 .heic`; empty for none
     upright: bool  # images are turned as their EXIF orientation says
 
     def __len__(self) -> int: ...
@@ -95,10 +95,10 @@ class Subset:
 
 
 def split_holdout(source: Source, share: float, seed: int) -> tuple[Source, Source]:
-    """(the rest, the held out): of each class the rounded share, but never all; drawn by the seed.
+    """(the rest, the held out). Of each class the rounded share is held out, but never all of it, drawn by the seed.
 
     Raises:
-        UserError: nothing would be held out.
+        UserError: the share is less than an image of every class.
     """
     rng, held = np.random.default_rng(seed), []
     for label in np.unique(source.labels):

@@ -1,4 +1,4 @@
-"""What tells data apart, wherever they lie."""
+"""Fingerprints of data, which do not depend on the place of their files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from deit_kd.data.sources.shards import ShardSource
 
 
 def fingerprint(source: Source) -> str:
-    """The number of images, and a hash over all labels and 512 images anywhere among them: tells data apart, in seconds."""
+    """The number of images, and a hash of all labels and of 512 images spread over all; it takes seconds."""
     digest = hashlib.sha256(source.labels.astype("<i8").tobytes())
     some = np.random.default_rng(0).permutation(len(source))[:512]
     for index in some.tolist():
@@ -27,7 +27,7 @@ def fingerprint(source: Source) -> str:
 
 
 def of_images(source: Source) -> dict[str, Any]:
-    """What tells data apart wherever they lie: their number, classes, labels, sizes of files, and some images."""
+    """The facts that differ between data sets: number, classes, labels, sizes of files, and a hash of some images."""
     of_files = sizes(source)
     return {
         "number of images": len(source),

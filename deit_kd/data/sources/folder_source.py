@@ -64,7 +64,7 @@ class FolderSource(FileSource):
         for folder in tqdm(found, desc=f"reading {shown}", unit="class", delay=2, leave=False, disable=None):
             pictures = folders.find_pictures(os.path.join(root, folder))
             if not pictures.paths:
-                others = f" of {', '.join(FORMATS)}, only {folders.told(pictures.left_out)}" if pictures.left_out else ""
+                others = f" of {', '.join(FORMATS)}, only {folders.in_words(pictures.left_out)}" if pictures.left_out else ""
                 raise UserError(
                     f"{for_terminal(str(root / folder))}: the class has no image{others}; add some or remove the folder"
                 )
@@ -74,7 +74,7 @@ class FolderSource(FileSource):
         self.paths = [path for paths in classes.values() for path in paths]
         self.labels = np.asarray(labels)
         self.name, self.origin = f"images of {len(self.class_names)} classes in folders", shown
-        self.left_out = folders.told(left_out)
+        self.left_out = folders.in_words(left_out)
         for remark in folders.remarks(root, classes):
             warn(f"{shown}: {remark}")
         if set(left_out) - {folders.HIDDEN}:

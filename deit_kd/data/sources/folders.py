@@ -36,7 +36,7 @@ class Found(NamedTuple):
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder is not the user's, but the system's."""
+    """Whether a file or folder is hidden or the system's."""
     return name.startswith(".") or name.lower() in _SYSTEM
 
 
@@ -118,8 +118,8 @@ def find_pictures(folder: str) -> Found:
     return Found(sorted(paths), left_out)
 
 
-def told(left_out: Counter[str]) -> str:
-    """What is left out, as `3 .heic, 1 hidden or system`; empty for nothing."""
+def in_words(left_out: Counter[str]) -> str:
+    """What is left out, as `3 .heic, 1 hidden or system`; empty for none."""
     kinds = sorted(left_out.items(), key=lambda item: (-item[1], item[0]))
     some = [f"{count:,} {for_terminal(kind)}" for kind, count in kinds[:6] if count]
     rest = sum(count for _, count in kinds[6:])
@@ -127,7 +127,7 @@ def told(left_out: Counter[str]) -> str:
 
 
 def remarks(root: Path, classes: dict[str, list[str]]) -> list[str]:
-    """What a user may not expect of a folder's classes.
+    """Warnings of what a user may not expect of a folder's classes.
 
     Args:
         root: for messages.
@@ -201,14 +201,14 @@ def other_order(names: Sequence[str]) -> list[str] | None:
 
 
 def order_in_doubt(who: str, names: Sequence[str]) -> str | None:
-    """What to say where the logits of a network that does not name its classes are taken in the data's order.
+    """A warning if a network without class names may have its classes in another order than the data.
 
     Args:
         who: the network, as `teacher NAME`.
         names: of the data's classes.
 
     Returns:
-        A line with the remedy; None where other code sorts them alike.
+        A line with the remedy; None where other code sorts them in the same order.
     """
     theirs = other_order(names)
     if theirs is None:

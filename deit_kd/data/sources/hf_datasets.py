@@ -82,7 +82,7 @@ def open_rows(data: Path | None, split: Split, label_column: str | None = None) 
         ) from None
     validation = [name for name in VALIDATION if name in tables]
     if "train" not in tables or not validation:
-        others = f" (left out: {folders.told(left_out)})" if left_out else ""
+        others = f" (left out: {folders.in_words(left_out)})" if left_out else ""
         raise UserError(
             f"--data {origin}: has the splits {', '.join(tables) or 'none'}{others}; needed are train and one of {', '.join(VALIDATION)}"
         )
@@ -92,7 +92,7 @@ def open_rows(data: Path | None, split: Split, label_column: str | None = None) 
             "(keep_best, settings) is chosen on test images"
         )
     if left_out:
-        warn(f"{origin}: left out are {folders.told(left_out)}")
+        warn(f"{origin}: left out are {folders.in_words(left_out)}")
     left_out += Counter({f"images of {name}": len(rows) for name, rows in tables.items() if name not in ("train", validation[0])})
     chosen = {"train": tables["train"], "val": tables[validation[0]]}
     columns = {name: _columns(datasets, table.features, label_column, origin) for name, table in chosen.items()}
@@ -107,7 +107,7 @@ def open_rows(data: Path | None, split: Split, label_column: str | None = None) 
         raise UserError(f"--data {origin}: labels go up to {len(names) - 1:,}; count them from 0 without gaps")
     rows = chosen[split].cast_column(image, datasets.Image(decode=False))
     source = RowSource(rows, _synsets(names), image, labels[split], origin)
-    source.left_out = folders.told(left_out)
+    source.left_out = folders.in_words(left_out)
     return source
 
 

@@ -1,4 +1,4 @@
-"""What `deit-kd pack` notes beside its shards, so that the same command knows a folder that is whole, or cut by a power cut, or another's."""
+"""The record that `deit-kd pack` keeps beside its shards. By it the same command knows a folder that is whole, incomplete, or of other data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where each image of tar shards lies: read from an index file, or from the shards themselves, whoever made them.
+"""Where each image of tar shards lies, read from an index file or from the shards themselves, by whatever program they were made.
 
 Names are taken apart as WebDataset does it: the key of `a/0001.seg.png` ends at the first dot of its last part, the rest is the extension.
 """

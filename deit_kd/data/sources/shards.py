@@ -43,7 +43,7 @@ class ShardSource(FileSource):
             packed.must_be_as_noted(root, index.name)
         else:
             found, left_out = shard_index.read_through(self.files, self.class_names, label_column)
-            self.left_out = folders.told(left_out)
+            self.left_out = folders.in_words(left_out)
             if set(left_out) - {folders.HIDDEN}:
                 warn(f"{root}: left out of the {split} shards are {self.left_out}")
         self.shard, self.offset, self.size, self.labels, self.keys = found

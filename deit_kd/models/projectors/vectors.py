@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from einops import rearrange
 from torch import Tensor, linalg, nn
 from torch.nn import functional as F
 
@@ -57,15 +56,6 @@ def build_projector(config: Projector, student_width: int, teacher_width: int) -
         return layers[0] if len(layers) == 1 else nn.Sequential(*layers)
     assert config.kind == "none", config.kind
     return nn.Identity()
-
-
-def project(projector: nn.Module, features: Tensor) -> Tensor:
-    """A projector of vectors on [B,D], or on the channels at each place of a map [B,D,H,W]."""
-    if features.ndim == 2:
-        return projector(features)
-    batch, _, height, _ = features.shape
-    rows = projector(rearrange(features, "b d h w -> (b h w) d"))
-    return rearrange(rows, "(b h w) e -> b e h w", b=batch, h=height)
 
 
 def first_matrix(projector: nn.Module) -> Tensor | None:
