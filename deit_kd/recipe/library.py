@@ -86,7 +86,11 @@ def find(name_or_path: str | Path) -> tuple[Path, str | None]:
         RecipeError: there is no such recipe.
     """
     text = str(Path(name_or_path))
-    name = SHORT_NAMES.get(text, text)
+    in_folder = os.path.dirname(os.path.abspath(text)) == str(FOLDER)  # noqa: PTH100, PTH120
+    name = text
+    if text.endswith(".yaml") and in_folder and not _file(text):  # recipes/deit_ti.yaml, where every recipe once was
+        name = Path(text).stem
+    name = SHORT_NAMES.get(name, name)
     if path := _file(name):
         return path, None
     stem, _, variant = name.rpartition(":")
@@ -151,7 +155,7 @@ def run_folder(name_or_path: str | Path) -> Path:
         file, variant = find(path)
         if file == path / "recipe.yaml" and ((path / "run.json").exists() or (path / "checkpoints").is_dir()):
             return path
-        if variant is not None and path.name not in SHORT_NAMES:
+        if variant is not None and path.stem not in SHORT_NAMES:
             return Path("runs") / f"{Path(str(path).removesuffix(f':{variant}')).stem}_{variant}"
     return Path("runs") / path.stem
 

@@ -30,6 +30,14 @@ def test_a_variant_differs_in_its_keys_alone() -> None:
     ]
 
 
+def test_paths_of_before_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    assert recipes.load("recipes/deit_s_vkd.yaml") == recipes.load("deit_vkd:small")
+    assert recipes.load(ROOT / "recipes/quickstart.yaml") == recipes.load("quickstart")
+    with pytest.raises(RecipeError, match=r"recipe file recipes/nothing.yaml does not exist"):
+        recipes.load("recipes/nothing.yaml")
+
+
 def test_overrides_come_after_the_variant() -> None:
     assert recipes.load("deit_cskd:small").global_batch_size == 512
     assert recipes.load("deit_cskd:small", ["global_batch_size=64"]).global_batch_size == 64
@@ -111,6 +119,7 @@ def test_names_that_mean_nothing(name: str, message: str, tmp_path: Path, monkey
         ("cifar100_resnet32x4_resnet8x4_kd", "cifar100_resnet32x4_resnet8x4_kd"),
         (f"{ROOT}/recipes/imagenet_deit/deit_vkd.yaml:small", "deit_vkd_small"),
         ("my/own.yaml", "own"),
+        (f"{ROOT}/recipes/deit_ti.yaml", "deit_ti"),
         ("nothing", "nothing"),
     ],
 )
