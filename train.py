@@ -19,6 +19,7 @@ try:
     from deit_kd import recipe as recipes
     from deit_kd.cli import streams
     from deit_kd.cli.train import errors_in_one_line, listen, parse
+    from deit_kd.files.imports import import_file
     from deit_kd.training.signals import REQUEUE
 except ModuleNotFoundError as error:
     outside_of_the_environment(error)
@@ -35,6 +36,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     output = options.output or recipes.run_folder(options.recipe)
     with errors_in_one_line(output):
+        for file in options.imports:
+            import_file(file)
         recipe = recipes.load(options.recipe, options.overrides)
         if recipe.finetune is not None or recipe.follows_teacher():
             from deit_kd.models.build import resolve

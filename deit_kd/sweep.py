@@ -49,7 +49,9 @@ TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 Cell = dict[str, str]  # key -> value, as they are written on the command line
 
 
-def run_grid(recipe: str, overrides: Sequence[str], output: Path, data: Path | None, jobs: int) -> Path:
+def run_grid(
+    recipe: str, overrides: Sequence[str], output: Path, data: Path | None, jobs: int, imports: Sequence[Path] = ()
+) -> Path:
     """Runs what is not complete, then writes grid.csv, grid.md and grid.png; returns the table.
 
     Args:
@@ -58,6 +60,7 @@ def run_grid(recipe: str, overrides: Sequence[str], output: Path, data: Path | N
         output: the folder that gets a folder for each run.
         data: the folder of the data.
         jobs: runs at a time.
+        imports: Python files that each run imports.
 
     Raises:
         UserError: a combination that the recipe refuses, or a run that failed.
@@ -81,7 +84,7 @@ def run_grid(recipe: str, overrides: Sequence[str], output: Path, data: Path | N
     output.mkdir(parents=True, exist_ok=True)
     todo = [cell for cell in cells if not _complete(output / _name(cell, cells))]
     print(f"{len(cells)} runs in {for_terminal(output)}, {len(cells) - len(todo)} of them complete", flush=True)
-    failures = _run(recipe, cells, todo, output, data, jobs)
+    failures = _run(recipe, cells, todo, output, data, jobs, imports)
     with _held(output / ".tables.lock", Event()):
         clear(output)
         table = _write(recipe, overrides, cells, output, data)
@@ -90,7 +93,15 @@ def run_grid(recipe: str, overrides: Sequence[str], output: Path, data: Path | N
     return table
 
 
-def _run(recipe: str, cells: Sequence[Cell], todo: Sequence[Cell], output: Path, data: Path | None, jobs: int) -> list[str]:
+def _run(
+    recipe: str,
+    cells: Sequence[Cell],
+    todo: Sequence[Cell],
+    output: Path,
+    data: Path | None,
+    jobs: int,
+    imports: Sequence[Path],
+) -> list[str]:
     """Runs these cells, those that other processes hold last; returns a line for each that failed."""
     threads = {} if jobs == 1 else {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
     interrupted, failures = Event(), []
@@ -100,7 +111,7 @@ def _run(recipe: str, cells: Sequence[Cell], todo: Sequence[Cell], output: Path,
         with _held(folder.with_name(f"{folder.name}.lock"), interrupted if waits else None) as lock:
             if lock is None or _complete(folder):
                 return HELD if lock is None else None
-            return _train(recipe, cell, folder, data, threads, lock)
+            return _train(recipe, cell, folder, data, threads, lock, imports)
 
     with ThreadPoolExecutor(max(1, jobs)) as pool:
         try:
@@ -230,10 +241,13 @@ def _held(file: Path, interrupted: Event | None) -> Iterator[int | None]:
             return
 
 
-def _train(recipe: str, cell: Cell, folder: Path, data: Path | None, threads: dict[str, str], lock: int) -> str | None:
+def _train(
+    recipe: str, cell: Cell, folder: Path, data: Path | None, threads: dict[str, str], lock: int, imports: Sequence[Path]
+) -> str | None:
     """One run, which inherits the lock; returns a line if it failed."""
     command = [sys.executable, str(TRAIN), "--recipe", recipe, "--output", str(folder), *(f"{k}={v}" for k, v in cell.items())]
     command += ["--data", str(data)] if data else []
+    command += [word for file in imports for word in ("--import", str(file))]
     log = folder.with_name(f"{folder.name}.log")
     with log.open("a") as stream:
         started = time.monotonic()

@@ -17,7 +17,7 @@ LAYERS: dict[str, set[str]] = {
     "text": set(),
     "files": set(),
     "recipe": set(),
-    "losses": set(),
+    "losses": {"recipe"},
     "distributed": {"recipe"},
     "data": {"recipe"},
     "models": {"data", "recipe"},

@@ -8,8 +8,9 @@ import sys
 import deit_kd
 from deit_kd import recipe as recipes
 from deit_kd.cli import data, measure, streams, students
-from deit_kd.cli.command_line import Parser
+from deit_kd.cli.command_line import Parser, import_option
 from deit_kd.errors import UserError
+from deit_kd.files.imports import import_file
 from deit_kd.text import error_for_terminal, for_terminal
 
 
@@ -26,6 +27,8 @@ def main(arguments: list[str] | None = None) -> None:
 
     for add in (*data.VERBS, *students.VERBS, *measure.VERBS):
         add(verbs)
+    for verb in verbs.choices.values():
+        import_option(verb)
     words = sys.argv[1:] if arguments is None else arguments
     if not words or (words[0] not in verbs.choices and not words[0].startswith("-")):
         which = f"{words[0]!r} is no verb{recipes.nearest(words[0], verbs.choices)}" if words else "a verb is missing"
@@ -38,6 +41,8 @@ def main(arguments: list[str] | None = None) -> None:
     if takes_more:
         options.overrides += more
     try:
+        for file in options.imports:
+            import_file(file)
         options.run(options)
     except UserError as error:
         print(f"error: {error_for_terminal(error)}", file=sys.stderr)

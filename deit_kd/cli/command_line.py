@@ -51,3 +51,9 @@ def recipe_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("recipe", help="a name in recipes/, such as deit_ti or deit_vkd:small, or the path of a YAML file")
     verb.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe; of a grid key=value,value,...")
     verb.add_argument("--data", type=Path, help="the folder of the data")
+
+
+def import_option(parser: argparse.ArgumentParser) -> None:
+    """What every command takes that may name a user's loss, projector or student."""
+    words = "a Python file that registers your losses, projectors or students; may be given several times"
+    parser.add_argument("--import", dest="imports", type=Path, action="append", default=[], metavar="FILE", help=words)

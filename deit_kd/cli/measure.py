@@ -58,7 +58,7 @@ def grid(options: argparse.Namespace) -> None:
     from deit_kd.sweep import run_grid
 
     output = options.output or Path("runs") / f"grid_{recipes.run_folder(options.recipe).name}"
-    run_grid(options.recipe, options.overrides, output, options.data, options.jobs)
+    run_grid(options.recipe, options.overrides, output, options.data, options.jobs, options.imports)
 
 
 def _add_doctor(verbs: Any) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import deit_kd
 from deit_kd import recipe as recipes
-from deit_kd.cli.command_line import Parser, bounded
+from deit_kd.cli.command_line import Parser, bounded, import_option
 from deit_kd.errors import UserError
 from deit_kd.text import error_for_terminal
 from deit_kd.training.signals import REQUEUE, heard
@@ -40,6 +40,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--device-batch-size", type=bounded(int, 1, 10**6), help="most images on a device at once; more are accumulated")
     add("--max-steps", type=bounded(int, 1, 10**12), help="stop after so many optimizer steps; the schedule stays that of the run")
     add("--dry-run", action="store_true", help="print networks, shapes, memory and compute; train nothing")
+    import_option(parser)
     add("--version", action="version", version=f"deit_kd {deit_kd.__version__}")
     add("overrides", nargs="*", metavar="key=value", help="changes to the recipe, such as optim.lr=1e-3 epochs=3")
     options = parser.parse_intermixed_args(arguments)

@@ -126,7 +126,7 @@ def cited(distills: Iterable[Distill], label_weight: float, student: str) -> lis
             keys.append(LOGIT_OBJECTIVES[distill.kd_loss].paper)
         keys += ["beyer2022knowledge"] if distill.kd_weight and not label_weight else []
     keys += ["touvron2021training"] if student.startswith("deit") else []
-    return list(dict.fromkeys(keys))
+    return list(filter(None, dict.fromkeys(keys)))  # a user's loss names none
 
 
 def bibtex(key: str) -> str:

@@ -22,8 +22,13 @@ from deit_kd.losses.logits import (
     normalized_distillation,
     soft_distillation,
 )
+from deit_kd.losses.registry import function_of, register
+from deit_kd.recipe.objectives import Key
 
 __all__ = [
+    "Key",
+    "function_of",
+    "register",
     "attention_transfer",
     "correlation_congruence",
     "decoupled_distillation",

@@ -207,6 +207,14 @@ def deit_small_two_teachers_patch16_224(pretrained: bool = False, **kwargs: Any)
     return _two_teachers("deit_small_two_teachers_patch16_224", pretrained, **{**args, **kwargs})
 
 
+def _has_fixed_size(name: str) -> bool:
+    """Whether an architecture takes images of the size alone that it is built for."""
+    if (own := timm.get_pretrained_cfg(name)) is not None:
+        return bool(own.fixed_input_size)
+    with torch.device("meta"):  # a user's, registered without configuration
+        return bool(timm.create_model(name).pretrained_cfg.get("fixed_input_size"))
+
+
 def build_student(config: Student, num_classes: int, img_size: int) -> TimmModel:
     """The recipe's student with fresh weights.
 
@@ -216,9 +224,9 @@ def build_student(config: Student, num_classes: int, img_size: int) -> TimmModel
     if config.name not in timm.list_models():
         raise UserError(f"student.name={config.name}: timm knows no such architecture{nearest(config.name, timm.list_models())}")
     args = {"num_classes": num_classes, "drop_path_rate": config.drop_path or None, **config.model_args}
-    if timm.get_pretrained_cfg(config.name).fixed_input_size:  # a ViT; CNNs take any size
-        args["img_size"] = img_size
     try:
+        if _has_fixed_size(config.name):  # a ViT; CNNs take any size
+            args["img_size"] = img_size
         return timm.create_model(config.name, pretrained=False, **args)
     except Exception as error:  # networks raise many types for arguments that do not fit
         raise UserError(f"student.model_args={config.model_args}: {config.name} refuses them ({why(error)})") from None

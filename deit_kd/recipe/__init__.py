@@ -10,16 +10,19 @@ import dataclasses
 import hashlib
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from deit_kd.files.documents import short
+from deit_kd.errors import UserError
+from deit_kd.files.documents import read_json, short
+from deit_kd.files.imports import imported
 from deit_kd.files.warn import warn
 from deit_kd.recipe import renamed
-from deit_kd.recipe.checks import READS, beyond_a_cache, impossible
+from deit_kd.recipe.checks import SELECTORS, beyond_a_cache, impossible, keys_read
 from deit_kd.recipe.document import FLOAT, Kind, RecipeError, hints, kind_of, read_override, read_yaml
 from deit_kd.recipe.library import FOLDER, File, find, listing, names, nearest, overview, run_folder, take_variants
 from deit_kd.recipe.partial import well_typed
@@ -44,7 +47,6 @@ from deit_kd.text import printable
 
 __all__ = [
     "FOLDER",
-    "READS",
     "Augmentation",
     "Data",
     "Distill",
@@ -66,6 +68,7 @@ __all__ = [
     "dump",
     "find",
     "flatten",
+    "keys_read",
     "listing",
     "load",
     "names",
@@ -134,6 +137,8 @@ def load(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         details = error.errors(include_url=False)
         faults += _merged([_explain(detail) for detail in details[: 3 * MOST_FAULTS]])  # several details may be of one key
         faults += impossible(well_typed(Recipe, document))
+    if faults and (needed := _imports_of(path.parent) - set(imported())):
+        faults.append(f"the run used {', '.join(sorted(needed))}; give --import with its path")
     if faults:
         faults = list(dict.fromkeys(map(printable, faults)))
         count = f"{len(faults)} fault{'s' if len(faults) > 1 else ''}"
@@ -141,6 +146,13 @@ def load(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         count = f"more than {MOST_FAULTS} faults" if more else count
         raise RecipeError("\n  ".join([f"recipe {printable(path.name)}: {count}", *faults[:MOST_FAULTS], *more]))
     return recipe
+
+
+def _imports_of(folder: Path) -> set[str]:
+    """The names of the Python files that a run imported, by its run.json; empty if there is none."""
+    with suppress(UserError):
+        return set(read_json(folder / "run.json", dict[str, Any], "").get("imports") or {})
+    return set()
 
 
 def dump(recipe: Recipe, change: Callable[[Any], Any] = lambda document: document) -> str:
@@ -162,6 +174,7 @@ def fingerprint(recipe: Recipe) -> str:
         for key, value in flatten(recipe)
         for name, first in [renamed.first_names(key, value)]
         if not key.startswith("run.") and value is not None and (isinstance(value, dict) or value != _DEFAULTS.get(key))
+        if value or not key.endswith(".parameters")  # which earlier versions lack
     ]
     return hashlib.sha256(repr(sorted(moving)).encode()).hexdigest()
 
@@ -214,7 +227,11 @@ def _apply(document: dict[str, Any], override: str, overrides: Sequence[str]) ->
         if isinstance(section, list):
             section = section[int(parent)] if int(parent) < len(section) else None
         else:  # only these may be missing from a file
-            section = section.setdefault(parent, {}) if parent in ("run", "ramp_epochs", "active_epochs") else section.get(parent)
+            section = (
+                section.setdefault(parent, {})
+                if parent in ("run", "ramp_epochs", "active_epochs", "parameters")
+                else section.get(parent)
+            )
         if not isinstance(section, (dict, list)):
             missing = f"there is no teachers.{parent}" if parent.isdigit() else f"{parent} is null"
             return f"{key}: cannot be set, because {missing} in this recipe"
@@ -225,7 +242,7 @@ def _apply(document: dict[str, Any], override: str, overrides: Sequence[str]) ->
     value = renamed.current_value(key, value)
     assert isinstance(section, dict)
     selector = ".".join([*parents, last][-2:])
-    if selector in READS:
+    if selector in SELECTORS:
         stated = {other.partition("=")[0].rpartition(".")[2] for other in overrides if other.startswith(".".join([*parents, ""]))}
         for stale in set(_reads(selector, section.get(last))) - set(_reads(selector, value)) - stated:
             section.pop(stale, None)
@@ -234,9 +251,9 @@ def _apply(document: dict[str, Any], override: str, overrides: Sequence[str]) ->
 
 
 def _reads(selector: str, choice: Any) -> tuple[str, ...]:
-    """The keys that a choice reads, as READS has them."""
+    """The keys that a choice reads, see `keys_read`."""
     other = ("betas", "eps") if selector == "optim.name" else ()
-    return READS[selector].get(choice, other) if isinstance(choice, str) else ()
+    return keys_read(selector).get(choice, other) if isinstance(choice, str) else ()
 
 
 def _merged(faults: list[str]) -> list[str]:

@@ -10,7 +10,17 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
-from deit_kd.recipe.objectives import FEATURE_OBJECTIVES, VECTORS, keys_of
+from deit_kd.files.documents import short
+from deit_kd.recipe.library import nearest
+from deit_kd.recipe.objectives import (
+    FEATURE_OBJECTIVES,
+    LOGIT_OBJECTIVES,
+    PROJECTORS,
+    VECTORS,
+    parameters_of,
+    ranges,
+    section_keys,
+)
 from deit_kd.recipe.partial import FAULTY, Undecidable
 from deit_kd.recipe.schema import Distillation, Recipe, flatten
 
@@ -19,47 +29,38 @@ AT_LEAST = {
     **dict.fromkeys((f"run.{key}" for key in ("log_every_steps", "eval_every_epochs", "save_every_steps", "keep_checkpoints")), 1),
     **dict.fromkeys((f"augmentation.{key}" for key in ("mixup", "cutmix", "color_jitter", "crop_padding")), 0),
     **dict.fromkeys((f"optim.{key}" for key in ("warmup_lr", "min_lr", "weight_decay", "warmup_epochs")), 0),
-    **dict.fromkeys((f"distill.{key}_weight" for key in ("kd", "feature", "target", "nontarget", "inter", "intra")), 0),
-    **dict.fromkeys(("seed", "label_weight", "run.workers", "distill.gamma"), 0),
-    **dict.fromkeys(("projector.depth", "projector.width", "projector.negatives", "augmentation.repeats", "teacher.img_size"), 1),
-    "finetune.patience_epochs": 1,
-    "distill.power": 1,  # below it the gradient of equal features is infinite
+    **dict.fromkeys(("seed", "label_weight", "run.workers", "distill.kd_weight", "distill.feature_weight"), 0),
+    **dict.fromkeys(("augmentation.repeats", "teacher.img_size", "finetune.patience_epochs"), 1),
     "data.num_classes": 2,
 }
 ABOVE_ZERO = (
-    "evaluation.crop_pct", "optim.lr", "optim.eps", "optim.clip_grad", "optim.decay_rate", "distill.temperature",
-    "projector.temperature", "ema_decay", "finetune.layer_decay",
+    "evaluation.crop_pct", "optim.lr", "optim.eps", "optim.clip_grad", "optim.decay_rate", "ema_decay", "finetune.layer_decay",
 )  # fmt: skip
 PROBABILITIES = (
-    "student.drop_path", "finetune.layer_decay", "finetune.holdout", "projector.dropout", "projector.momentum", "optim.momentum",
+    "student.drop_path", "finetune.layer_decay", "finetune.holdout", "optim.momentum",
     *(f"augmentation.{key}" for key in ("horizontal_flip", "random_erasing", "mixup_prob", "mixup_switch_prob", "label_smoothing")),
 )  # fmt: skip
 # Beyond these nothing runs and much would be made: a number far too large is a slip of the finger, or somebody else's.
 AT_MOST = {
-    **dict.fromkeys(("epochs", "global_batch_size", "augmentation.repeats", "projector.negatives"), 10**6),
+    **dict.fromkeys(("epochs", "global_batch_size", "augmentation.repeats"), 10**6),
     **dict.fromkeys(("data.img_size", "teacher.img_size"), 4096),
-    **dict.fromkeys(("data.num_classes", "projector.width", "optim.lr_base_batch_size"), 10**6),
+    **dict.fromkeys(("data.num_classes", "optim.lr_base_batch_size"), 10**6),
     "run.workers": 1024,
-    "projector.depth": 100,
 }
 MOST_TOKENS = 65_536  # patches of an image: 4096 pixels a side in patches of 16; attention compares each with each
 ELSEWHERE = {"num_classes": "data.num_classes", "drop_path_rate": "student.drop_path", "img_size": "data.img_size"}
 
-# Which keys a choice reads, beside those that every choice reads. The keys of a loss are the parameters of its function.
-READS: dict[str, dict[str, tuple[str, ...]]] = {
+# Which keys a choice reads, beside those that every choice reads; of losses and projectors the rows in objectives.py say it.
+OPTIM_READS: dict[str, dict[str, tuple[str, ...]]] = {
     "optim.name": dict.fromkeys(("sgd", "momentum"), ("momentum",)),  # all others: betas and eps
     "optim.schedule": {"cosine": ("min_lr",), "multistep": ("milestones", "decay_rate")},
-    "projector.kind": {
-        "none": (),
-        "linear": ("bias", "depth", "width"),
-        "bn_dropout_linear": ("dropout",),
-        "orthonormal": (),
-        "review_fusion": (),
-        "contrastive": ("width", "negatives", "momentum", "temperature"),
-    },
-    "distill.kd_loss": keys_of("kd"),
-    "distill.feature_loss": keys_of("feature"),
 }
+SELECTORS = (*OPTIM_READS, "projector.kind", "distill.kd_loss", "distill.feature_loss")
+
+
+def keys_read(selector: str) -> dict[str, tuple[str, ...]]:
+    """Each choice of one of the `SELECTORS`, and the keys of its section that only some choices read."""
+    return OPTIM_READS.get(selector) or section_keys(selector)
 
 
 def impossible(recipe: Recipe) -> list[str]:
@@ -68,7 +69,7 @@ def impossible(recipe: Recipe) -> list[str]:
     Args:
         recipe: keys may be `Faulty`; what depends on them, or on a value out of range, is left out.
     """
-    faults = list(_out_of_range(recipe))
+    faults = [*_out_of_range(recipe), *_unknown_names(recipe)]
     for fault in list(faults):
         recipe = _without(recipe, fault.partition(": ")[0].split("."))
     for check in _checks(recipe):
@@ -90,12 +91,14 @@ def _without(section: Any, path: list[str]) -> Any:
 
 def _checks(recipe: Recipe) -> Iterator[Iterable[str]]:
     yield from (check(recipe) for check in RECIPE_CHECKS)
-    yield from (_unread(selector, "optim", recipe.optim) for selector in READS if selector.startswith("optim."))
+    yield from (_unread(selector, "optim", recipe.optim) for selector in SELECTORS if selector.startswith("optim."))
     with suppress(Undecidable):
         for number, distillation in enumerate(recipe.distillations()):
             prefix = f"teachers.{number}." if recipe.teachers else ""
             for section, values in (("projector", distillation.projector), ("distill", distillation.distill)):
-                yield from (_unread(selector, prefix + section, values) for selector in READS if selector.startswith(f"{section}."))
+                yield from (
+                    _unread(selector, prefix + section, values) for selector in SELECTORS if selector.startswith(f"{section}.")
+                )
             yield from (check(distillation, prefix, recipe) for check in DISTILLATION_CHECKS)
 
 
@@ -112,7 +115,7 @@ def beyond_a_cache(recipe: Recipe) -> list[str]:
 def _unread(selector: str, prefix: str, values: Any) -> Iterator[str]:
     """Keys that are not stated though the choice reads them, or stated though it does not."""
     name = selector.partition(".")[2]
-    choice, choices = getattr(values, name), READS[selector]
+    choice, choices = getattr(values, name), keys_read(selector)
     reads = choices.get(choice, ("betas", "eps") if selector == "optim.name" else ())
     optional = {key for keys in choices.values() for key in keys} | set(reads)
     optional |= {"betas", "eps"} if selector == "optim.name" else set()
@@ -183,6 +186,22 @@ def _taps(distillation: Distillation, prefix: str, recipe: Recipe) -> Iterator[s
         )
 
 
+def _parameters(distillation: Distillation, prefix: str, recipe: Recipe) -> Iterator[str]:
+    distill, projector = distillation.distill, distillation.projector
+    for section, stated, allowed in (
+        ("distill", distill.parameters, parameters_of(distill.kd_loss, distill.feature_loss)),
+        ("projector", projector.parameters, parameters_of(projector.kind)),
+    ):
+        for key in {**allowed, **stated}:
+            name = f"{prefix}{section}.parameters.{key}"
+            if key not in stated:
+                yield f"{name}: missing; the {'losses' if section == 'distill' else 'projector'} of this recipe read it"
+            elif key not in allowed:
+                yield f"{name}: nothing reads it; leave it out"
+            elif fault := allowed[key].fault(stated[key]):
+                yield f"{name}: {fault}"
+
+
 def _memory(distillation: Distillation, prefix: str, recipe: Recipe) -> Iterator[str]:
     if distillation.distill.feature_loss == "noise_contrastive" and (recipe.augmentation.mixup or recipe.augmentation.cutmix):
         yield f"{prefix}distill.feature_loss: noise_contrastive remembers images, which mixup and cutmix blend; set both to 0"
@@ -193,11 +212,32 @@ DISTILLATION_CHECKS: tuple[Callable[[Distillation, str, Recipe], Iterator[str]],
     _does_nothing,
     _projector,
     _taps,
+    _parameters,
     _memory,
 )
 
 
+def _unknown_names(recipe: Recipe) -> Iterator[str]:
+    """Losses and projectors that no row names. Rows of users are there once their file is imported."""
+    with suppress(Undecidable):
+        for number, distillation in enumerate(recipe.distillations()):
+            prefix = f"teachers.{number}." if recipe.teachers else ""
+            named = (
+                ("distill.kd_loss", distillation.distill.kd_loss, LOGIT_OBJECTIVES),
+                ("distill.feature_loss", distillation.distill.feature_loss, FEATURE_OBJECTIVES),
+                ("projector.kind", distillation.projector.kind, PROJECTORS),
+            )
+            for key, name, rows in named:
+                with suppress(Undecidable):
+                    if name is not None and name not in rows:
+                        yield (
+                            f"{prefix}{key}: must be {', '.join(rows)}, got {short(name)}{nearest(name, rows)}; what your own file "
+                            "registers needs --import FILE"
+                        )
+
+
 def _out_of_range(recipe: Recipe) -> Iterator[str]:
+    of_rows = ranges()
     for full_key, value in flatten(recipe):
         if not isinstance(value, (int, float)):  # "auto", null, a name
             continue
@@ -207,6 +247,8 @@ def _out_of_range(recipe: Recipe) -> Iterator[str]:
             yield f"{full_key}: must be finite, got {value}"
         elif key == "seed" and value >= 2**63:
             yield f"seed: must be below 2**63, got {value}"
+        elif key in of_rows and not isinstance(value, bool) and (fault := of_rows[key].fault(value)):
+            yield f"{full_key}: {fault}"
         elif key in AT_LEAST and value < AT_LEAST[key]:
             yield f"{full_key}: must be at least {AT_LEAST[key]}, got {value}"
         elif key in ABOVE_ZERO and value <= 0:

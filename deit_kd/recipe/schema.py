@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import ConfigDict
 
-from deit_kd.recipe.objectives import FEATURE_OBJECTIVES, LOGIT_OBJECTIVES
-
 if TYPE_CHECKING:  # what everything reads: `deit_kd.models.build.resolve` puts the first teacher's value in the place of auto
     Three = tuple[float, float, float]
     Pixels = int
@@ -94,12 +92,6 @@ class Finetune(Section):
     patience_epochs: int | None  # without a better top-1 on the held out images, after which training stops; null: never
 
 
-if TYPE_CHECKING:
-    KdLoss = str
-    FeatureLoss = str
-else:
-    KdLoss = Literal[tuple(LOGIT_OBJECTIVES)]
-    FeatureLoss = Literal[tuple(FEATURE_OBJECTIVES)]
 # A vector [B,D]: pooled (mean patch token; of a CNN its pooled features), class_token, distillation_token, prefix_tokens (their mean).
 # A map [B,C,H,W]: spatial (the last one), a number (that stage of a CNN, or block of a ViT). Several maps: stages (the last four),
 # stages_and_pooled. dense_logits: the classifier at each place.
@@ -123,7 +115,7 @@ class Teacher(Section):
 class Projector(Section):
     """From the student's width to the teacher's."""
 
-    kind: Literal["none", "linear", "bn_dropout_linear", "orthonormal", "review_fusion", "contrastive"]
+    kind: str  # a row of PROJECTORS in deit_kd/recipe/objectives.py
     bias: bool | None = None
     depth: int | None = None  # linear layers, with batch norm and ReLU between them
     width: int | Literal["teacher"] | None = None  # of what lies between, or of the contrastive embedding
@@ -131,15 +123,16 @@ class Projector(Section):
     negatives: int | None = None  # drawn from the memory for each image
     momentum: float | None = None  # of the memory
     temperature: float | None = None  # of the contrastive scores
+    parameters: dict[str, Any] = field(default_factory=dict)  # what a registered projector reads
 
 
 @dataclass(frozen=True, kw_only=True)
 class Distill(Section):
     """The terms that a teacher adds to the loss: kd compares logits, feature compares features."""
 
-    kd_loss: KdLoss | None  # a function of deit_kd.losses
+    kd_loss: str | None  # a row of LOGIT_OBJECTIVES in deit_kd/recipe/objectives.py
     kd_weight: float
-    feature_loss: FeatureLoss | None  # likewise
+    feature_loss: str | None  # a row of FEATURE_OBJECTIVES
     feature_weight: float
     ramp_epochs: dict[Literal["kd", "feature"], float] = field(default_factory=dict)  # weight x min(1, epoch / this), epoch from 0
     active_epochs: dict[Literal["kd", "feature"], tuple[int, int]] = field(default_factory=dict)  # on in epochs first <= e < last
@@ -154,6 +147,7 @@ class Distill(Section):
     teacher_tap: Tap | int | None = None  # which features of the teacher
     power: float | None = None  # LogSum's exponent
     normalization: Literal["batch", "l2", "layer", "none"] | None = None  # of both sides, before LogSum
+    parameters: dict[str, Any] = field(default_factory=dict)  # what registered losses read
     class_means: str | None = None  # the teacher's, a file of `deit-kd class-means`; auto: computed when the run starts
 
 

@@ -16,7 +16,7 @@ from deit_kd.distributed.global_batch import GlobalBatch
 from deit_kd.models import AnyTeacher, StudentOutput, TeacherOutput
 from deit_kd.models.projectors.contrastive_memory import ContrastiveMemory
 from deit_kd.recipe import Distill
-from deit_kd.recipe.objectives import FEATURE_OBJECTIVES, LOGIT_OBJECTIVES, couples_samples
+from deit_kd.recipe.objectives import FEATURE_OBJECTIVES, LOGIT_OBJECTIVES, FeatureObjective, LogitObjective, couples_samples
 from deit_kd.seed import derive_seed
 
 
@@ -57,7 +57,7 @@ class Terms:
         self.functions: dict[str, Callable[..., Tensor]] = {}
         for name in (distill.kd_loss, distill.feature_loss):
             if name is not None:
-                function = getattr(losses, name)
+                function = losses.function_of(name)
                 self.functions[name] = torch.compile(function, dynamic=False, mode=compiled) if compiled else function
 
     def on(self, term: str, epoch: int) -> bool:
@@ -94,7 +94,7 @@ class Terms:
         dist_logits = student.dist_logits
         own = dist_logits[self.token] if dist_logits else student.logits
         heads = {"class": [student.logits], "distillation": [own], "both": [student.logits, own]}[head or "class"]
-        arguments = self._parameters(LOGIT_OBJECTIVES[name].keys)
+        arguments = self._parameters(LOGIT_OBJECTIVES[name])
         if LOGIT_OBJECTIVES[name].reads_labels:
             arguments["labels"] = batch.targets.argmax(dim=1)  # under mixing the class with the larger share
         values = [self._loss(name, f"logits {n}", logits, teacher.logits, **arguments) for n, logits in enumerate(heads)]
@@ -136,22 +136,22 @@ class Terms:
             )
         if student.ndim == 4:
             student, teacher = (rearrange(each, "b c h w -> (b h w) c") for each in _one_size(student, teacher))
-        return self._loss(name, f"features {stage}", student, teacher, **self._parameters(FEATURE_OBJECTIVES[name].keys))
+        return self._loss(name, f"features {stage}", student, teacher, **self._parameters(FEATURE_OBJECTIVES[name]))
 
     def _loss(self, name: str, where: str, student: Tensor, teacher: Tensor, **parameters: Any) -> Tensor:
-        """A function of `deit_kd.losses`, over all rows of the global batch if it couples samples."""
-        function = self.functions[name]
+        """A loss by its name, over all rows of the global batch if it couples samples."""
+        function, rows = self.functions[name], {"student": student, "teacher": teacher}
+        if "labels" in parameters:
+            rows["labels"] = parameters.pop("labels")
         if not (self.whole and couples_samples(name)):
-            return function(student, teacher, **parameters)
-        student, teacher = (
-            self.global_batch.gather_rows(f"{self.number} {where} {side}", rows)
-            for side, rows in (("student", student), ("teacher", teacher))
-        )
-        return self.global_batch.rescale_for_mean(function(student, teacher, **parameters))
+            return function(*rows.values(), **parameters)
+        rows = {side: self.global_batch.gather_rows(f"{self.number} {where} {side}", each) for side, each in rows.items()}
+        return self.global_batch.rescale_for_mean(function(*rows.values(), **parameters))
 
-    def _parameters(self, keys: tuple[str, ...]) -> dict[str, Any]:
+    def _parameters(self, row: LogitObjective | FeatureObjective) -> dict[str, Any]:
         """What the recipe states of a loss, as arguments of its function."""
-        return {key: getattr(self.distill, key) for key in keys}
+        stated = self.distill.parameters if row.function else vars(self.distill)
+        return {key: stated[key] for key in row.keys}
 
     def _contrastive(self, memory: ContrastiveMemory, student: Tensor, teacher: Tensor, batch: Batch) -> Tensor:
         """CRD. The memory is one for all processes, and changes once a step, whatever `batch_statistics` says."""

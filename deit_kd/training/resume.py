@@ -13,6 +13,7 @@ from deit_kd.data import Source
 from deit_kd.data.sources.fingerprint import sizes
 from deit_kd.errors import UserError
 from deit_kd.files.documents import short
+from deit_kd.files.imports import imported
 from deit_kd.files.whole import sha256
 from deit_kd.models import AnyTeacher
 from deit_kd.models.loading import file_of
@@ -23,9 +24,9 @@ TRAINING, VALIDATION = "training_images", "validation_images"
 MAY_CHANGE = (  # with --accept-changes; files that the recipe names are compared by what is in them
     *("data.on_bad_image", "data.source", "data.train_images", "data.num_classes", TRAINING, VALIDATION),
     *("teacher.weights", "teacher.cache", "teachers.N.teacher.weights", "teachers.N.teacher.cache", "finetune.weights"),
-    *("distill.class_means", "teachers.N.distill.class_means"),
+    *("distill.class_means", "teachers.N.distill.class_means", "imports"),
 )
-OF_DATA = ("classes", "validation_classes", TRAINING, VALIDATION, "teacher_tensors", "starting_weights")
+OF_DATA = ("classes", "validation_classes", TRAINING, VALIDATION, "teacher_tensors", "starting_weights", "imports")
 SOME, MOST_SIZES = 512, 100_000  # images whose content is compared; files whose sizes are looked up
 
 
@@ -50,6 +51,7 @@ def depends_on(
         VALIDATION: of_images(val),
         "teacher_tensors": [teacher.info.sha256 for teacher in teachers],
         "starting_weights": None if file is None else sha256(file),
+        "imports": imported(),
     }
     return plain(found)
 
@@ -165,6 +167,9 @@ def of_old(keys: Mapping[str, Any], steps_per_epoch: int | None, classes: Sequen
 def in_words(change: Mapping[str, Any]) -> str:
     """A change in words."""
     key, was, now = change["key"], change["was"], change["now"]
+    if key == "imports":
+        files = [", ".join(f"{name} {digest[:8]}" for name, digest in each.items()) or "none" for each in (was or {}, now or {})]
+        return f"{key}: {files[0]} -> {files[1]}"
     if isinstance(was, dict) and isinstance(now, dict):
         numbers = [f"{name} {was.get(name)} -> {now[name]}" for name in now if isinstance(now[name], int)]
         return f"{key}: {', '.join([*numbers, *(f'other {name}' for name in now if not isinstance(now[name], int))])}"

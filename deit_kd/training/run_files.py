@@ -113,6 +113,7 @@ class Run(_Kept):
     saved: bool = True  # whether there was a checkpoint; runs of earlier versions do not say
     precision: Text
     environment: dict[Text, Text] = {}
+    imports: dict[Text, Text] = {}  # Python files of the user -> sha256
     augmented_on: Text = "cpu"
     decoded_on: Text = "workers"
     processes: Count

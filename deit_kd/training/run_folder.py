@@ -24,6 +24,7 @@ from deit_kd.distributed import fsdp
 from deit_kd.distributed.accelerator import environment
 from deit_kd.errors import UserError
 from deit_kd.files.documents import short
+from deit_kd.files.imports import imported
 from deit_kd.files.whole import write_json, write_text
 from deit_kd.models import build
 from deit_kd.models.summary import Plan
@@ -142,6 +143,7 @@ def _facts(
         "hardware": hardware(accelerator.device),
         "precision": accelerator.mixed_precision,
         "environment": environment(),
+        "imports": imported(),
         "processes": accelerator.num_processes,
         "sharded": fsdp.is_sharded(task.student),
         "speed": asdict(accelerated),

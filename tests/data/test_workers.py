@@ -28,7 +28,7 @@ from deit_kd.data.on_device.augment import choose_augmentation
 from deit_kd.data.sources.folder_source import FolderSource
 from deit_kd.data.transforms import evaluation_transform
 from deit_kd.errors import UserError
-from deit_kd.tasks import ready
+from deit_kd.tasks import setup
 
 CPU = torch.device("cpu")
 
@@ -188,8 +188,8 @@ def test_a_run_that_waits_for_data_without_end_is_saved_and_stopped(number: int,
 
     def work() -> None:
         FolderSource.__getitem__ = hangs  # type: ignore[method-assign]
-        placed = ready.loader_config
-        ready.loader_config = lambda *options: replace(placed(*options), patience=0.1)
+        placed = setup.loader_config
+        setup.loader_config = lambda *options: replace(placed(*options), patience=0.1)
         options = ["--recipe", "quickstart", "--data", str(fashion_folder), "--output", str(output), "--max-steps", "6", *SMALL]
         train.main([*options, "teacher.name=resnet10t", "teacher.weights=random", f"run.workers={number}"])
 

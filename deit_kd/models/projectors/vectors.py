@@ -6,6 +6,7 @@ from torch import Tensor, linalg, nn
 from torch.nn import functional as F
 
 from deit_kd.recipe import Projector
+from deit_kd.recipe.objectives import PROJECTORS
 
 
 class Orthonormal(nn.Module):
@@ -54,6 +55,9 @@ def build_projector(config: Projector, student_width: int, teacher_width: int) -
                 layers += [nn.BatchNorm1d(inputs), nn.ReLU(inplace=True)]
             layers.append(nn.Linear(inputs, outputs, bias=bool(config.bias)))
         return layers[0] if len(layers) == 1 else nn.Sequential(*layers)
+    if build := PROJECTORS[config.kind].build:
+        module: nn.Module = build(student_width, teacher_width, **config.parameters)
+        return module
     assert config.kind == "none", config.kind
     return nn.Identity()
 

@@ -1,0 +1,53 @@
+"""Python files of users, which register losses, projectors and students: imported by path, and recorded with their hashes."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import sys
+import traceback
+from pathlib import Path
+
+from deit_kd.errors import UserError
+
+_hashes: dict[Path, str] = {}  # of each file its sha256
+
+
+def import_file(path: Path) -> None:
+    """Runs a Python file, once in a process.
+
+    Raises:
+        UserError: it is missing, or raises.
+    """
+    file = path.resolve()
+    if file in _hashes:
+        return
+    if not file.is_file() or file.suffix != ".py":
+        raise UserError(f"--import {path}: is no Python file; give the .py file that registers your losses, projectors or students")
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules.setdefault(file.stem, module)
+    note(file)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # a user's code raises what it wants
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
+        line = error.lineno if isinstance(error, SyntaxError) else frames[-1].lineno if frames else "?"
+        reason = " ".join(str(error).split())
+        if isinstance(error, UserError):
+            raise UserError(f"--import {path}, line {line}: {reason}") from None
+        raise UserError(f"--import {path}, line {line}: {type(error).__name__}: {reason}; mend it there") from None
+
+
+def note(file: Path) -> None:
+    """Records a file that registers something."""
+    with_hash = file.resolve()
+    if with_hash.is_file():
+        _hashes.setdefault(with_hash, hashlib.sha256(with_hash.read_bytes()).hexdigest())
+
+
+def imported() -> dict[str, str]:
+    """Name -> sha256 of each file that was imported or that registered something."""
+    return {file.name: digest for file, digest in sorted(_hashes.items())}
