@@ -169,4 +169,4 @@ def test_few_files_see_the_whole_recipe() -> None:
         return False
 
     seen = sorted(str(file.relative_to(PACKAGE)) for file in FILES if part_of(file) != "recipe" and sees_it(file))
-    assert len(seen) <= 12, seen  # only lowered, never raised
+    assert len(seen) <= 11, seen  # only lowered, never raised

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +12,14 @@ from conftest import ROOT
 from test_global_batch import COUPLED as TRIED_OVER_LAYOUTS
 
 from deit_kd import losses
-from deit_kd.recipe.objectives import FEATURE_OBJECTIVES, LOGIT_OBJECTIVES, VECTORS, couples_samples
+from deit_kd.recipe.objectives import (
+    FEATURE_OBJECTIVES,
+    LOGIT_OBJECTIVES,
+    POWER,
+    VECTORS,
+    FeatureObjective,
+    couples_samples,
+)
 
 ROWS = {**LOGIT_OBJECTIVES, **FEATURE_OBJECTIVES}
 # Compared elsewhere: a memory over steps, maps of several levels, and a schedule over epochs.
@@ -47,6 +56,25 @@ def test_couples_samples_is_true(name: str) -> None:
 
     halves = (loss(slice(0, 4)) + loss(slice(4, 8))) / 2
     assert torch.isclose(loss(slice(0, 8)), halves, rtol=1e-9) != couples_samples(name)
+
+
+def test_a_loss_is_added_by_its_function_and_its_row(
+    train_cli: Callable[..., tuple[int, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As CONTRIBUTING says: recipe, checks, training, card and citation take it from there."""
+
+    def cubic(student: torch.Tensor, teacher: torch.Tensor, power: float) -> torch.Tensor:
+        return (student - teacher).abs().pow(power).mean()
+
+    monkeypatch.setattr(losses, "cubic", cubic, raising=False)
+    monkeypatch.setitem(FEATURE_OBJECTIVES, "cubic", FeatureObjective(paper="romero2015fitnets", keys={"power": POWER}))
+    options = ["--recipe", "quickstart", "--output", tmp_path / "run", "--max-steps", 2, "global_batch_size=16", "run.workers=0"]
+    code, printed = train_cli(*options, "distill.feature_loss=cubic", "distill.power=0.5", "distill.normalization=null")
+    assert code == 2
+    assert "distill.power: must be at least 1, got 0.5" in printed
+    code, printed = train_cli(*options, "distill.feature_loss=cubic", "distill.power=3", "run.log_every_steps=1")
+    assert code == 0, printed
+    assert "FitNets" in (tmp_path / "run" / "student" / "README.md").read_text()
 
 
 def test_every_loss_that_couples_samples_is_tried_over_layouts() -> None:
