@@ -1,6 +1,10 @@
 #!/usr/bin/env bash
-# Runs the whole test suite in .venv, which it makes first when it is not there. Arguments go to pytest.
+# Runs the tests in .venv, which it makes first when it is not there: the fast ones, then the slow ones. Arguments go to pytest instead.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash launch/setup.sh dev
-exec .venv/bin/python -m pytest "$@"
+if [ $# -gt 0 ]; then
+  exec .venv/bin/python -m pytest "$@"
+fi
+.venv/bin/python -m pytest
+.venv/bin/python -m pytest -m slow
