@@ -20,6 +20,7 @@ from deit_kd.export.citations import bibtex, cited
 from deit_kd.export.markdown import Written, render
 from deit_kd.export.student import license
 from deit_kd.files.documents import MEGABYTE, read_bytes, short
+from deit_kd.files.imports import file_of
 from deit_kd.files.whole import clear, write_text
 from deit_kd.recipe import Student
 from deit_kd.text import for_markdown, for_terminal, license_name, printable, redact_all, redact_path
@@ -111,6 +112,7 @@ def _write_card(run_folder: Path) -> Path:
                 map(bibtex, cited([each.distill for each in recipe.distillations()], recipe.label_weight, recipe.student.name))
             )
         ),
+        own_file=own_file.stem if (own_file := file_of(model_entrypoint(recipe.student.name).__module__)) else None,
         ours=model_entrypoint(recipe.student.name).__module__.startswith("deit_kd."),
     )
     write_text(student / "metrics.jsonl", "".join(json.dumps(_public_line(line)) + "\n" for line in metrics))

@@ -22,6 +22,7 @@ from deit_kd.errors import UserError
 from deit_kd.export.card import REMEDY, files_that_agree
 from deit_kd.export.student import PERMISSIVE
 from deit_kd.files.documents import MEGABYTE, read_bytes, read_json, short
+from deit_kd.files.imports import file_of
 from deit_kd.files.whole import write_json, write_text
 from deit_kd.models import load_student
 from deit_kd.models.config_json import read_config
@@ -126,7 +127,9 @@ def _same_logits(student: Path) -> str:
     with tempfile.TemporaryDirectory() as temporary:
         images = torch.randn(4, *pretrained["input_size"], generator=torch.Generator().manual_seed(0))
         torch.save(images, Path(temporary) / "images.pt")
-        script = STRANGER.format(first="import deit_kd" if ours else "")
+        own_file = file_of(model_entrypoint(architecture).__module__)
+        own = f"import sys; sys.path.append({str(own_file.parent)!r}); import {own_file.stem}" if own_file else ""
+        script = STRANGER.format(first="import deit_kd" if ours else own)
         names = [str(student.resolve()), f"{temporary}/images.pt", f"{temporary}/logits.pt"]
         done = subprocess.run([sys.executable, "-c", script, *names], cwd=temporary, capture_output=True, text=True, check=False)
         if done.returncode:

@@ -10,9 +10,11 @@ from typing import Any
 
 import timm
 import torch
+from timm.models import model_entrypoint
 from timm.models._hub import save_config_for_hf
 
 from deit_kd.errors import UserError
+from deit_kd.files.imports import file_of
 from deit_kd.files.whole import whole_folder, write_json, write_tensors
 from deit_kd.models.features import TimmModel
 from deit_kd.recipe import Data, Evaluation
@@ -61,7 +63,10 @@ def export_student(
         "pool_size": None,
     }
     with whole_folder(folder) as temporary:
-        fill_folder(student, temporary, preprocessing, arguments, class_names, {"recipe": "recipe.yaml"})
+        about = {"recipe": "recipe.yaml"}
+        if own_file := file_of(model_entrypoint(student.pretrained_cfg["architecture"]).__module__):
+            about["architecture_in"] = own_file.name
+        fill_folder(student, temporary, preprocessing, arguments, class_names, about)
 
 
 def fill_folder(

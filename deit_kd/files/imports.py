@@ -24,15 +24,18 @@ def import_file(path: Path) -> None:
         return
     if not file.is_file() or file.suffix != ".py":
         raise UserError(f"--import {path}: is no Python file; give the .py file that registers your losses, projectors or students")
+    if file.stem in sys.modules or not file.stem.isidentifier():
+        raise UserError(f"--import {path}: {file.stem} is the name of another module, or no name of one; rename the file")
     spec = importlib.util.spec_from_file_location(file.stem, file)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules.setdefault(file.stem, module)
+    sys.modules[file.stem] = module
     note(file)
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # a user's code raises what it wants
+        del sys.modules[file.stem], _hashes[file]
         frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
         line = error.lineno if isinstance(error, SyntaxError) else frames[-1].lineno if frames else "?"
         reason = " ".join(str(error).split())
@@ -43,9 +46,16 @@ def import_file(path: Path) -> None:
 
 def note(file: Path) -> None:
     """Records a file that registers something."""
-    with_hash = file.resolve()
-    if with_hash.is_file():
-        _hashes.setdefault(with_hash, hashlib.sha256(with_hash.read_bytes()).hexdigest())
+    file = file.resolve()
+    if file.is_file():
+        _hashes.setdefault(file, hashlib.sha256(file.read_bytes()).hexdigest())
+
+
+def file_of(module: str) -> Path | None:
+    """The recorded file that a module is; None for another module."""
+    place = getattr(sys.modules.get(module), "__file__", None)
+    file = Path(place).resolve() if place else None
+    return file if file in _hashes else None
 
 
 def imported() -> dict[str, str]:

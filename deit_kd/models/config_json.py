@@ -16,7 +16,7 @@ from timm.layers import to_2tuple
 from timm.models._hub import _parse_model_cfg
 
 from deit_kd.errors import UserError
-from deit_kd.files.documents import MEGABYTE, Document, parse_json, read_bytes
+from deit_kd.files.documents import MEGABYTE, Document, parse_json, read_bytes, short
 from deit_kd.recipe.checks import MOST_TOKENS, patch_of
 from deit_kd.text import printable
 
@@ -170,6 +170,8 @@ def read_config(file: Path, remedy: str = AGAIN) -> tuple[str, dict[str, Any], d
         raise UserError(f"{file}: architecture: is missing{found}; give a folder with a config.json that timm wrote")
     architecture = config.architecture.partition(".")[0]
     if not timm.is_model(architecture):
+        own_file = (parse_json(content, str(file), dict[str, Any], remedy).get("deit_kd") or {}).get("architecture_in")
+        remedy = f"give --import with the path of {short(own_file)}, which registers it" if isinstance(own_file, str) else remedy
         raise UserError(f"{file}: architecture: timm knows no {architecture!r}; {remedy}")
     own = config.pretrained_cfg or parse_json(content, str(file), _Pretrained, remedy)  # old ones have no mapping of their own
     stated = own.model_dump(exclude_none=True, exclude={"labels", "custom_load"})

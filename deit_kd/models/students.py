@@ -222,11 +222,16 @@ def build_student(config: Student, num_classes: int, img_size: int) -> TimmModel
         UserError: a name that timm does not know, or arguments that the architecture refuses.
     """
     if config.name not in timm.list_models():
-        raise UserError(f"student.name={config.name}: timm knows no such architecture{nearest(config.name, timm.list_models())}")
+        raise UserError(
+            f"student.name={config.name}: timm knows no such architecture{nearest(config.name, timm.list_models())}; your own needs --import FILE"
+        )
     args = {"num_classes": num_classes, "drop_path_rate": config.drop_path or None, **config.model_args}
     try:
         if _has_fixed_size(config.name):  # a ViT; CNNs take any size
             args["img_size"] = img_size
-        return timm.create_model(config.name, pretrained=False, **args)
+        student = timm.create_model(config.name, pretrained=False, **args)
+        if timm.get_pretrained_cfg(config.name) is None:  # a user's, which may build another architecture with other arguments
+            student.pretrained_cfg["architecture"] = config.name
+        return student
     except Exception as error:  # networks raise many types for arguments that do not fit
         raise UserError(f"student.model_args={config.model_args}: {config.name} refuses them ({why(error)})") from None

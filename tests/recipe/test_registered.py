@@ -26,7 +26,7 @@ PAGE = (ROOT / "docs" / "extending.md").read_text()
 (CODE,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 COMMAND = next(line.split()[2:] for line in PAGE.splitlines() if line.startswith("python train.py --import"))
 SHORT = ["--device", "cpu", "--max-steps", "2", "epochs=2", "global_batch_size=16", "run.workers=0", "run.log_every_steps=1"]
-SMALL = ["student.model_args={patch_size: 7, embed_dim: 48, depth: 1, num_heads: 3}", "run.precision=no"]
+SMALL = ["student.model_args={patch_size: 7, embed_dim: 48, num_heads: 3}", "run.precision=no"]
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +66,10 @@ def test_the_page_trains_and_the_card_names_the_file(file: Path, tmp_path: Path)
     other = run_script("train.py", *of_page(changed, output, "epochs=2"))
     assert other.returncode == 2
     assert "imports: my_losses.py" in other.stderr
+    assert "import my_losses  # the file that registers the architecture" in card
+    without = run_script("-m", "deit_kd", "evaluate", output, "--device", "cpu")
+    assert without.returncode == 2
+    assert "timm knows no 'my_deit'; give --import with the path of 'my_losses.py', which registers it" in without.stderr
     looked = run_script("-m", "deit_kd", "evaluate", output, "--import", file, "--output", tmp_path / "report", "--device", "cpu")
     assert looked.returncode == 0, looked.stderr
 
