@@ -117,7 +117,7 @@ PAPERS = {  # key -> kind, and what BibTeX says of it
 
 
 def cited(distills: Iterable[Distill], label_weight: float, student: str) -> list[str]:
-    """Keys of `PAPERS`: of each loss that has a weight, of training without labels, of DeiT where the student's name says it is one."""
+    """Keys of `PAPERS`, or entries of registered losses: of each loss that has a weight, of training without labels, of DeiT where the student's name says it is one."""
     keys = []
     for distill in distills:
         if distill.feature_loss is not None and distill.feature_weight:
@@ -126,11 +126,13 @@ def cited(distills: Iterable[Distill], label_weight: float, student: str) -> lis
             keys.append(LOGIT_OBJECTIVES[distill.kd_loss].paper)
         keys += ["beyer2022knowledge"] if distill.kd_weight and not label_weight else []
     keys += ["touvron2021training"] if student.startswith("deit") else []
-    return list(filter(None, dict.fromkeys(keys)))  # a user's loss names none
+    return list(filter(None, dict.fromkeys(keys)))  # a registered loss may name none
 
 
 def bibtex(key: str) -> str:
-    """The entry of a paper."""
+    """The entry of a paper; a registered loss states its own."""
+    if key not in PAPERS:
+        return key.strip()
     kind, title, authors, place, year = PAPERS[key]
     venue = "journal" if kind == "article" else "booktitle"
     fields = {"title": title, "author": authors, venue: place, "year": year}

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import inspect
 import sys
 import traceback
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from deit_kd.errors import UserError
 
-_hashes: dict[Path, str] = {}  # of each file its sha256
+hashes: dict[Path, str] = {}  # of each file its sha256
 
 
 def import_file(path: Path) -> None:
@@ -20,7 +24,7 @@ def import_file(path: Path) -> None:
         UserError: it is missing, or raises.
     """
     file = path.resolve()
-    if file in _hashes:
+    if file in hashes:
         return
     if not file.is_file() or file.suffix != ".py":
         raise UserError(f"--import {path}: is no Python file; give the .py file that registers your losses, projectors or students")
@@ -35,7 +39,7 @@ def import_file(path: Path) -> None:
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # a user's code raises what it wants
-        del sys.modules[file.stem], _hashes[file]
+        del sys.modules[file.stem], hashes[file]
         frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
         line = error.lineno if isinstance(error, SyntaxError) else frames[-1].lineno if frames else "?"
         reason = " ".join(str(error).split())
@@ -48,16 +52,22 @@ def note(file: Path) -> None:
     """Records a file that registers something."""
     file = file.resolve()
     if file.is_file():
-        _hashes.setdefault(file, hashlib.sha256(file.read_bytes()).hexdigest())
+        hashes.setdefault(file, hashlib.sha256(file.read_bytes()).hexdigest())
+
+
+def note_source(function: Callable[..., Any]) -> None:
+    """Records the file of a function or class that is registered; one that is typed at a prompt has none."""
+    with suppress(TypeError):
+        note(Path(inspect.getsourcefile(function) or ""))
 
 
 def file_of(module: str) -> Path | None:
     """The recorded file that a module is; None for another module."""
     place = getattr(sys.modules.get(module), "__file__", None)
     file = Path(place).resolve() if place else None
-    return file if file in _hashes else None
+    return file if file in hashes else None
 
 
 def imported() -> dict[str, str]:
     """Name -> sha256 of each file that was imported or that registered something."""
-    return {file.name: digest for file, digest in sorted(_hashes.items())}
+    return {file.name: digest for file, digest in sorted(hashes.items())}

@@ -8,9 +8,7 @@ from contextlib import contextmanager, suppress
 
 from deit_kd.text import for_terminal
 
-_warned: set[str] = set()
-
-
+said: set[str] = set()  # lines, or their keys, that this process printed
 _takers: list[Callable[[str], None]] = []  # of `collected`, the innermost last
 
 
@@ -24,9 +22,9 @@ def warn(text: str, once: str | None = None) -> None:
     if _takers:
         _takers[-1](text)
         return
-    if (once or text) in _warned:
+    if (once or text) in said:
         return
-    _warned.add(once or text)
+    said.add(once or text)
     with suppress(OSError, ValueError):  # a closed stream
         print(f"warning: {for_terminal(text)}", file=sys.stderr, flush=True)
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Literal
 
 from torch import Tensor
@@ -14,10 +12,13 @@ from deit_kd.files import imports
 from deit_kd.recipe.objectives import (
     FEATURE_OBJECTIVES,
     LOGIT_OBJECTIVES,
+    PROJECTORS,
+    TAPS,
     VECTORS_OR_PLACES,
     FeatureObjective,
     Key,
     LogitObjective,
+    check_registration,
 )
 
 Loss = Callable[..., Tensor]
@@ -33,6 +34,7 @@ def register(
     taps: tuple[str, ...] = VECTORS_OR_PLACES,
     projector: str | None = None,
     any_width: bool = False,
+    paper: str = "",
 ) -> Loss:
     """Makes a function a loss that recipes can name, as `distill.kd_loss` or `distill.feature_loss`.
 
@@ -47,31 +49,41 @@ def register(
         taps: of features: the taps that it compares.
         projector: of features: the only kind of projector that it works with; None for any.
         any_width: of features: student and teacher may differ in width without a projector.
+        paper: a BibTeX entry, which the model card cites.
 
     Returns:
         The function.
 
     Raises:
-        UserError: no function, a name that is taken, or a key that is no parameter of the function.
+        UserError: no function, a name that is taken, keys that are not its further parameters, or an argument of the other sort of loss.
     """
-    name = getattr(function, "__name__", "")
-    if not callable(function) or not name.isidentifier():
-        raise UserError(f"losses.register: needs a function with a name, got {function!r}"[:300])
-    if name in LOGIT_OBJECTIVES or name in FEATURE_OBJECTIVES:
-        raise UserError(f"losses.register: there is a loss {name} already; rename yours")
-    parameters, keys = inspect.signature(function).parameters, dict(keys or {})
-    takes_any = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values())
-    wanted = [*keys, *(["labels"] if reads_labels else [])]
-    if missing := [key for key in wanted if key not in parameters and not takes_any]:
-        raise UserError(f"losses.register: {name} has no parameter {', '.join(missing)}; add it, or leave it out of keys")
+    what, keys = "losses.register", dict(keys or {})
+    given = [*keys, *(["labels"] if reads_labels else [])]
+    name = check_registration(what, function, {**LOGIT_OBJECTIVES, **FEATURE_OBJECTIVES}, given)
+    if paper and not paper.lstrip().startswith("@"):
+        raise UserError(f"{what}: paper of {name} must be a BibTeX entry, @article{{...}}; got {paper[:40]!r}")
     if compares == "logits":
-        row = LogitObjective(keys=keys, couples_samples=couples_samples, reads_labels=reads_labels, function=function)
-        LOGIT_OBJECTIVES[name] = row
-    else:
-        FEATURE_OBJECTIVES[name] = FeatureObjective(
-            keys=keys, couples_samples=couples_samples, taps=taps, projector=projector, any_width=any_width, function=function
+        if (taps, projector, any_width) != (VECTORS_OR_PLACES, None, False):
+            raise UserError(f"{what}: taps, projector and any_width are for compares='features'; leave them out for {name}")
+        FEATURE_OBJECTIVES.pop(name, None)
+        LOGIT_OBJECTIVES[name] = LogitObjective(
+            paper=paper, keys=keys, couples_samples=couples_samples, reads_labels=reads_labels, function=function
         )
-    imports.note(Path(inspect.getsourcefile(function) or ""))
+    elif compares == "features":
+        if unknown := [tap for tap in taps if tap not in TAPS]:
+            raise UserError(f"{what}: {name} compares the tap {unknown[0]!r}, which does not exist; choose of {', '.join(TAPS)}")
+        if reads_labels:
+            raise UserError(f"{what}: reads_labels is for compares='logits'; leave it out for {name}")
+        if projector is not None and projector not in PROJECTORS:
+            raise UserError(f"{what}: {name} needs the projector {projector!r}, which no row names; register it first")
+        LOGIT_OBJECTIVES.pop(name, None)
+        FEATURE_OBJECTIVES[name] = FeatureObjective(
+            paper=paper, keys=keys, couples_samples=couples_samples, taps=taps, projector=projector, any_width=any_width,
+            function=function,
+        )  # fmt: skip
+    else:
+        raise UserError(f"{what}: compares must be 'logits' or 'features', got {compares!r}")
+    imports.note_source(function)
     return function
 
 

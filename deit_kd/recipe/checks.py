@@ -165,6 +165,8 @@ def _projector(distillation: Distillation, prefix: str, recipe: Recipe) -> Itera
     owned = {row.projector for row in FEATURE_OBJECTIVES.values()} - {"none", None}
     if (wanted and kind != wanted) or (not wanted and kind in owned):
         yield f"{prefix}projector.kind: {loss} {f'needs {wanted}' if wanted else 'cannot use it'}, got {kind}"
+    if kind == "contrastive" and distillation.projector.width == "teacher":
+        yield f"{prefix}projector.width: must be a number with kind=contrastive, got teacher"
 
 
 def _taps(distillation: Distillation, prefix: str, recipe: Recipe) -> Iterator[str]:

@@ -6,25 +6,32 @@ Schema, checks, the distillation terms, the forecast and the model card's citati
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
+
+from deit_kd.errors import UserError
 
 VECTORS = ("pooled", "class_token", "distillation_token", "prefix_tokens")
 VECTORS_OR_PLACES = (*VECTORS, "spatial", "a number")  # the places of one map count as so many samples
+TAPS = (*VECTORS_OR_PLACES, "stages", "stages_and_pooled", "dense_logits")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Key:
-    """What a key may be: a number in a range, or one of some words.
+    """What a key may be: a number in a range, true or false, or one of some words.
 
     Attributes:
+        type: float, int or bool; a float may be written as an integer.
         at_least: the smallest number.
         above: a bound below all numbers.
         at_most: the largest number.
         words: all that it may be; for keys that are no number.
     """
 
+    type: type[float] | type[int] | type[bool] = float
+    _: KW_ONLY
     at_least: float | None = None
     above: float | None = None
     at_most: float | None = None
@@ -34,8 +41,12 @@ class Key:
         """What is wrong with a value, as `must be ..., got ...`; None if nothing is."""
         if self.words:
             return None if value in self.words else f"must be {' or '.join(self.words)}, got {value}"
+        if self.type is bool:
+            return None if isinstance(value, bool) else f"must be true or false, got {value}"
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             return f"must be a number, got {value}"
+        if self.type is int and not isinstance(value, int):
+            return f"must be an integer, got {value}"
         if (self.at_least, self.at_most) == (0, 1) and not 0 <= value <= 1:
             return f"must lie in [0, 1], got {value}"
         if self.at_least is not None and value < self.at_least:
@@ -52,7 +63,7 @@ class LogitObjective:
     """A loss between logits.
 
     Attributes:
-        paper: a key of `deit_kd.export.citations.PAPERS`; empty for a user's loss.
+        paper: a key of `deit_kd.export.citations.PAPERS`; of a user's loss BibTeX, or nothing.
         keys: of the section `distill`, passed to the function under the same names; of a user's loss those of `distill.parameters`.
         couples_samples: the loss of a batch is not the mean of the losses of its samples.
         reads_labels: the function takes `labels` [B].
@@ -94,20 +105,15 @@ class ProjectorKind:
 
     Attributes:
         keys: of the section `projector`; of a user's projector those of `projector.parameters`.
-        build: of a user: (student width, teacher width, **keys) -> module.
+        function: of a user: (student width, teacher width, **keys) -> module.
     """
 
     keys: Mapping[str, Key] = field(default_factory=dict)
-    build: Callable[..., Any] | None = None
+    function: Callable[..., Any] | None = None
 
 
-WEIGHT, POSITIVE, COUNT, SHARE, ANYTHING = (
-    Key(at_least=0),
-    Key(above=0),
-    Key(at_least=1, at_most=10**6),
-    Key(at_least=0, at_most=1),
-    Key(),
-)
+WEIGHT, POSITIVE, SHARE = Key(at_least=0), Key(above=0), Key(at_least=0, at_most=1)
+COUNT = Key(int, at_least=1, at_most=10**6)
 POWER = Key(at_least=1)  # below 1 the gradient of equal features is infinite
 
 LOGIT_OBJECTIVES = {
@@ -153,12 +159,47 @@ FEATURE_OBJECTIVES = {
 }
 PROJECTORS = {
     "none": ProjectorKind(),
-    "linear": ProjectorKind(keys={"bias": ANYTHING, "depth": Key(at_least=1, at_most=100), "width": COUNT}),
+    "linear": ProjectorKind(keys={"bias": Key(bool), "depth": Key(int, at_least=1, at_most=100), "width": COUNT}),
     "bn_dropout_linear": ProjectorKind(keys={"dropout": SHARE}),
     "orthonormal": ProjectorKind(),
     "review_fusion": ProjectorKind(),
     "contrastive": ProjectorKind(keys={"width": COUNT, "negatives": COUNT, "momentum": SHARE, "temperature": POSITIVE}),
 }
+
+
+def check_registration(what: str, function: Any, names: Mapping[str, Any], given: list[str]) -> str:
+    """The name of what a user registers, once it can be called with what it is given.
+
+    Args:
+        what: the call, for messages.
+        function: takes two positional arguments, and `given` by name.
+        names: rows that are there already. The same name may be registered again, by a function of the same module.
+        given: names of the arguments.
+
+    Raises:
+        UserError: no function, a name that is taken, an argument that it does not take, or one that it needs and nobody gives.
+    """
+    name = getattr(function, "__name__", "")
+    if not callable(function) or not name.isidentifier():
+        raise UserError(f"{what}: needs a function or a class with a name, got {function!r}"[:300])
+    if name in names:
+        before = getattr(names[name], "function", None)
+        if before is None or before.__module__ != function.__module__:
+            raise UserError(f"{what}: the name {name} is taken; rename yours")
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        raise UserError(f"{what}: {name} is not written in Python; wrap it in a function of yours") from None
+    kinds = {each.kind for each in parameters}
+    named = [each for each in parameters if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)]
+    taken = {each.name for each in named[2:]}
+    if inspect.Parameter.VAR_KEYWORD not in kinds and (missing := [key for key in given if key not in taken]):
+        raise UserError(
+            f"{what}: {name} has no parameter {', '.join(missing)} after the first two; add it, or leave it out of keys"
+        )
+    if unset := [each.name for each in named[2:] if each.default is each.empty and each.name not in given]:
+        raise UserError(f"{what}: nobody gives {name} its parameter {', '.join(unset)}; add it to keys, or give it a default")
+    return name
 
 
 def couples_samples(loss: str | None) -> bool:
@@ -171,14 +212,14 @@ def parameters_of(*names: str | None) -> dict[str, Key]:
     """The keys of `distill.parameters` or `projector.parameters` that users' losses or projectors of these names read."""
     rows = [LOGIT_OBJECTIVES.get(name or "") or FEATURE_OBJECTIVES.get(name or "") for name in names]
     kinds = [PROJECTORS.get(name or "") for name in names]
-    own = [row.keys for row in rows if row and row.function] + [kind.keys for kind in kinds if kind and kind.build]
+    own = [row.keys for row in rows if row and row.function] + [kind.keys for kind in kinds if kind and kind.function]
     return {key: allowed for keys in own for key, allowed in keys.items()}
 
 
 def section_keys(selector: str) -> dict[str, tuple[str, ...]]:
     """Of distill.kd_loss, distill.feature_loss or projector.kind: the keys of their section that each choice reads."""
     if selector == "projector.kind":
-        return {name: () if kind.build else tuple(kind.keys) for name, kind in PROJECTORS.items()}
+        return {name: () if kind.function else tuple(kind.keys) for name, kind in PROJECTORS.items()}
     if selector == "distill.kd_loss":
         return {name: ("kd_head", *(() if row.function else row.keys)) for name, row in LOGIT_OBJECTIVES.items()}
     return {
@@ -195,5 +236,5 @@ def ranges() -> dict[str, Key]:
     """`distill.KEY` and `projector.KEY` -> what it may be, of all keys that are in the sections."""
     rows: list[LogitObjective | FeatureObjective] = [*LOGIT_OBJECTIVES.values(), *FEATURE_OBJECTIVES.values()]
     found = {f"distill.{key}": allowed for row in rows if not row.function for key, allowed in row.keys.items()}
-    kinds = [kind for kind in PROJECTORS.values() if not kind.build]
+    kinds = [kind for kind in PROJECTORS.values() if not kind.function]
     return found | {f"projector.{key}": allowed for kind in kinds for key, allowed in kind.keys.items()}

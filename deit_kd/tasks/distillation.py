@@ -140,13 +140,12 @@ class Terms:
 
     def _loss(self, name: str, where: str, student: Tensor, teacher: Tensor, **parameters: Any) -> Tensor:
         """A loss by its name, over all rows of the global batch if it couples samples."""
-        function, rows = self.functions[name], {"student": student, "teacher": teacher}
-        if "labels" in parameters:
-            rows["labels"] = parameters.pop("labels")
-        if not (self.whole and couples_samples(name)):
-            return function(*rows.values(), **parameters)
-        rows = {side: self.global_batch.gather_rows(f"{self.number} {where} {side}", each) for side, each in rows.items()}
-        return self.global_batch.rescale_for_mean(function(*rows.values(), **parameters))
+        function, whole = self.functions[name], self.whole and couples_samples(name)
+        rows = {"student": student, "teacher": teacher, **{key: parameters.pop(key) for key in ("labels",) if key in parameters}}
+        if whole:
+            rows = {side: self.global_batch.gather_rows(f"{self.number} {where} {side}", each) for side, each in rows.items()}
+        value = function(rows.pop("student"), rows.pop("teacher"), **rows, **parameters)
+        return self.global_batch.rescale_for_mean(value) if whole else value
 
     def _parameters(self, row: LogitObjective | FeatureObjective) -> dict[str, Any]:
         """What the recipe states of a loss, as arguments of its function."""

@@ -117,7 +117,7 @@ def test_every_key_is_read_somewhere() -> None:
     parameters = {
         key
         for term in ("kd", "feature")
-        for name, keys in recipes.READS[f"distill.{term}_loss"].items()
+        for name, keys in recipes.keys_read(f"distill.{term}_loss").items()
         for key in keys
         if key in inspect.signature(getattr(losses, name)).parameters
     }

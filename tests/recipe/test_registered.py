@@ -8,18 +8,27 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import ROOT, run_script
 from torch import Tensor
 
 from deit_kd import losses
 from deit_kd import recipe as recipes
+from deit_kd.data import Batch
+from deit_kd.data.build import open_data
+from deit_kd.distributed.global_batch import GlobalBatch
 from deit_kd.errors import UserError
+from deit_kd.files import imports
 from deit_kd.files.imports import import_file
-from deit_kd.models import projectors
+from deit_kd.models import StudentOutput, TeacherOutput, projectors
+from deit_kd.models.build import build_teachers
+from deit_kd.models.projectors.vectors import build_projector
 from deit_kd.recipe.objectives import FEATURE_OBJECTIVES, LOGIT_OBJECTIVES, PROJECTORS
+from deit_kd.tasks.distillation import Terms
 from deit_kd.training.metrics import read_metrics
 
 PAGE = (ROOT / "docs" / "extending.md").read_text()
@@ -38,11 +47,13 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def clean() -> Iterator[None]:
-    before = [dict(rows) for rows in (LOGIT_OBJECTIVES, FEATURE_OBJECTIVES, PROJECTORS)]
+    """What a test registers is forgotten after it, with the file that it is recorded by."""
+    everything: list[dict[Any, Any]] = [LOGIT_OBJECTIVES, FEATURE_OBJECTIVES, PROJECTORS, imports.hashes]
+    before = [dict(rows) for rows in everything]
     yield
-    for rows, kept in zip((LOGIT_OBJECTIVES, FEATURE_OBJECTIVES, PROJECTORS), before, strict=True):
+    for rows, kept in zip(everything, before, strict=True):
         rows.clear()
-        rows.update(kept)  # type: ignore[call-overload]
+        rows.update(kept)
 
 
 def of_page(file: Path, output: Path, *more: str) -> list[str]:
@@ -96,16 +107,63 @@ def my_loss(student: Tensor, teacher: Tensor, scale: float = 1.0) -> Tensor:
     return scale * (student - teacher).square().mean()
 
 
+def needs_scale(student: Tensor, teacher: Tensor, scale: float) -> Tensor:
+    return scale * (student - teacher).abs().mean()
+
+
+def test_labels_come_by_name_and_a_changed_function_replaces_the_one_before(clean: None) -> None:
+    def labelled(student: Tensor, teacher: Tensor, scale: float, labels: Tensor) -> Tensor:
+        return scale * (student - teacher)[torch.arange(len(labels)), labels].square().mean()
+
+    for scale in (1, 2):
+        losses.register(labelled, compares="logits", keys={"scale": losses.Key(at_least=scale)}, reads_labels=True)
+    assert LOGIT_OBJECTIVES["labelled"].keys["scale"].at_least == 2
+    recipe = recipes.load("quickstart", ["distill.kd_loss=labelled", "distill.parameters.scale=3"])
+    (distillation,) = recipe.distillations()
+    accelerator = Accelerator(cpu=True)
+    global_batch = GlobalBatch(accelerator, 1)
+    teacher = build_teachers(recipe, open_data(recipe.data, None)[0].class_names)[0]
+    terms = Terms(distillation.distill, 0, 0, teacher, None, global_batch, epochs=1, seed=0, sees_global_batch=True)
+    ours, theirs, targets = torch.randn(4, 10), torch.randn(4, 10), torch.eye(10)[[3, 1, 4, 1]]
+    batch = Batch(torch.zeros(4, 3, 28, 28), targets, targets.argmax(1), torch.arange(4), 0, 0)
+    value = terms.kd(StudentOutput(ours, (ours,), ()), TeacherOutput(theirs, theirs, {}), batch)
+    difference = (ours - theirs)[torch.arange(4), targets.argmax(1)]
+    torch.testing.assert_close(value, 3 * difference.square().mean())
+
+
+def test_a_projector_that_is_no_module_is_one_line(clean: None) -> None:
+    def nothing(student_width: int, teacher_width: int) -> None:
+        return None
+
+    projectors.register(nothing)  # type: ignore[arg-type]
+    (distillation,) = recipes.load("quickstart", ["projector.kind=nothing"]).distillations()
+    with pytest.raises(UserError, match="projector.kind: nothing must return a module, got NoneType"):
+        build_projector(distillation.projector, 3, 4)
+
+
 @pytest.mark.parametrize(
     ("register", "fault"),
     [
-        (lambda: losses.register(losses.dist, compares="logits"), "there is a loss dist already; rename yours"),
-        (lambda: losses.register(3, compares="logits"), "needs a function with a name, got 3"),  # type: ignore[arg-type]
+        (lambda: losses.register(losses.dist, compares="logits"), "the name dist is taken; rename yours"),
+        (lambda: losses.register(3, compares="logits"), "needs a function or a class with a name, got 3"),  # type: ignore[arg-type]
         (
             lambda: losses.register(my_loss, compares="features", keys={"power": losses.Key()}),
-            "my_loss has no parameter power; add it, or leave it out of keys",
+            "my_loss has no parameter power after the first two; add it, or leave it out of keys",
         ),
         (lambda: losses.register(my_loss, compares="logits", reads_labels=True), "my_loss has no parameter labels"),
+        (lambda: losses.register(needs_scale, compares="logits"), "nobody gives needs_scale its parameter scale; add it to keys"),
+        (
+            lambda: losses.register(my_loss, compares="features", taps=("poled",)),
+            "my_loss compares the tap 'poled', which does not exist",
+        ),
+        (lambda: losses.register(my_loss, compares="features", paper="Me, 2026"), "paper of my_loss must be a BibTeX entry"),
+        (
+            lambda: losses.register(my_loss, compares="features", projector="liner"),
+            "needs the projector 'liner', which no row names",
+        ),
+        (lambda: losses.register(my_loss, compares="logits", any_width=True), "are for compares='features'; leave them out"),
+        (lambda: losses.register(my_loss, compares="maps"), "compares must be 'logits' or 'features', got 'maps'"),  # type: ignore[arg-type]
+        (lambda: losses.register(torch.dot, compares="logits"), "dot is not written in Python"),
         (lambda: projectors.register(torch.nn.Linear, keys={"rank": projectors.Key()}), "Linear has no parameter rank"),
     ],
 )
@@ -138,7 +196,7 @@ def test_keys_of_a_users_loss_are_checked_as_others_are(clean: None) -> None:
         ("def f(:\n", "line 1: SyntaxError"),
         (
             "from deit_kd import losses\nlosses.register(losses.dist, compares='logits')\n",
-            "line 2: losses.register: there is a loss dist",
+            "line 2: losses.register: the name dist is taken",
         ),
         (None, "is no Python file"),
     ],

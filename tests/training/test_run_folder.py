@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 import train
 from deit_kd import export
 from deit_kd.errors import UserError
-from deit_kd.files import outputs
+from deit_kd.files import outputs, warn
 from deit_kd.files import whole as files
 from deit_kd.files.locks import locked
 from deit_kd.training import checkpoint, run_files
@@ -707,7 +707,7 @@ def test_a_disk_that_cannot_flush_folders_or_change_modes_gets_checkpoints(
 
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(os, "chmod", chmod)
-    monkeypatch.setattr(files, "_warned", set())
+    monkeypatch.setattr(warn, "said", set())
     for step in (1, 2, 3):
         path = checkpoint.save(tmp_path, step, {"module": {"a": torch.ones(3)}}, {}, keep=2)
     assert checkpoint.newest(tmp_path, print) == path

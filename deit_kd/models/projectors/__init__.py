@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 from torch import nn
 
-from deit_kd.errors import UserError
 from deit_kd.files import imports
-from deit_kd.recipe.objectives import PROJECTORS, Key, ProjectorKind
+from deit_kd.recipe.objectives import PROJECTORS, Key, ProjectorKind, check_registration
 
 __all__ = ["Key", "register"]
 
@@ -27,16 +24,10 @@ def register(build: Callable[..., nn.Module], *, keys: Mapping[str, Key] | None 
         `build`.
 
     Raises:
-        UserError: no function or class, a name that is taken, or a key that is no parameter.
+        UserError: no function or class, a name that is taken, or keys that are not its further parameters.
     """
-    name = getattr(build, "__name__", "")
-    if not callable(build) or not name.isidentifier():
-        raise UserError(f"projectors.register: needs a class or a function with a name, got {build!r}"[:300])
-    if name in PROJECTORS:
-        raise UserError(f"projectors.register: there is a projector {name} already; rename yours")
-    parameters, keys = inspect.signature(build).parameters, dict(keys or {})
-    if missing := [key for key in keys if key not in parameters]:
-        raise UserError(f"projectors.register: {name} has no parameter {', '.join(missing)}; add it, or leave it out of keys")
-    PROJECTORS[name] = ProjectorKind(keys=keys, build=build)
-    imports.note(Path(inspect.getsourcefile(build) or ""))
+    keys = dict(keys or {})
+    name = check_registration("projectors.register", build, PROJECTORS, list(keys))
+    PROJECTORS[name] = ProjectorKind(keys=keys, function=build)
+    imports.note_source(build)
     return build

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, linalg, nn
 from torch.nn import functional as F
 
+from deit_kd.errors import UserError
 from deit_kd.recipe import Projector
 from deit_kd.recipe.objectives import PROJECTORS
 
@@ -55,8 +56,12 @@ def build_projector(config: Projector, student_width: int, teacher_width: int) -
                 layers += [nn.BatchNorm1d(inputs), nn.ReLU(inplace=True)]
             layers.append(nn.Linear(inputs, outputs, bias=bool(config.bias)))
         return layers[0] if len(layers) == 1 else nn.Sequential(*layers)
-    if build := PROJECTORS[config.kind].build:
-        module: nn.Module = build(student_width, teacher_width, **config.parameters)
+    if function := PROJECTORS[config.kind].function:
+        module = function(student_width, teacher_width, **config.parameters)
+        if not isinstance(module, nn.Module):
+            raise UserError(
+                f"projector.kind: {config.kind} must return a module, got {type(module).__name__}; mend it in your file"
+            )
         return module
     assert config.kind == "none", config.kind
     return nn.Identity()
