@@ -37,6 +37,15 @@ class Key:
     at_most: float | None = None
     words: tuple[str, ...] = ()
 
+    def __str__(self) -> str:
+        """For people: `≥ 1`, `in [0, 1]`, `batch or l2`."""
+        if self.words or self.type is bool:
+            return " or ".join(self.words or ("true", "false"))
+        if (self.at_least, self.at_most) == (0, 1):
+            return "in [0, 1]"
+        bounds = (("≥", self.at_least), (">", self.above), ("≤", self.at_most))
+        return ", ".join(f"{sign} {bound:,g}" for sign, bound in bounds if bound is not None) or "any"
+
     def fault(self, value: Any) -> str | None:
         """What is wrong with a value, as `must be ..., got ...`; None if nothing is."""
         if self.words:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT
-from test_global_batch import COUPLED as TRIED_OVER_LAYOUTS
+from test_global_batch import COUPLED, LOSS_OF
 
 from deit_kd import losses
+from deit_kd.export.citations import PAPERS
 from deit_kd.recipe.objectives import (
     FEATURE_OBJECTIVES,
     LOGIT_OBJECTIVES,
@@ -78,10 +80,32 @@ def test_a_loss_is_added_by_its_function_and_its_row(
 
 
 def test_every_loss_that_couples_samples_is_tried_over_layouts() -> None:
-    short = {"dist": "dist", "correlation_congruence": "cc", "logsum": "logsum none"}
-    assert {short.get(name, name) for name in ROWS if couples_samples(name)} <= set(TRIED_OVER_LAYOUTS)
+    assert {name for name in ROWS if couples_samples(name)} <= {LOSS_OF[name] for name in COUPLED}
 
 
-def test_every_loss_has_a_row_in_the_table_for_people() -> None:
-    table = (ROOT / "deit_kd" / "losses" / "README.md").read_text()
-    assert [name for name in ROWS if f"| `{name}` |" not in table] == []
+def row_for_people(name: str) -> str:
+    row = ROWS[name]
+    taps = projector = ""
+    if isinstance(row, FeatureObjective):
+        taps = ", ".join(row.taps)
+        projector = row.projector or ("any" if not row.any_width else "any, or none")
+    keys = ", ".join(f"`{key}` {allowed}" for key, allowed in row.keys.items())
+    return f"| `{name}` | {keys} | {taps} | {projector} | {'yes' if row.couples_samples else ''} |"
+
+
+def test_the_table_for_people_is_what_the_rows_say() -> None:
+    page = (ROOT / "deit_kd" / "losses" / "README.md").read_text()
+    shown = re.findall(r"^\| `.*$", page.partition("## What each reads")[2], re.MULTILINE)
+    assert shown == [row_for_people(name) for name in ROWS]
+
+
+def test_the_sources_in_the_table_for_people_are_those_of_the_rows() -> None:
+    page, source, seen = (ROOT / "deit_kd" / "losses" / "README.md").read_text().partition("## What each reads")[0], "", set()
+    for line in re.findall(r"^\| `\w+` \|.*$", page, re.MULTILINE):
+        name, _, given, *_ = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:]]
+        source = source if given.startswith("the same") or "the same" in given or not re.search(r"\d{4}", given) else given
+        _, _, authors, _, year = PAPERS[ROWS[name.strip("`")].paper]
+        assert authors.split(",")[0] in source, (name, source)
+        assert str(year) in source
+        seen.add(name.strip("`"))
+    assert seen == set(ROWS)
