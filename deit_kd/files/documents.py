@@ -15,6 +15,25 @@ from deit_kd.text import printable
 
 MEGABYTE = 1_000_000
 T = TypeVar("T")
+# What pydantic wanted, by its error's type or the beginning of that.
+WANTED = {
+    "int": "an integer",
+    "int_from_float": "an integer",
+    "float": "a number",
+    "finite_number": "a finite number",
+    "bool": "true or false",
+    "string": "text",
+    "tuple": "a list",
+    "list": "a list",
+    "dict": "a mapping of keys",
+    "model": "a mapping of keys",
+}
+BOUNDS = {
+    "greater_than_equal": ("at least", "ge"),
+    "greater_than": ("above", "gt"),
+    "less_than_equal": ("at most", "le"),
+    "less_than": ("below", "lt"),
+}
 
 
 class Document(BaseModel):
@@ -98,12 +117,27 @@ def must_be_a_file(file: Path, remedy: str, most_bytes: float = float("inf")) ->
 
 def first_fault(error: ValidationError) -> str:
     """The first fault of pydantic's in one line: `place: what is wrong, got VALUE`, and how many more there are."""
-    faults = error.errors(include_url=False, include_context=False)
+    faults = error.errors(include_url=False)
     first = faults[0]
     place = printable(".".join(str(part) for part in first["loc"])[:200])
     got = "" if first["type"] in ("missing", "json_invalid") else f", got {short(first['input'])}"
     more = f" (and {len(faults) - 1} more faults)" if len(faults) > 1 else ""
-    return f"{place + ': ' if place else ''}{' '.join(first['msg'].removeprefix('Value error, ').split())}{got}{more}"
+    return f"{place + ': ' if place else ''}{what_is_wrong(first)}{got}{more}"
+
+
+def what_is_wrong(detail: Any) -> str:
+    """One of pydantic's errors in words: `must be an integer`."""
+    kind, context = detail["type"], detail.get("ctx", {})
+    if kind == "literal_error":
+        return f"must be {context['expected']}"
+    if kind in BOUNDS:
+        words, bound = BOUNDS[kind]
+        return f"must be {words} {context[bound]:,}"
+    if kind in ("too_long", "too_short") and context["field_type"] == "Tuple":
+        at_most = kind == "too_long"
+        return f"must be a list of at {'most' if at_most else 'least'} {context['max_length' if at_most else 'min_length']} items"
+    wanted = WANTED.get(kind) or WANTED.get(kind.partition("_")[0] if kind.endswith(("_type", "_parsing")) else "")
+    return f"must be {wanted}" if wanted else " ".join(detail["msg"].removeprefix("Value error, ").split())
 
 
 def short(value: Any, most: int = 60) -> str:

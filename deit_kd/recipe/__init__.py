@@ -18,7 +18,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from deit_kd.errors import UserError
-from deit_kd.files.documents import read_json, short
+from deit_kd.files.documents import read_json, short, what_is_wrong
 from deit_kd.files.imports import imported
 from deit_kd.files.warn import warn
 from deit_kd.recipe import renamed
@@ -278,9 +278,4 @@ def _explain(detail: Any) -> str:
         return f"{places[-1]}: missing; a recipe states every key that moves a number"
     if kind in ("dataclass_type", "dataclass_exact_type"):
         return f"{key}: must be a section (a mapping of keys), got {value}"
-    message = detail["msg"].removeprefix("Input should be ")
-    message = re.sub(r"^Tuple should have (.*) after validation", r"a list of \1", message)
-    message = message.replace("a valid boolean, unable to interpret input", "true or false")
-    message = message.replace("a valid integer, unable to parse string as an integer", "an integer")
-    message = message.replace("a valid number, unable to parse string as a number", "a number")
-    return f"{key}: must be {message}, got {value}"
+    return f"{key}: {what_is_wrong(detail)}, got {value}"

@@ -214,7 +214,7 @@ def test_a_file_states_another_order(tmp_path: Path) -> None:
         ('["0", "1", "2"]', "class '10' is not among"),
         ('["0", "1", "2", "10", "2"]', "'2' is there twice"),
         ('{"0": 0, "1": 1, "2": 2, "10": 9}', "indices are not 0 to 3"),
-        ('{"0": 0, "1": 1.5}', "1: Input should be a valid integer, got 1.5"),
+        ('{"0": 0, "1": 1.5}', "1: must be an integer, got 1.5"),
         ("[" * 100_000, "cannot be read"),
         ("\x00", "cannot be read"),
         ("[]", "there is none"),

@@ -114,13 +114,13 @@ def test_classes_go_by_their_index(classes: Any, tmp_path: Path) -> None:
     [
         ({"cat": 1, "dog": 2}, "indices are not 0 to 1, each once"),
         ({"cat": 0, "dog": 0}, "indices are not 0 to 1"),
-        ({"cat": True, "dog": 0}, "Input should be a valid integer"),
-        (["cat", 1], "1: Input should be a valid string"),
+        ({"cat": True, "dog": 0}, "must be an integer"),
+        (["cat", 1], "1: must be text"),
         (["cat", "cat"], "'cat' is there twice"),
         ([], "there is none"),
-        ("cat", "Input should be a valid list"),
-        (None, "Input should be a valid list"),
-        ([["cat"]], "0: Input should be a valid string"),
+        ("cat", "must be a list"),
+        (None, "must be a list"),
+        ([["cat"]], "0: must be text"),
     ],
 )
 def test_classes_that_are_none(classes: Any, message: str, tmp_path: Path) -> None:

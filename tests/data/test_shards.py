@@ -98,7 +98,7 @@ def test_faults_are_named(shards: Path, fashion_folder: Path, tmp_path: Path, ca
         with pytest.raises(UserError, match="index_train.npz: is damaged"):
             open_source("shards", damaged, "train")
     (damaged / "classes.json").write_text("10")
-    with pytest.raises(UserError, match=r"classes.json: Input should be a valid list, got 10; it holds"):
+    with pytest.raises(UserError, match=r"classes.json: must be a list, got 10; it holds"):
         open_source("shards", damaged, "train")
     shutil.rmtree(damaged)
     damaged.mkdir()

@@ -169,7 +169,7 @@ def test_a_value_is_what_its_key_asks_for(override: str, value: object) -> None:
 @pytest.mark.parametrize(
     ("override", "fault"),
     [
-        ("teacher.weights=", "teacher.weights: must be a valid string, got None"),
+        ("teacher.weights=", "teacher.weights: must be text, got None"),
         ("seed=0x10", "seed: must be an integer, got '0x10'"),
         ("seed=1:30", "seed: must be an integer, got '1:30'"),
         ("seed=true", "seed: must be an integer, got 'true'"),

@@ -52,7 +52,7 @@ def test_all_faults_come_at_once_with_key_value_and_nearest_name() -> None:
     assert "7 faults" in message
     for part in (
         "optim.lrr: unknown key in an override (did you mean optim.lr",
-        "epochs: must be a valid integer, got a number with a fractional part, got 3.5",
+        "epochs: must be an integer, got 3.5",
         "optim.lr: must be a number, got 'fast'",
         "data.img_size: 30 is not divisible by the patch size 7",
         "run.precision: must be 'auto', 'no', 'bf16' or 'fp16', got 'fp8'",

@@ -178,7 +178,7 @@ def test_forged_rows(change: Callable[[dict[str, Tensor]], object], told: str, c
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"views": 10**9}, "views: Input should be less than or equal to 100000, got 1000000000"),
+        ({"views": 10**9}, "views: must be at most 100,000, got 1000000000"),
         ({"views": -1}, "views: "),
         ({"views": 99_999}, "view_002_steps_000000.safetensors is missing"),
         ({"steps_per_shard": 0}, "steps_per_shard: "),
@@ -189,9 +189,9 @@ def test_forged_rows(change: Callable[[dict[str, Tensor]], object], told: str, c
         ({"features": "../x"}, "features: String should match pattern"),
         ({"logits": "top:5"}, "do not fit"),
         ({"features": "none", "logits": "none"}, "neither features nor logits"),
-        ({"errors": {"logits_kl": float("nan")}}, "errors.logits_kl: Input should be a finite number"),
+        ({"errors": {"logits_kl": float("nan")}}, "errors.logits_kl: must be a finite number"),
         ({"teacher": None}, "teacher: "),
-        ({"format": 2}, "format: Input should be 1, got 2"),
+        ({"format": 2}, "format: must be 1, got 2"),
         ({"basis_sha256": None}, "other bytes than the manifest says"),
     ],
 )
