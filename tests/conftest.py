@@ -23,9 +23,9 @@ import numpy as np
 import pytest
 from accelerate.state import AcceleratorState
 from PIL import Image
+from programs import ROOT, Program
 from timm.data import ImageNetInfo
 
-ROOT = Path(__file__).resolve().parent.parent
 MINUTES = 900  # seconds after which a test that hangs ends; no right run comes near it, however loaded the machine is
 sys.path.insert(0, str(ROOT))
 
@@ -149,7 +149,7 @@ def python_calls() -> Iterator[Counter[tuple[str, str]]]:
         sys.setprofile(None)
 
 
-def wait_until(condition: Callable[[], Any], process: subprocess.Popen[Any] | None = None) -> None:
+def wait_until(condition: Callable[[], Any], process: subprocess.Popen[Any] | Program | None = None) -> None:
     """Waits with pauses, which leave the processor to the process that is waited for, until the condition holds.
 
     Raises:
@@ -161,10 +161,4 @@ def wait_until(condition: Callable[[], Any], process: subprocess.Popen[Any] | No
         if process is not None and process.poll() is not None:
             break
         time.sleep(0.05)
-    assert condition(), process and (process.returncode, *(pipe.read() for pipe in (process.stdout, process.stderr) if pipe))
-
-
-def run_script(*arguments: object, **kwargs: object) -> subprocess.CompletedProcess[str]:
-    """Runs `python ARGUMENTS` in the project's folder as a process of its own."""
-    command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, **kwargs)  # type: ignore[call-overload, no-any-return]
+    assert condition(), process and (process.returncode, *process.communicate())

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
-from conftest import MINUTES, ROOT, SMALL, run_script, wait_until
+from conftest import MINUTES, ROOT, SMALL, wait_until
+from programs import run_script
 from safetensors.torch import load_file
 from torch.testing import assert_close
 

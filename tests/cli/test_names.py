@@ -14,8 +14,8 @@ import pytest
 import timm
 from conftest import SMALL
 from huggingface_hub import ModelCard
+from nasty import NASTY
 from PIL import Image
-from test_text import NASTY
 
 import deit_kd
 from deit_kd import sweep as grid

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, SMALL
 from PIL import Image
-from test_data import stream
+from streams import stream
 from timm.data import ImageNetInfo
 
 from deit_kd.data import open_source

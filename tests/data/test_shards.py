@@ -11,9 +11,10 @@ from typing import Any
 import killing
 import numpy as np
 import pytest
-from conftest import SMALL, run_script
+from conftest import SMALL
 from PIL import Image
-from test_data import stream
+from programs import run_script
+from streams import stream
 
 from deit_kd.cli import main
 from deit_kd.data import open_source

@@ -16,8 +16,9 @@ from typing import Any
 import killing
 import pytest
 import torch
-from conftest import SMALL, run_script
+from conftest import SMALL
 from PIL import Image
+from programs import run_script
 from sections import evaluating
 
 import deit_kd.training.loop  # noqa: F401  # here once, instead of in each child

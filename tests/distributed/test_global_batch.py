@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import re
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -17,9 +16,9 @@ import torch
 from accelerate import Accelerator, debug_launcher
 from accelerate.state import AcceleratorState
 from conftest import SMALL
+from objectives import COUPLED, OBJECTIVES
 from safetensors.torch import load_file, save_file
 from sections import optimizing, scheduling
-from test_distillation import OBJECTIVES
 from torch import Tensor, nn
 
 from deit_kd import recipe as recipes
@@ -28,7 +27,6 @@ from deit_kd.data.build import open_data
 from deit_kd.distributed import fsdp
 from deit_kd.models import build
 from deit_kd.recipe import Recipe, Run
-from deit_kd.recipe.objectives import couples_samples
 from deit_kd.tasks.classification import Classification
 from deit_kd.training import checkpoint
 from deit_kd.training.loop import fit
@@ -38,10 +36,6 @@ from deit_kd.training.setup import prepare
 
 LAYOUTS = [(2, 1), (4, 1), (1, 4), (2, 2)]  # processes, accumulation steps
 IN_ALL = ["logsum_correlation", "crd"]  # the others in the last alone, which has several of both
-LOSS_OF = {name: (set(re.findall(r"_loss: (\w+)", overrides[1])) - {"null"}).pop() for name, overrides in OBJECTIVES.items()}
-# An objective for each loss that couples samples, by the rows; and a normalization, a memory and two losses that do not.
-FIRST = {LOSS_OF[name]: name for name in reversed(OBJECTIVES) if couples_samples(LOSS_OF[name])}
-COUPLED = [*sorted(FIRST.values()), "logsum l2", "crd", "nd", "kl"]
 SHARDED = ["logsum l2", "crd"]  # of these also with the student cut over two processes
 SIZE = ["global_batch_size=256", "run.log_every_steps=1", "ema_decay=0.9", "optim.clip_grad=1.0"]
 MIXED = ["augmentation.mixup=0.8", "augmentation.cutmix=1.0", "augmentation.mixup_prob=1.0", "augmentation.mixup_switch_prob=0.5"]

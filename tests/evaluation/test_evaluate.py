@@ -17,8 +17,8 @@ import timm
 import torch
 from fuzzing import limited
 from markdown_it import MarkdownIt
+from nasty import NASTY
 from PIL import Image
-from test_text import NASTY
 from torch import nn
 from torch.nn import functional as F
 

@@ -11,9 +11,9 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
+from nasty import NASTY, markdown
 from safetensors.torch import save_file
 from sections import citing, evaluating, naming
-from test_text import NASTY, markdown
 from torch import zeros
 
 from deit_kd import recipe as recipes

@@ -20,8 +20,9 @@ import killing
 import pytest
 import timm
 import torch
-from conftest import ROOT, SMALL, run_script
+from conftest import ROOT, SMALL
 from huggingface_hub import ModelCard
+from programs import run_script
 from safetensors.torch import load_file, save_file
 
 import deit_kd

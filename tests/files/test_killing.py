@@ -7,7 +7,8 @@ import shutil
 from pathlib import Path
 
 import killing
-from conftest import ROOT, run_script
+from conftest import ROOT
+from programs import run_script
 
 
 def test_each_change_is_a_moment(tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SMALL, FakeClock, run_script
+from conftest import SMALL, FakeClock
+from programs import run_script
 
 from deit_kd import cli
 from deit_kd import recipe as recipes

@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import ROOT, SMALL, run_script
+from conftest import ROOT, SMALL
+from programs import run_script
 
 from deit_kd import recipe as recipes
 from deit_kd.data.build import open_data

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
-from test_global_batch import COUPLED, LOSS_OF
+from objectives import COUPLED, LOSS_OF
 
 from deit_kd import losses
 from deit_kd.export.citations import PAPERS

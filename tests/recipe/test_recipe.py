@@ -8,7 +8,8 @@ import inspect
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run_script
+from conftest import ROOT
+from programs import run_script
 
 from deit_kd import losses
 from deit_kd import recipe as recipes

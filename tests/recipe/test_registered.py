@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import ROOT, run_script
+from conftest import ROOT
+from programs import run_script
 from torch import Tensor
 
 from deit_kd import losses

@@ -14,7 +14,7 @@ from accelerate.state import AcceleratorState
 from fuzzing import bounded, changed, damaged, json_bytes, survives
 from hypothesis import given
 from hypothesis import strategies as st
-from test_run_folder import command, make_data
+from runs import command, make_data
 
 import train
 from deit_kd import recipe as recipes

@@ -6,15 +6,14 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import killing
 import pytest
-from conftest import ROOT, SMALL, run_script, wait_until
+from conftest import SMALL, wait_until
+from programs import Program, run_script
 
 import deit_kd.export  # noqa: F401  # once, instead of in each killed child
 import train
@@ -82,12 +81,11 @@ def test_killed_at_any_moment_with_its_workers(kills: int, fashion_folder: Path,
     command = ["train.py", *map(str, COMMAND), *map(str, more), "--data", str(fashion_folder), "--output", str(output)]
     for _ in range(kills):
         before = steps_of(output)[-1:]
-        with (tmp_path / "log").open("ab") as log:
-            process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
-            wait_until(lambda before=before: steps_of(output)[-1:] != before, process)  # type: ignore[misc]
-            time.sleep(rng.uniform(0, 0.2))  # thirty of them stay within the steps of a run
-            os.killpg(process.pid, signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL, f"seed {seed}: {(tmp_path / 'log').read_text()[-2000:]}"
+        process = Program(*command)
+        wait_until(lambda before=before: steps_of(output)[-1:] != before, process)  # type: ignore[misc]
+        time.sleep(rng.uniform(0, 0.2))  # thirty of them stay within the steps of a run
+        os.killpg(process.pid, signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, f"seed {seed}: {process.printed()}"
     done = run_script(*command)
     assert done.returncode == 0, done.stderr
     assert_equal(output, tmp_path / "undisturbed", steps)

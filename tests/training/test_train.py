@@ -21,9 +21,10 @@ import pytest
 import timm
 import torch
 from accelerate.state import AcceleratorState
-from conftest import MINUTES, ROOT, SMALL, run_script, wait_until
+from conftest import MINUTES, ROOT, SMALL, wait_until
 from huggingface_hub import ModelCard
 from PIL import Image
+from programs import Program, run_script
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification
@@ -210,12 +211,10 @@ def test_accumulation_divides_the_declared_batch(tmp_path: Path, fashion_folder:
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 75), (signal.SIGTERM, 75), (signal.SIGHUP, 75), (signal.SIGKILL, -9)])
 def test_an_interrupted_run_goes_on(number: signal.Signals, code: int, tmp_path: Path, fashion_folder: Path) -> None:
     output = tmp_path / "run"
-    command = [sys.executable, "train.py", "--recipe", "quickstart", "--data", fashion_folder, "--output", output]
+    command = ["train.py", "--recipe", "quickstart", "--data", fashion_folder, "--output", output]
     command += [*SMALL, *RANDOM_TEACHER, "epochs=500", "run.save_every_steps=2", "run.eval_every_epochs=500", "run.workers=1"]
     heeded = partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
-    process = subprocess.Popen(
-        list(map(str, command)), cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=heeded
-    )
+    process = Program(*command, before=heeded)
     wait_until(lambda: list(output.glob("checkpoints/step_*")), process)
     os.killpg(process.pid, number)  # the group, as a terminal's Ctrl-C or a scheduler does
     _, errors = process.communicate(timeout=MINUTES)
@@ -228,7 +227,7 @@ def test_an_interrupted_run_goes_on(number: signal.Signals, code: int, tmp_path:
     reached = int(saved[-1].name.removeprefix("step_"))
     if number != signal.SIGKILL:
         assert f"stopped at step {reached}; the same command goes on from" in errors
-    again = run_script(*command[1:], "--max-steps", reached + 2)
+    again = run_script(*command, "--max-steps", reached + 2)
     assert again.returncode == 0, again.stderr
     assert f"going on from {saved[-1]}" in again.stdout
     assert (output / f"checkpoints/step_{reached + 2:08d}").is_dir()
