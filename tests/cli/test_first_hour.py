@@ -96,7 +96,7 @@ def test_the_environment_is_made_without_a_warning(tmp_path: Path) -> None:
 
 
 def test_a_network_without_names_is_matched_by_order_with_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
-    warn._warned.clear()
+    warn.said.clear()
     names = ["0", "1", "10", "2"]
     assert report.match_labels(None, 4, names).tolist() == [0, 1, 2, 3]
     said = capsys.readouterr().err

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,8 @@ from deit_kd.data import Batch
 from deit_kd.data.build import open_data
 from deit_kd.distributed import fsdp
 from deit_kd.models import build
-from deit_kd.recipe import Recipe, Run
+from deit_kd.recipe import Recipe
+from deit_kd.recipe import Run as RunSection
 from deit_kd.tasks.classification import Classification
 from deit_kd.training import checkpoint
 from deit_kd.training.loop import fit
@@ -37,7 +38,7 @@ from deit_kd.training.setup import prepare
 LAYOUTS = [(2, 1), (4, 1), (1, 4), (2, 2)]  # processes, accumulation steps
 IN_ALL = ["logsum_correlation", "crd"]  # the others in the last alone, which has several of both
 SHARDED = ["logsum l2", "crd"]  # of these also with the student cut over two processes
-SIZE = ["global_batch_size=256", "run.log_every_steps=1", "ema_decay=0.9", "optim.clip_grad=1.0"]
+SIZE = ["global_batch_size=64", "run.log_every_steps=1", "ema_decay=0.9", "optim.clip_grad=1.0"]
 MIXED = ["augmentation.mixup=0.8", "augmentation.cutmix=1.0", "augmentation.mixup_prob=1.0", "augmentation.mixup_switch_prob=0.5"]
 
 
@@ -60,20 +61,20 @@ class Double(Classification):
 
 
 def steps(
-    overrides: list[str], processes: int, accumulation: int, folder: Path, until: int, spoil: int | None, sharded: bool
+    data: Path, overrides: list[str], processes: int, accumulation: int, folder: Path, until: int, spoil: int | None, sharded: bool
 ) -> None:
     """Trains to step `until` in float64, from the newest checkpoint of the folder, with a log line and a checkpoint of each step.
 
     In step `spoil` the last process has no finite loss. Cut over processes by FSDP2 if `sharded`.
     """
     AcceleratorState._reset_state(reset_partial_state=True)  # a fork knows its parent's
-    recipe = recipes.load("quickstart", [*SMALL[3:], *SIZE, *overrides])
+    recipe = recipes.load("quickstart", [*SMALL, *SIZE, "teacher.weights=random", *overrides])
     accelerator = Accelerator(cpu=True)
     assert accelerator.num_processes == processes
-    sources = open_data(recipe.data, None)
+    sources = open_data(recipe.data, data)
     (teacher,) = build.build_teachers(recipe, sources[0].class_names)
     teacher.double().dtype = torch.float64
-    task = Double(recipe, accelerator, sources, [teacher], folder, 256 // processes // accumulation, print)
+    task = Double(recipe, accelerator, sources, [teacher], folder, 64 // processes // accumulation, print)
     assert task.accumulation_steps == accumulation
     for terms in task.terms:
         terms.class_means = None if terms.class_means is None else terms.class_means.double()
@@ -112,7 +113,7 @@ def train(
         accelerator,
         optimizer,
         schedule,
-        Run(log_every_steps=1, save_every_steps=1, keep_checkpoints=9),
+        RunSection(log_every_steps=1, save_every_steps=1, keep_checkpoints=9, eval_every_epochs=9),
         tracker,
         folder,
         total_steps=until,
@@ -124,15 +125,25 @@ def train(
     return gradients
 
 
-def run(
-    overrides: list[str], layout: tuple[int, int], folder: Path, until: int = 3, spoil: int | None = None, sharded: bool = False
-) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    if layout[0] > 1:
-        debug_launcher(steps, (overrides, *layout, folder, until, spoil, sharded), num_processes=layout[0])
-    else:
-        steps(overrides, *layout, folder, until, spoil, sharded)
-    return folder
+Run = Callable[..., Path]
+
+
+@pytest.fixture
+def run(fashion_folder: Path) -> Run:
+    """Trains on 240 images in a layout, (processes, accumulation steps), and gives the folder."""
+
+    def run(
+        overrides: list[str], layout: tuple[int, int], folder: Path, until: int = 3, spoil: int | None = None, sharded: bool = False
+    ) -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        arguments = (fashion_folder, overrides, *layout, folder, until, spoil, sharded)
+        if layout[0] > 1:
+            debug_launcher(steps, arguments, num_processes=layout[0])
+        else:
+            steps(*arguments)
+        return folder
+
+    return run
 
 
 def difference(one: Path, other: Path) -> float:
@@ -149,7 +160,7 @@ def difference(one: Path, other: Path) -> float:
 
 
 @pytest.mark.parametrize("name", COUPLED)
-def test_layouts_agree(name: str, tmp_path: Path) -> None:
+def test_layouts_agree(name: str, run: Run, tmp_path: Path) -> None:
     overrides = [*OBJECTIVES[name], *([] if name == "crd" else MIXED)]
     if name == "nd":  # without the adapter's batch norm, which is each device's own
         adapter = "bn_dropout_linear, dropout: 0.5", "linear, bias: true, depth: 1, width: teacher"
@@ -177,7 +188,7 @@ def test_layouts_agree(name: str, tmp_path: Path) -> None:
                 assert ours.get(key) == pytest.approx(theirs.get(key), rel=1e-6), (folder.name, key)
 
 
-def test_device_statistics_are_those_of_a_micro_batch(tmp_path: Path) -> None:
+def test_device_statistics_are_those_of_a_micro_batch(run: Run, tmp_path: Path) -> None:
     """What the papers ran, and why it is not the default: the gradient is another."""
     overrides = [*OBJECTIVES["logsum_correlation"], "batch_statistics=device"]
     whole, cut, accumulated = (run(overrides, layout, tmp_path / str(layout)) for layout in ((1, 1), (2, 1), (1, 2)))
@@ -188,7 +199,7 @@ def test_device_statistics_are_those_of_a_micro_batch(tmp_path: Path) -> None:
     assert state["layout"] == {"processes": 2, "accumulation_steps": 1, "batch_statistics": "device"}
 
 
-def test_another_number_of_processes_goes_on(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_another_number_of_processes_goes_on(run: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """1 -> 2 -> 1 processes, two of them with a part of the student each, the last accumulating, against a run that nobody interrupted."""
     overrides = [*OBJECTIVES["logsum_correlation"], *MIXED]
     whole = run(overrides, (1, 1), tmp_path / "whole", until=6)
@@ -203,11 +214,11 @@ def test_another_number_of_processes_goes_on(tmp_path: Path, capfd: pytest.Captu
         assert difference(elastic / file, whole / file) < 1e-9, part
 
 
-def test_a_loss_that_is_not_finite_on_one_process_is_skipped_on_all(tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_on_one_process_is_skipped_on_all(run: Run, tmp_path: Path) -> None:
     folder = run([*OBJECTIVES["kl"]], (2, 1), tmp_path / "spoilt", spoil=2)
     (skipped,) = [line for line in read_metrics(folder) if line["kind"] == "skipped"]
     assert skipped["step"] == 2
-    assert len(skipped["samples"]) == 128
+    assert len(skipped["samples"]) == 32
     assert not (folder / "checkpoints/step_00000002").exists(), "it holds nothing new"
     moments = load_file(folder / "checkpoints/step_00000003/optimizer.safetensors")
     assert {value.item() for name, value in moments.items() if name.endswith(".step")} == {2.0}
