@@ -26,6 +26,9 @@ from PIL import Image
 from programs import ROOT, Program
 from timm.data import ImageNetInfo
 
+from deit_kd.files import imports
+from deit_kd.recipe.objectives import FEATURE_OBJECTIVES, LOGIT_OBJECTIVES, PROJECTORS
+
 MINUTES = 900  # seconds after which a test that hangs ends; no right run comes near it, however loaded the machine is
 sys.path.insert(0, str(ROOT))
 
@@ -131,6 +134,17 @@ def fake_clock(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
 def processor_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """time.perf_counter gives this thread's seconds on a processor, which other processes of the machine do not change."""
     monkeypatch.setattr(time, "perf_counter", time.thread_time)
+
+
+@pytest.fixture
+def forgets() -> Iterator[None]:
+    """What a test registers is forgotten after it, with the file that it is recorded by."""
+    everything: list[dict[Any, Any]] = [LOGIT_OBJECTIVES, FEATURE_OBJECTIVES, PROJECTORS, imports.hashes]
+    before = [dict(rows) for rows in everything]
+    yield
+    for rows, kept in zip(everything, before, strict=True):
+        rows.clear()
+        rows.update(kept)
 
 
 @contextmanager

@@ -166,13 +166,14 @@ def mount(folder: Path, options: str) -> None:
         assert result == 0, os.strerror(ctypes.get_errno())
 
 
-def each_moment(work: Callable[[], object], folder: Path, every: int = 1) -> Iterator[tuple[int, Ended]]:
+def each_moment(work: Callable[[], object], folder: Path, every: int = 1, first: int = 1) -> Iterator[tuple[int, Ended]]:
     """Kills `work` at its first change in `folder`, gives what happened, puts `folder` back, kills at the second change, and so on.
 
     Args:
         work: does the same in each call.
         folder: it and all in it is as it was before each try; it need not exist.
         every: moments that are tried: each, or each third, and so on.
+        first: the first that is tried.
 
     Yields:
         The moment, and how the child ended; the folder is as the killed child left it.
@@ -193,7 +194,7 @@ def each_moment(work: Callable[[], object], folder: Path, every: int = 1) -> Ite
         whole = run(work, folder)
         assert whole.code == 0, whole.printed
         assert whole.changes, "nothing is changed"
-        for at in range(1, len(whole.changes) + 1, every):
+        for at in range(first, len(whole.changes) + 1, every):
             put_back()
             ended = run(work, folder, at=at)
             assert ended.killed, (at, ended)

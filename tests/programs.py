@@ -24,14 +24,21 @@ class Program:
     Args:
         arguments: after `python`.
         env: the environment; this process's by default.
+        cwd: where it runs.
         before: is called in the new process first.
     """
 
-    def __init__(self, *arguments: object, env: Mapping[str, str] | None = None, before: Callable[[], object] | None = None):
+    def __init__(
+        self,
+        *arguments: object,
+        env: Mapping[str, str] | None = None,
+        cwd: Path = ROOT,
+        before: Callable[[], object] | None = None,
+    ):
         words = list(map(str, arguments))
         self._folder = tempfile.TemporaryDirectory(prefix="program")
         self._files = [Path(self._folder.name) / name for name in ("stdout", "stderr")]
-        self._process = FORKS.Process(target=_run, args=(words, dict(os.environ if env is None else env), self._files, before))
+        self._process = FORKS.Process(target=_run, args=(words, dict(os.environ if env is None else env), cwd, self._files, before))
         self._process.start()
         self.pid = self._process.pid or 0
 
@@ -64,7 +71,7 @@ class Program:
         return self.printed()
 
 
-def _run(words: list[str], environment: dict[str, str], files: list[Path], before: Callable[[], object] | None) -> None:
+def _run(words: list[str], environment: dict[str, str], cwd: Path, files: list[Path], before: Callable[[], object] | None) -> None:
     for number, file in enumerate(files, 1):
         opened = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(opened, number)
@@ -72,7 +79,7 @@ def _run(words: list[str], environment: dict[str, str], files: list[Path], befor
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
     os.environ.clear()
     os.environ.update(environment)
-    os.chdir(ROOT)
+    os.chdir(cwd)
     os.setsid()
     tempfile.tempdir = None  # TMPDIR is another
     if before is not None:
@@ -86,14 +93,14 @@ def _run(words: list[str], environment: dict[str, str], files: list[Path], befor
 
 
 def run_script(
-    *arguments: object, env: Mapping[str, str] | None = None, timeout: float | None = None
+    *arguments: object, env: Mapping[str, str] | None = None, cwd: Path = ROOT, timeout: float | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Runs `python ARGUMENTS` in the project's folder to its end: train.py and the verbs forked, anything else afresh."""
     words = list(map(str, arguments))
     if words[0] not in ("train.py", "-m") or (words[0] == "-m" and words[1] != "deit_kd"):
         return subprocess.run(
-            [sys.executable, *words], cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=timeout
+            [sys.executable, *words], cwd=cwd, env=env, capture_output=True, text=True, check=False, timeout=timeout
         )
-    program = Program(*words, env=env)
+    program = Program(*words, env=env, cwd=cwd)
     code = program.wait(timeout)
     return subprocess.CompletedProcess(words, code, *program.printed())

@@ -64,13 +64,6 @@ def test_files_are_what_their_readers_take(file: Path) -> None:
     assert config.num_processes == {"cpu1": 1, "cpu2": 2, "gpu1": 1, "ddp8": 8, "fsdp2": 8, "two_nodes": 16}[file.stem]
 
 
-def test_two_processes_by_accelerate_launch(tmp_path: Path, fashion_folder: Path) -> None:
-    launcher = ["-m", "accelerate.commands.launch", "--config_file", "launch/cpu2.yaml"]
-    done = run_script(*launcher, "train.py", *RUN, "--data", fashion_folder, "--output", tmp_path / "run", "--max-steps", 2)
-    assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "run/run.json").read_text())["processes"] == 2
-
-
 def test_a_student_cut_over_two_processes_is_exported_as_from_ddp(tmp_path: Path, fashion_folder: Path) -> None:
     launcher = ["-m", "accelerate.commands.launch", "--num_processes", 2, "--config_file"]
     options = [*RUN, "--data", fashion_folder, "--max-steps", 4, "run.eval_every_epochs=1", "ema_decay=0.5", "optim.clip_grad=1.0"]
@@ -80,7 +73,10 @@ def test_a_student_cut_over_two_processes_is_exported_as_from_ddp(tmp_path: Path
     for name, file in (("DDP", "cpu2"), ("FSDP2", "fsdp2")):
         done = run_script(*launcher, f"launch/{file}.yaml", "train.py", *options, "--output", tmp_path / name)
         assert done.returncode == 0, done.stderr
-        assert json.loads((tmp_path / name / "run.json").read_text())["sharded"] is (name == "FSDP2")
+        run = json.loads((tmp_path / name / "run.json").read_text())
+        assert (run["sharded"], run["processes"]) == (name == "FSDP2", 2)
+        assert "24 = 2 x 1 x 12 images" in done.stdout
+        assert {line["images"] for line in read_metrics(tmp_path / name) if line["kind"] == "eval"} == {40}
         students[name] = load_file(tmp_path / name / "student/model.safetensors")
     assert students["DDP"].keys() == students["FSDP2"].keys()
     for key, value in students["DDP"].items():

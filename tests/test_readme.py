@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 from PIL import Image
+from programs import Program, run_script
 
 from deit_kd import recipe as recipes
 
@@ -71,8 +72,10 @@ def test_quick_start_and_what_follows_it(copy: Path, quick_start: str) -> None:
         assert sheet.size[0] > 800
     assert "is now in" in bash(copy / "launch" / "quickstart.sh", "--max-steps", "1"), "a second run keeps the first"
     for code in (code for page in PAGES for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL)):
-        done = subprocess.run([sys.executable, "-c", code], cwd=copy, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, f"{code}\n{done.stderr}"
+        file = copy.parent / "typed.py"
+        file.write_text(code)
+        done = Program(file, cwd=copy)
+        assert done.wait() == 0, f"{code}\n{done.printed()}"
 
 
 @pytest.mark.usefixtures("quick_start")
@@ -91,7 +94,7 @@ def test_what_is_done_with_students(copy: Path, fashion_folder: Path) -> None:
             continue
         words = [{"FOLDERS": str(fashion_folder), "PICTURE.png": str(picture)}.get(word, word) for word in arguments]
         words += ["run.workers=0", "global_batch_size=120"] if words[0] == "finetune" else []
-        ran = subprocess.run([sys.executable, "-m", "deit_kd", *words], cwd=copy, capture_output=True, text=True, check=False)
+        ran = run_script("-m", "deit_kd", *words, cwd=copy)
         assert ran.returncode == 0, f"{line}\n{ran.stderr}"
         done.append(words[0])
     assert done == ["evaluate", "predict", "finetune", "publish", "export", "card"]

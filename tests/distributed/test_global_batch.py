@@ -16,11 +16,12 @@ import torch
 from accelerate import Accelerator, debug_launcher
 from accelerate.state import AcceleratorState
 from conftest import SMALL
-from objectives import COUPLED, OBJECTIVES
+from objectives import COUPLED, NONE, OBJECTIVES
 from safetensors.torch import load_file, save_file
 from sections import optimizing, scheduling
 from torch import Tensor, nn
 
+from deit_kd import losses
 from deit_kd import recipe as recipes
 from deit_kd.data import Batch
 from deit_kd.data.build import open_data
@@ -159,19 +160,13 @@ def difference(one: Path, other: Path) -> float:
     return max(((ours[name] - theirs[name]).abs().max() / max(size, least)).item() for name, size in sizes.items())
 
 
-@pytest.mark.parametrize("name", COUPLED)
-def test_layouts_agree(name: str, run: Run, tmp_path: Path) -> None:
-    overrides = [*OBJECTIVES[name], *([] if name == "crd" else MIXED)]
-    if name == "nd":  # without the adapter's batch norm, which is each device's own
-        adapter = "bn_dropout_linear, dropout: 0.5", "linear, bias: true, depth: 1, width: teacher"
-        overrides = [item.replace(*adapter) for item in overrides]
+def agree(run: Run, overrides: list[str], layouts: list[tuple[int, int]], tmp_path: Path, sharded: bool = False) -> None:
+    """Gradients, weights, averages and logged terms of each layout are those of one process with whole batches."""
     whole = run(overrides, (1, 1), tmp_path / "whole")
     for file in whole.glob("class_means*"):
         overrides = [item.replace("class_means: auto", f"class_means: {file}") for item in overrides]
-    others = [
-        run(overrides, layout, tmp_path / f"{layout[0]}x{layout[1]}") for layout in (LAYOUTS if name in IN_ALL else LAYOUTS[-1:])
-    ]
-    if name in SHARDED:
+    others = [run(overrides, layout, tmp_path / f"{layout[0]}x{layout[1]}") for layout in layouts]
+    if sharded:
         others.append(run(overrides, (2, 2), tmp_path / "sharded", sharded=True))
     for folder in others:
         for file, limit in (
@@ -186,6 +181,35 @@ def test_layouts_agree(name: str, run: Run, tmp_path: Path) -> None:
                 assert ours.get(key) == theirs.get(key)
             for key in {"loss", "ce", "kd", "feature"} & ours.keys():
                 assert ours.get(key) == pytest.approx(theirs.get(key), rel=1e-6), (folder.name, key)
+
+
+@pytest.mark.parametrize("name", COUPLED)
+def test_layouts_agree(name: str, run: Run, tmp_path: Path) -> None:
+    overrides = [*OBJECTIVES[name], *([] if name == "crd" else MIXED)]
+    if name == "nd":  # without the adapter's batch norm, which is each device's own
+        adapter = "bn_dropout_linear, dropout: 0.5", "linear, bias: true, depth: 1, width: teacher"
+        overrides = [item.replace(*adapter) for item in overrides]
+    agree(run, overrides, LAYOUTS if name in IN_ALL else LAYOUTS[-1:], tmp_path, sharded=name in SHARDED)
+
+
+def gram_distance(student: Tensor, teacher: Tensor) -> Tensor:
+    """Couples each two samples of a batch; a loss that the package does not have."""
+    ours, theirs = (torch.nn.functional.normalize(each, dim=1) for each in (student, teacher))
+    return (ours @ ours.t() - theirs @ theirs.t()).square().mean()
+
+
+def of_the_likeliest(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+    """Couples samples through the spread of the labels' probabilities."""
+    ours, theirs = (each.softmax(1).gather(1, labels[:, None]) for each in (student, teacher))
+    return (ours.std() - theirs.std()).square() + (ours.mean() - theirs.mean()).square()
+
+
+def test_layouts_agree_for_losses_that_a_user_registers(run: Run, tmp_path: Path, forgets: None) -> None:
+    losses.register(gram_distance, compares="features", couples_samples=True, any_width=True)
+    losses.register(of_the_likeliest, compares="logits", couples_samples=True, reads_labels=True)
+    taps, head = "student_tap: pooled, teacher_tap: pooled", "kd_weight: 1, kd_head: distillation"
+    loss = f"distill={{kd_loss: of_the_likeliest, {head}, feature_loss: gram_distance, feature_weight: 1, {taps}}}"
+    agree(run, [NONE, loss, *MIXED], LAYOUTS[-1:], tmp_path)
 
 
 def test_device_statistics_are_those_of_a_micro_batch(run: Run, tmp_path: Path) -> None:

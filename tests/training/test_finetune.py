@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import timm
 import torch
-from conftest import ROOT
+from programs import run_script
 from safetensors.torch import load_file
 from sections import optimizing
 from timm.models._hub import save_for_hf
@@ -166,7 +163,7 @@ def test_training_stops_where_held_out_images_are_told_no_better(
 
 def test_the_command(weights: Path, fashion_folder: Path, tmp_path: Path) -> None:
     """Size and normalization are those of the weights; overrides of the user win."""
-    command = [sys.executable, "-m", "deit_kd", "finetune", weights, "--data", fashion_folder, "--output", tmp_path / "run"]
+    command = ["-m", "deit_kd", "finetune", weights, "--data", fashion_folder, "--output", tmp_path / "run"]
     command += [
         "--device",
         "cpu",
@@ -176,7 +173,7 @@ def test_the_command(weights: Path, fashion_folder: Path, tmp_path: Path) -> Non
         "optim.warmup_epochs=0",
         "evaluation.crop_pct=1.0",
     ]
-    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, check=False, env=dict(os.environ))
+    done = run_script(*command)
     assert done.returncode == 0, done.stderr
     recipe = recipes.load(tmp_path / "run/recipe.yaml")
     assert recipe.evaluation.crop_pct == 1.0

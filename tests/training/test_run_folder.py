@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -608,7 +609,9 @@ def test_a_disk_without_locks_is_told(tmp_path: Path, capsys: pytest.CaptureFixt
 # Killed before each change of a file.
 
 
-@pytest.mark.parametrize("every", [9, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "every", [25, pytest.param(4, marks=pytest.mark.slow)]
+)  # from a moment that is drawn, so that all get a turn
 def test_killed_before_a_change_of_a_file_the_same_command_ends_as_if_nothing_had_happened(
     every: int, runs: tuple[Path, Path], data: Path, tmp_path: Path
 ) -> None:
@@ -617,7 +620,7 @@ def test_killed_before_a_change_of_a_file_the_same_command_ends_as_if_nothing_ha
     def work() -> None:
         train.main(command(data, run))
 
-    for _, ended in killing.each_moment(work, run, every):
+    for _, ended in killing.each_moment(work, run, every, random.SystemRandom().randint(1, every)):
         again = killing.run(work, run)
         assert again.code == 0, (ended.changes[-1], again.printed)
         same_result(run, runs[0])

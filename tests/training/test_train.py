@@ -66,6 +66,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("runs") / "quick"
     done = run_script("train.py", "--recipe", "quickstart", "--output", output, "--max-steps", 3, "ema_decay=0.5")
     assert done.returncode == 0, done.stderr
+    assert "WARNING" not in done.stdout + done.stderr, "its teacher is a good one"
     return output
 
 
@@ -263,7 +264,7 @@ def test_photos_at_full_size_with_the_real_architectures(photo_folder: Path, tmp
         photo_folder,
         "teacher.weights=random",
         "--max-steps",
-        2,
+        1,
         "--output",
         tmp_path / "run",
     )
@@ -406,16 +407,6 @@ def test_a_strategy_that_would_not_be_followed_is_refused(train_cli: Cli, tmp_pa
         monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
         assert told in refuse(train_cli, "--recipe", "quickstart", "--output", tmp_path / "run")
         monkeypatch.delenv(f"ACCELERATE_USE_{name}")
-
-
-def test_two_processes_share_the_batch(tmp_path: Path, fashion_folder: Path) -> None:
-    output = tmp_path / "run"
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", 29000 + os.getpid() % 1000]
-    options = ["--recipe", "quickstart", "--data", fashion_folder, "--output", output, "--max-steps", 3, *SMALL, *RANDOM_TEACHER]
-    done = run_script(*launcher, "train.py", *options, env={**os.environ, "ACCELERATE_USE_CPU": "1"})
-    assert done.returncode == 0, done.stderr
-    assert "24 = 2 x 1 x 12 images" in done.stdout
-    assert [line["images"] for line in metrics(output) if line["kind"] == "eval"] == [40]
 
 
 def fill(disk: Path) -> None:
