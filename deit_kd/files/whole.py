@@ -203,19 +203,28 @@ def write_tensors(tensors: Tensors, file: Path, metadata: dict[str, str] | None 
             raise OSError(int(number[1]), os.strerror(int(number[1])), str(file)) from None
 
 
+def fsync(path: Path) -> None:
+    """Waits until a file or folder is on the disk.
+
+    Raises:
+        OSError: the disk fails, or cannot do so.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def flush(path: Path) -> None:
-    """Waits until a file or folder is on the disk. Where the disk cannot say so, as some network disks of folders, is one warning.
+    """`fsync`; a disk that cannot do so, as some network disks for folders, is one warning.
 
     Raises:
         OSError: a file cannot be written to the disk.
     """
     is_folder = path.is_dir()
     try:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        fsync(path)
     except OSError as error:
         if not is_folder and error.errno not in _NO_FLUSH:
             raise

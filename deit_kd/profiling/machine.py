@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import os
 import resource
 import tempfile
 import threading
@@ -20,6 +19,7 @@ from deit_kd.data import Source, TrainLoader
 from deit_kd.data.transforms import Transform
 from deit_kd.data.workers import SHARED_MEMORY, Batches, shared_memory_free, stack
 from deit_kd.files.warn import optional
+from deit_kd.files.whole import fsync
 from deit_kd.tasks.ready import Line
 
 SECONDS = 90  # that a worker has for its first batch
@@ -152,11 +152,7 @@ def _flush(place: Path, folder: Path) -> Line:
     cannot = []
     for path in (file, place):
         try:
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            fsync(path)
         except OSError as error:
             if path == file and error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT):
                 return Line(
