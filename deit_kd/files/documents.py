@@ -1,4 +1,4 @@
-"""The door for structure that somebody else wrote: JSON through a typed schema with bounds, sizes before anything is read whole.
+"""Reads JSON of others through a typed schema with bounds, and checks its size first.
 
 Whatever is wrong with a file ends in one line: the file, the place in it, what is wrong, what to do.
 """

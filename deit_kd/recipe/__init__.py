@@ -77,7 +77,7 @@ __all__ = [
     "run_folder",
 ]
 
-MOST_FAULTS = 20  # told at once
+MOST_FAULTS = 20  # in one message
 # What other tools call a key; the nearest spelling would be another one.
 MEANT = {
     "learning_rate": "optim.lr",

@@ -40,7 +40,7 @@ PROBABILITIES = (
     "student.drop_path", "finetune.layer_decay", "finetune.holdout", "optim.momentum",
     *(f"augmentation.{key}" for key in ("horizontal_flip", "random_erasing", "mixup_prob", "mixup_switch_prob", "label_smoothing")),
 )  # fmt: skip
-# Beyond these nothing runs and much would be made: a number far too large is a slip of the finger, or somebody else's.
+# Larger numbers are typing errors: nothing runs with them, and much memory would be asked for.
 AT_MOST = {
     **dict.fromkeys(("epochs", "global_batch_size", "augmentation.repeats"), 10**6),
     **dict.fromkeys(("data.img_size", "teacher.img_size"), 4096),

@@ -84,21 +84,21 @@ def hints(section: type) -> dict[str, Any]:
 @functools.cache
 def kind_of(hint: Any) -> Kind:
     """The kind of a type, all of a union's together."""
-    told: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for option in typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,):
         origin, arguments = typing.get_origin(option), typing.get_args(option)
         if origin is Literal:
-            told["words"] = told.get("words", frozenset()) | {each for each in arguments if isinstance(each, str)}
+            found["words"] = found.get("words", frozenset()) | {each for each in arguments if isinstance(each, str)}
         elif origin is tuple:
-            told |= {"items": tuple(each for each in arguments if each is not ...), "repeats": ... in arguments}
+            found |= {"items": tuple(each for each in arguments if each is not ...), "repeats": ... in arguments}
         elif origin is dict:
-            told["values"] = arguments[1]
+            found["values"] = arguments[1]
         elif is_dataclass(option):
-            told["section"] = option
+            found["section"] = option
         else:
             name = {str: "text", type(None): "null", bool: "boolean", int: "number", float: "number", Any: "anything"}[option]
-            told[name] = True
-    return Kind(**told)
+            found[name] = True
+    return Kind(**found)
 
 
 def read_yaml(file: Path, kind: Kind) -> Any:

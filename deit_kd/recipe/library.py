@@ -149,7 +149,7 @@ def overview() -> str:
 
 
 def run_folder(name_or_path: str | Path) -> Path:
-    """Where a run of a recipe is kept unless somebody says where: runs/NAME_VARIANT, or the run folder that was named."""
+    """Where a run of a recipe is kept by default: runs/NAME_VARIANT, or the run folder that was named."""
     path = Path(name_or_path)
     with suppress(RecipeError, OSError):
         file, variant = find(path)

@@ -186,7 +186,7 @@ def check_registration(what: str, function: Any, names: Mapping[str, Any], given
         given: names of the arguments.
 
     Raises:
-        UserError: no function, a name that is taken, an argument that it does not take, or one that it needs and nobody gives.
+        UserError: no function, a name that is taken, an argument that it does not take, or a parameter without a value.
     """
     name = getattr(function, "__name__", "")
     if not callable(function) or not name.isidentifier():
@@ -207,7 +207,7 @@ def check_registration(what: str, function: Any, names: Mapping[str, Any], given
             f"{what}: {name} has no parameter {', '.join(missing)} after the first two; add it, or leave it out of keys"
         )
     if unset := [each.name for each in named[2:] if each.default is each.empty and each.name not in given]:
-        raise UserError(f"{what}: nobody gives {name} its parameter {', '.join(unset)}; add it to keys, or give it a default")
+        raise UserError(f"{what}: {name} has a parameter {', '.join(unset)} without a value; add it to keys, or give it a default")
     return name
 
 

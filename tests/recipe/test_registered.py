@@ -131,7 +131,10 @@ def test_a_projector_that_is_no_module_is_one_line(forgets: None) -> None:
             "my_loss has no parameter power after the first two; add it, or leave it out of keys",
         ),
         (lambda: losses.register(my_loss, compares="logits", reads_labels=True), "my_loss has no parameter labels"),
-        (lambda: losses.register(needs_scale, compares="logits"), "nobody gives needs_scale its parameter scale; add it to keys"),
+        (
+            lambda: losses.register(needs_scale, compares="logits"),
+            "needs_scale has a parameter scale without a value; add it to keys",
+        ),
         (
             lambda: losses.register(my_loss, compares="features", taps=("poled",)),
             "my_loss compares the tap 'poled', which does not exist",
