@@ -82,6 +82,7 @@ def _run(words: list[str], environment: dict[str, str], cwd: Path, files: list[P
     os.chdir(cwd)
     os.setsid()
     tempfile.tempdir = None  # TMPDIR is another
+    multiprocessing.set_start_method(None, force=True)  # processes that it starts are what they are elsewhere
     if before is not None:
         before()
     if words[0] == "-m":
