@@ -12,6 +12,7 @@ import shutil
 import signal
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -170,11 +171,13 @@ class Batches:
         self._loader = self._new_loader()
         self._processes: set[Any] = set()
         self._closed = False
+        # When the garbage collector finds a loader, torch waits 5 seconds for each of its processes, which never hear that they should end.
+        weakref.finalize(self, _kill, self._processes).atexit = False
 
     def close(self) -> None:
         """Ends the processes, also those that hang; a caller that waits for a batch gets an error within seconds."""
         self._closed = True
-        self._kill()
+        _kill(self._processes)
 
     def __call__(self, keys: Sequence[Any]) -> Iterator[Any]:
         """The batch of each key.
@@ -196,7 +199,7 @@ class Batches:
                 self._replace(died, keys[done])
                 continue
             except BaseException:  # a signal: a process that hangs must not keep this one
-                self._kill()
+                _kill(self._processes)
                 raise
             if note and not self._said:
                 self._said = True
@@ -236,7 +239,7 @@ class Batches:
 
     def _replace(self, died: int, key: Any) -> None:
         """Replaces all processes after one died."""
-        self._kill()
+        _kill(self._processes)
         codes = {process.exitcode for process in self._processes} - {None, 0, -signal.SIGKILL}
         if died == DEATHS:
             raise UserError(
@@ -247,10 +250,11 @@ class Batches:
         self._processes.clear()
         self._loader = self._new_loader()
 
-    def _kill(self) -> None:
-        for process in self._processes:
-            process.kill()
-            process.join(1)
+
+def _kill(processes: set[Any]) -> None:
+    for process in processes:
+        process.kill()
+        process.join(1)
 
 
 def _tells_of_a_death(error: Exception) -> bool:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import hashlib
+import multiprocessing
 import os
 import pickle
 import signal
@@ -209,6 +211,9 @@ def test_a_folder_too_long_for_sockets(
     said: list[str] = []
     long = tmp_path / ("a" * 60) / ("b" * 60)
     long.mkdir(parents=True)
+    monkeypatch.delitem(
+        multiprocessing.current_process()._config, "tempdir", raising=False
+    )  # where sockets are, once there was one
     for folder, reason in ((long, "AF_UNIX path too long"), (tmp_path / "is not there", "No such file or directory")):
         monkeypatch.setattr(tempfile, "tempdir", str(folder))
         assert stream(train_loader(fashion_folder, 2, said.append)) == expected
@@ -285,6 +290,20 @@ def test_spawned_processes_give_the_same_stream(expected: list[str], fashion_fol
     done = run_script("-c", script, fashion_folder)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == expected
+
+
+def test_a_loader_that_is_forgotten_ends_its_processes_at_once(fashion_folder: Path) -> None:
+    """Killed; torch terminates them when the garbage collector finds a circle, after it waited five seconds for each."""
+    gc.collect()
+    before = set(multiprocessing.active_children())
+    circle: list[Any] = [train_loader(fashion_folder, 2)]
+    circle.append(circle)
+    next(circle[0].epoch(0))
+    processes = set(multiprocessing.active_children()) - before
+    assert len(processes) == 2
+    del circle
+    gc.collect()
+    assert {process.exitcode for process in processes} == {-signal.SIGKILL}
 
 
 def test_what_doctor_asks(fashion_folder: Path) -> None:

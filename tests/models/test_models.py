@@ -87,7 +87,7 @@ def test_conv_stem_student_takes_other_sizes_and_classes() -> None:
 
 @pytest.mark.parametrize("first", ["deit_kd", "timm"])
 def test_students_are_registered_whichever_is_imported_first(first: str) -> None:
-    from conftest import run_script
+    from programs import run_script
 
     second = {"deit_kd": "timm", "timm": "deit_kd"}[first]
     done = run_script(
@@ -97,7 +97,7 @@ def test_students_are_registered_whichever_is_imported_first(first: str) -> None
 
 
 def test_importing_the_package_imports_no_torch() -> None:
-    from conftest import run_script
+    from programs import run_script
 
     done = run_script("-c", "import sys, deit_kd, deit_kd.recipe; assert 'torch' not in sys.modules")
     assert done.returncode == 0, done.stderr
@@ -255,7 +255,7 @@ def test_random_teacher_says_so() -> None:
 def test_teacher_from_a_folder_and_from_a_hub_cache(tmp_path: Path) -> None:
     import shutil
 
-    from conftest import run_script
+    from programs import run_script
 
     from deit_kd.models.teacher import RELEASED
 
