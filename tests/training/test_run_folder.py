@@ -610,7 +610,7 @@ def test_a_disk_without_locks_is_told(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 @pytest.mark.parametrize(
-    "every", [25, pytest.param(4, marks=pytest.mark.slow)]
+    "every", [25, pytest.param(6, marks=pytest.mark.slow)]
 )  # from a moment that is drawn, so that all get a turn
 def test_killed_before_a_change_of_a_file_the_same_command_ends_as_if_nothing_had_happened(
     every: int, runs: tuple[Path, Path], data: Path, tmp_path: Path
