@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from deit_kd.errors import UserError
@@ -92,5 +94,22 @@ def function_of(name: str) -> Loss:
     from deit_kd import losses
 
     row = LOGIT_OBJECTIVES.get(name) or FEATURE_OBJECTIVES.get(name)
-    found: Loss = row.function if row and row.function else getattr(losses, name)
+    if row and row.function:
+        return partial(_checked, row.function)
+    found: Loss = getattr(losses, name)
     return found
+
+
+def _checked(function: Loss, student: Tensor, teacher: Tensor, **parameters: Any) -> Tensor:
+    """What a registered loss returns.
+
+    Raises:
+        UserError: it is no 0-d tensor, or has no gradient.
+    """
+    value, name = function(student, teacher, **parameters), function.__name__
+    if not isinstance(value, Tensor) or value.ndim:
+        found = f"one of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise UserError(f"loss {name}: must return a 0-d tensor, got {found}; return its mean, for example")
+    if student.requires_grad and torch.is_grad_enabled() and not value.requires_grad:
+        raise UserError(f"loss {name}: what it returns has no gradient to the student; leave out detach, item and argmax")
+    return value

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -109,6 +110,23 @@ def test_labels_come_by_name_and_a_changed_function_replaces_the_one_before(forg
     value = terms.kd(StudentOutput(ours, (ours,), ()), TeacherOutput(theirs, theirs, {}), batch)
     difference = (ours - theirs)[torch.arange(4), targets.argmax(1)]
     torch.testing.assert_close(value, 3 * difference.square().mean())
+
+
+@pytest.mark.parametrize(
+    ("loss", "fault"),
+    [
+        (lambda s, t: (s - t).square().mean(1), r"must return a 0-d tensor, got one of shape \[4\]"),
+        (lambda s, t: (s - t).square().mean().item(), "must return a 0-d tensor, got float"),
+        (lambda s, t: (s - t).square().mean().detach(), "has no gradient to the student"),
+    ],
+)
+def test_what_a_users_loss_returns(loss: Callable[[Tensor, Tensor], Any], fault: str, forgets: None) -> None:
+    def mine(student: Tensor, teacher: Tensor) -> Any:
+        return loss(student, teacher)
+
+    losses.register(mine, compares="features")
+    with pytest.raises(UserError, match=f"loss mine: .*{fault}"):
+        losses.function_of("mine")(torch.randn(4, 3, requires_grad=True), torch.randn(4, 3))
 
 
 def test_a_projector_that_is_no_module_is_one_line(forgets: None) -> None:
