@@ -47,7 +47,7 @@ def register(
         keys: its further parameters, which a recipe states in `distill.parameters`, and what each may be.
         couples_samples: the loss of a batch is not the mean of the losses of its samples. Then it sees all rows of the global batch, however
             that is cut over processes and micro-batches.
-        reads_labels: of logits alone.
+        reads_labels: only for compares='logits'.
         taps: of features: the taps that it compares.
         projector: of features: the only kind of projector that it works with; None for any.
         any_width: of features: student and teacher may differ in width without a projector.
@@ -77,7 +77,7 @@ def register(
         if reads_labels:
             raise UserError(f"{what}: reads_labels is for compares='logits'; leave it out for {name}")
         if projector is not None and projector not in PROJECTORS:
-            raise UserError(f"{what}: {name} needs the projector {projector!r}, which no row names; register it first")
+            raise UserError(f"{what}: {name} needs the projector {projector!r}, which does not exist; register it first")
         LOGIT_OBJECTIVES.pop(name, None)
         FEATURE_OBJECTIVES[name] = FeatureObjective(
             paper=paper, keys=keys, couples_samples=couples_samples, taps=taps, projector=projector, any_width=any_width,

@@ -14,7 +14,7 @@ from typing import Any
 from deit_kd.errors import UserError
 
 VECTORS = ("pooled", "class_token", "distillation_token", "prefix_tokens")
-VECTORS_OR_PLACES = (*VECTORS, "spatial", "a number")  # the places of one map count as so many samples
+VECTORS_OR_PLACES = (*VECTORS, "spatial", "a number")  # each position of a feature map counts as one sample
 TAPS = (*VECTORS_OR_PLACES, "stages", "stages_and_pooled", "dense_logits")
 
 
@@ -25,7 +25,7 @@ class Key:
     Attributes:
         type: float, int or bool; a float may be written as an integer.
         at_least: the smallest number.
-        above: a bound below all numbers.
+        above: an exclusive lower bound.
         at_most: the largest number.
         words: all that it may be; for keys that are no number.
     """
@@ -72,7 +72,7 @@ class LogitObjective:
     """A loss between logits.
 
     Attributes:
-        paper: a key of `deit_kd.export.citations.PAPERS`; of a user's loss BibTeX, or nothing.
+        paper: a key of `deit_kd.export.citations.PAPERS`; of a registered loss a BibTeX entry, or an empty string.
         keys: of the section `distill`, passed to the function under the same names; of a user's loss those of `distill.parameters`.
         couples_samples: the loss of a batch is not the mean of the losses of its samples.
         reads_labels: the function takes `labels` [B].
@@ -94,7 +94,7 @@ class FeatureObjective:
         paper: see `LogitObjective`, as `keys`, `couples_samples` and `function`.
         reads_class_means: the function takes the class mean [B,E] of each sample.
         taps: the taps that it compares.
-        projector: the only kind of projector that it works with; None for any that no objective owns.
+        projector: the only kind of projector that it works with; None: any but those that belong to one objective.
         any_width: student and teacher may differ in width without a projector.
     """
 

@@ -41,7 +41,7 @@ class Classification:
         recipe: what to train.
         accelerator: of this process.
         sources: train and val.
-        teachers: one a distillation of the recipe, on the device.
+        teachers: one per distillation of the recipe, on the device.
         output: the run folder, where class means are kept.
         device_batch_size: the largest micro-batch of one device; None for no accumulation.
         warn: takes a line for people.
@@ -83,7 +83,7 @@ class Classification:
             "accumulation_steps": self.accumulation_steps,
             "batch_statistics": recipe.batch_statistics,
         }
-        self._answers: list[Answers] = []  # of the teachers to the micro-batches to come
+        self._answers: list[Answers] = []  # teachers' outputs for the next micro-batches of this step
 
     def train_batches(self, epoch: int, start_step: int, clock: Clock) -> Iterator[Batch]:
         """See `Task`. Under accumulation, losses that couple samples need the rows of all micro-batches first: an extra student forward."""
@@ -116,7 +116,7 @@ class Classification:
 
     def _equation(self, batch: Batch, answers: Answers, clock: Clock, detailed: bool) -> dict[str, Tensor]:
         active = {number: terms for number, terms in enumerate(self.terms) if terms.active(batch.epoch)}
-        torch.manual_seed(batch.seed)  # of dropout and drop path: a function of the place in the epoch
+        torch.manual_seed(batch.seed)  # of dropout and drop path; it depends only on the position in the epoch
         with clock.span("student"):
             taps = [answers[t.teacher].tapped[t.tap] if t in active.values() and t.tap is not None else None for t in self.terms]
             student: StudentOutput = self.module(batch.images, taps)
@@ -134,7 +134,7 @@ class Classification:
                 if terms.tap is not None and terms.on("feature", batch.epoch):
                     values[f"feature{suffix}"] = feature = terms.feature(student, answer, batch, self.projectors[number])
                     loss = loss + terms.weight("feature", batch.epoch) * feature
-            for number, terms in enumerate(self.terms):  # else DDP waits for gradients that never come
+            for number, terms in enumerate(self.terms):  # DDP expects a gradient for every parameter
                 if not (number in active and terms.on("feature", batch.epoch)):
                     loss = loss + sum(0.0 * p.sum() for p in self.projectors[number].parameters())
         if 0 in active:

@@ -61,7 +61,7 @@ class Terms:
                 self.functions[name] = torch.compile(function, dynamic=False, mode=compiled) if compiled else function
 
     def on(self, term: str, epoch: int) -> bool:
-        """Whether an epoch is among the active ones of kd or feature; at the foot of a ramp a term is on with weight 0."""
+        """Whether an epoch is among the active ones of kd or feature; in the first epoch of a ramp a term is on with weight 0."""
         first, last = self.distill.active_epochs.get(term, (0, self.epochs))  # type: ignore[call-overload]
         return first <= epoch < last
 
@@ -153,7 +153,7 @@ class Terms:
         return {key: stated[key] for key in row.keys}
 
     def _contrastive(self, memory: ContrastiveMemory, student: Tensor, teacher: Tensor, batch: Batch) -> Tensor:
-        """CRD. The memory is one for all processes, and changes once a step, whatever `batch_statistics` says."""
+        """CRD. All processes hold the same memory, and update it once a step, whatever `batch_statistics` says."""
 
         def complete(name: str, rows: Tensor) -> Tensor:
             return self.global_batch.gather_rows(f"{self.number} {name}", rows.detach())

@@ -81,7 +81,7 @@ def fit(
     tracker.start(step)
     if step == 0:
         tracker.log("projector", step, task.inspect())
-    elif step % eval_every == 0 or step >= total_steps:  # the checkpoint is older than the evaluation of its step
+    elif step % eval_every == 0 or step >= total_steps:  # a checkpoint is saved before its step is evaluated
         evaluated = [line for line in tracker.lines("eval") if line["step"] == step]
         _evaluate(task, tracker, step, ema, best, evaluated[-1] if evaluated else None)
     clock, window, guard = (
@@ -121,7 +121,7 @@ def fit(
                         over = _is_over(task, tracker, accelerator)
             if guard.should_stop:
                 tracker.say(goes_on(step, folder))
-        except Stopped as stopped:  # in an evaluation, or before a step was complete, which so far changed only buffers
+        except Stopped as stopped:  # in an evaluation, or in an unfinished step, which has changed only buffers
             guard.restore(torch.full_like(guard.found_inf, step > state.reached))
             guard.read()
             state.save_what_is_not()

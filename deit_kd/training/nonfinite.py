@@ -49,7 +49,7 @@ class StepGuard:
         self.should_stop, self.step_is_valid, self.invalid_in_a_row = False, True, 0
         self._pending: list[tuple[int, StepTerms, Tensor]] = []  # step, its terms, found_inf
         self._copied: tuple[Tensor, torch.cuda.Event] | None = None
-        stored = task.module.state_dict()  # other buffers are constant
+        stored = task.module.state_dict()  # non-persistent buffers never change
         self._buffers = [buffer for name, buffer in task.module.named_buffers() if name in stored]
         self._before = [buffer.clone() for buffer in self._buffers]
 

@@ -160,7 +160,7 @@ def test_a_projector_that_is_no_module_is_one_line(forgets: None) -> None:
         (lambda: losses.register(my_loss, compares="features", paper="Me, 2026"), "paper of my_loss must be a BibTeX entry"),
         (
             lambda: losses.register(my_loss, compares="features", projector="liner"),
-            "needs the projector 'liner', which no row names",
+            "needs the projector 'liner', which does not exist",
         ),
         (lambda: losses.register(my_loss, compares="logits", any_width=True), "are for compares='features'; leave them out"),
         (lambda: losses.register(my_loss, compares="maps"), "compares must be 'logits' or 'features', got 'maps'"),  # type: ignore[arg-type]
