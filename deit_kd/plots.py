@@ -49,7 +49,7 @@ def plot_run(folder: Path) -> list[Path]:
     written = []
 
     def save(name: str, figure: Any) -> None:
-        _save(figure, plots / f"{name}.png", tight=False)  # these fit as they are, and a tight box draws all twice
+        _save(figure, plots / f"{name}.png")
         written.append(plots / f"{name}.png")
 
     if terms := [name for name in {name: None for line in train for name in line} if TERM.fullmatch(name)]:
@@ -133,9 +133,9 @@ def _ruler(lines: Sequence[dict[str, Any]]) -> tuple[str, str]:
     return ("epoch", "epochs") if all("epoch" in line for line in lines) else ("step", "steps")
 
 
-def _save(figure: Any, file: Path, tight: bool = True) -> None:
+def _save(figure: Any, file: Path) -> None:
     with whole(file) as part:
-        figure.savefig(part, format="png", dpi=120, bbox_inches="tight" if tight else None)
+        figure.savefig(part, format="png", dpi=120, bbox_inches="tight")
     plt.close(figure)
 
 

@@ -19,7 +19,7 @@ from deit_kd.models.teacher import RELEASED
 def figures(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Figures as they are saved, by the name of their file."""
     drawn: dict[str, Any] = {}
-    monkeypatch.setattr(plots, "_save", lambda figure, file, **_: drawn.setdefault(file.stem, figure))
+    monkeypatch.setattr(plots, "_save", lambda figure, file: drawn.setdefault(file.stem, figure))
     return drawn
 
 
