@@ -21,8 +21,6 @@ from torch.testing import assert_close
 
 from deit_kd.training.metrics import read_metrics
 
-pytestmark = pytest.mark.slow
-
 RUN = [
     *("--device", "cpu", "--recipe", "quickstart", *SMALL, "teacher.name=resnet10t", "teacher.weights=random"),
     *("epochs=500", "run.eval_every_epochs=500", "run.save_every_steps=4", "run.log_every_steps=1"),

@@ -23,8 +23,6 @@ from deit_kd.cli import main
 from deit_kd.errors import UserError
 from deit_kd.sweep import _cells, _held, _name, run_grid
 
-pytestmark = pytest.mark.slow
-
 AXES = ["distill.power=2,4", "seed=0,1"]
 QUICK = [*SMALL, "epochs=1", "optim.warmup_epochs=0", "teacher.name=resnet10t", "teacher.weights=random"]
 

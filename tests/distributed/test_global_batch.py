@@ -36,8 +36,6 @@ from deit_kd.training.metrics import Tracker, read_metrics
 from deit_kd.training.optim import build_optimizer, build_schedule
 from deit_kd.training.setup import prepare
 
-pytestmark = pytest.mark.slow
-
 LAYOUTS = [(2, 1), (4, 1), (1, 4), (2, 2)]  # processes, accumulation steps
 IN_ALL = ["logsum_correlation", "crd"]  # the others in the last alone, which has several of both
 SHARDED = ["logsum l2", "crd"]  # of these also with the student cut over two processes

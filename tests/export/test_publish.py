@@ -29,8 +29,6 @@ import deit_kd
 from deit_kd import load_student
 from deit_kd.cli import main
 
-pytestmark = pytest.mark.slow
-
 
 class Hub(ThreadingHTTPServer):
     """What it was told: repositories, commits (path -> content), objects of large files, and every request."""

@@ -28,8 +28,6 @@ from deit_kd.evaluation import report  # noqa: F401  # here, not in each forked 
 from deit_kd.files.locks import locked
 from deit_kd.files.outputs import claimed, must_not_be_data, settle, workspace
 
-pytestmark = pytest.mark.slow
-
 RANDOM = ["teacher.name=resnet10t", "teacher.weights=random"]
 SIZE = [*SMALL, *RANDOM, "global_batch_size=8", "epochs=1", "optim.warmup_epochs=0", "data.num_classes=auto"]
 

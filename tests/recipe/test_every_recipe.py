@@ -76,7 +76,6 @@ def one_of_each_kind() -> list[str]:
     return chosen
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", one_of_each_kind())
 def test_one_recipe_of_each_kind_trains_two_steps(name: str, train_cli: Cli, fashion_folder: Path, tmp_path: Path) -> None:
     options = ["--data", fashion_folder, "--output", tmp_path / "run", "--max-steps", 2]

@@ -19,8 +19,6 @@ import deit_kd.export  # noqa: F401  # once, instead of in each killed child
 import train
 from deit_kd.training.metrics import read_metrics
 
-pytestmark = pytest.mark.slow
-
 STEPS = 12
 COMMAND = [
     *("--recipe", "quickstart", "--max-steps", STEPS, *SMALL, "teacher.name=resnet10t", "teacher.weights=random", "epochs=40"),
