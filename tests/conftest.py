@@ -175,4 +175,7 @@ def wait_until(condition: Callable[[], Any], process: subprocess.Popen[Any] | Pr
         if process is not None and process.poll() is not None:
             break
         time.sleep(0.05)
-    assert condition(), process and (process.returncode, *process.communicate())
+    if not condition():
+        if process is not None:
+            process.kill()
+        raise AssertionError(process and (process.returncode, *process.communicate()))

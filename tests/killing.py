@@ -193,7 +193,7 @@ def each_moment(work: Callable[[], object], folder: Path, every: int = 1, first:
 
         whole = run(work, folder)
         assert whole.code == 0, whole.printed
-        assert whole.changes, "nothing is changed"
+        assert len(whole.changes) >= first, f"only {len(whole.changes)} changes: no moment is tried"
         for at in range(first, len(whole.changes) + 1, every):
             put_back()
             ended = run(work, folder, at=at)

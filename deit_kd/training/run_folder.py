@@ -131,7 +131,7 @@ def _facts(
     accelerated: Acceleration,
     counted: Plan,
 ) -> dict[str, Any]:
-    """The facts of this session for run.json."""
+    """What run.json says of the run as it is started now."""
     tune, weights = recipe.finetune, task.depends_on["starting_weights"]
     return {
         "name": output.resolve().name,

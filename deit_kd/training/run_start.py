@@ -217,7 +217,7 @@ def _copied_run(path: Path, state: Mapping[str, Any], say: Callable[[str], None]
     try:
         return run_files.parse_run(state["folder"]["run.json"], str(path / "state.json"))
     except (UserError, KeyError, TypeError):
-        say(f"{path}: does not say how the run began; its card will describe this session alone")
+        say(f"{path}: does not say how the run began; its card will describe only what follows")
         return None
 
 

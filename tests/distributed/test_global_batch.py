@@ -160,7 +160,9 @@ def difference(one: Path, other: Path) -> float:
     return max(((ours[name] - theirs[name]).abs().max() / max(size, least)).item() for name, size in sizes.items())
 
 
-def agree(run: Run, overrides: list[str], layouts: list[tuple[int, int]], tmp_path: Path, sharded: bool = False) -> None:
+def assert_layouts_agree(
+    run: Run, overrides: list[str], layouts: list[tuple[int, int]], tmp_path: Path, sharded: bool = False
+) -> None:
     """Gradients, weights, averages and logged terms of each layout are those of one process with whole batches."""
     whole = run(overrides, (1, 1), tmp_path / "whole")
     for file in whole.glob("class_means*"):
@@ -189,7 +191,7 @@ def test_layouts_agree(name: str, run: Run, tmp_path: Path) -> None:
     if name == "nd":  # without the adapter's batch norm, which is each device's own
         adapter = "bn_dropout_linear, dropout: 0.5", "linear, bias: true, depth: 1, width: teacher"
         overrides = [item.replace(*adapter) for item in overrides]
-    agree(run, overrides, LAYOUTS if name in IN_ALL else LAYOUTS[-1:], tmp_path, sharded=name in SHARDED)
+    assert_layouts_agree(run, overrides, LAYOUTS if name in IN_ALL else LAYOUTS[-1:], tmp_path, sharded=name in SHARDED)
 
 
 def gram_distance(student: Tensor, teacher: Tensor) -> Tensor:
@@ -209,7 +211,7 @@ def test_layouts_agree_for_losses_that_a_user_registers(run: Run, tmp_path: Path
     losses.register(of_the_likeliest, compares="logits", couples_samples=True, reads_labels=True)
     taps, head = "student_tap: pooled, teacher_tap: pooled", "kd_weight: 1, kd_head: distillation"
     loss = f"distill={{kd_loss: of_the_likeliest, {head}, feature_loss: gram_distance, feature_weight: 1, {taps}}}"
-    agree(run, [NONE, loss, *MIXED], LAYOUTS[-1:], tmp_path)
+    assert_layouts_agree(run, [NONE, loss, *MIXED], LAYOUTS[-1:], tmp_path)
 
 
 def test_device_statistics_are_those_of_a_micro_batch(run: Run, tmp_path: Path) -> None:
