@@ -23,11 +23,11 @@ import numpy as np
 import pytest
 from accelerate.state import AcceleratorState
 from PIL import Image
-from programs import ROOT, Program
 from timm.data import ImageNetInfo
 
 from deit_kd.files import imports
 from deit_kd.recipe.objectives import FEATURE_OBJECTIVES, LOGIT_OBJECTIVES, PROJECTORS
+from programs import ROOT, Program
 
 MINUTES = 900  # seconds after which a test that hangs ends; no right run comes near it, however loaded the machine is
 sys.path.insert(0, str(ROOT))

@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
-from conftest import MINUTES, ROOT, SMALL, wait_until
-from programs import run_script
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
+from conftest import MINUTES, ROOT, SMALL, wait_until
 from deit_kd.training.metrics import read_metrics
+from programs import run_script
 
 RUN = [
     *("--device", "cpu", "--recipe", "quickstart", *SMALL, "teacher.name=resnet10t", "teacher.weights=random"),

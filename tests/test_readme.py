@@ -10,11 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 from PIL import Image
-from programs import Program, run_script
 
+from conftest import ROOT
 from deit_kd import recipe as recipes
+from programs import Program, run_script
 
 README = (ROOT / "README.md").read_text()
 # docs/extending.md is typed by tests/recipe/test_registered.py, with the file that it shows

@@ -11,17 +11,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-import killing
 import pytest
-from conftest import ROOT, SMALL, wait_until
-from programs import Program, run_script
 
+import killing
+from conftest import ROOT, SMALL, wait_until
 from deit_kd import plots  # noqa: F401  # here, not in each forked child
 from deit_kd import recipe as recipes
 from deit_kd import sweep as grid
 from deit_kd.cli import main
 from deit_kd.errors import UserError
 from deit_kd.sweep import _cells, _held, _name, run_grid
+from programs import Program, run_script
 
 AXES = ["distill.power=2,4", "seed=0,1"]
 QUICK = [*SMALL, "epochs=1", "optim.warmup_epochs=0", "teacher.name=resnet10t", "teacher.weights=random"]

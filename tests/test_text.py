@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from fuzzing import bounded, limited
 from hypothesis import given
 from hypothesis import strategies as st
-from nasty import NASTY, markdown
 
 from deit_kd import text
+from fuzzing import bounded, limited
+from nasty import NASTY, markdown
 
 anything = st.one_of(st.sampled_from(NASTY), st.text(st.characters(), max_size=80), st.binary(max_size=40).map(os.fsdecode))
 

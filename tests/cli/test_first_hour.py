@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, SMALL
 from PIL import Image
 
+from conftest import ROOT, SMALL
 from deit_kd import recipe as recipes
 from deit_kd.data import open_source
 from deit_kd.errors import UserError

@@ -12,12 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import timm
-from conftest import SMALL
 from huggingface_hub import ModelCard
-from nasty import NASTY
 from PIL import Image
 
 import deit_kd
+from conftest import SMALL
 from deit_kd import sweep as grid
 from deit_kd import text
 from deit_kd.cli import main
@@ -26,6 +25,7 @@ from deit_kd.data.sources.folders import readable_name
 from deit_kd.export.convert import _class_names
 from deit_kd.export.publish import must_be_clean
 from deit_kd.models.teacher import RELEASED, TeacherInfo
+from nasty import NASTY
 
 Cli = Callable[..., tuple[int, str]]
 # What a file system takes for a folder.

@@ -9,12 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import killing
 import pytest
-from conftest import ROOT, SMALL
 from PIL import Image
 
+import killing
 import train
+from conftest import ROOT, SMALL
 from deit_kd import cli
 
 TALK = """

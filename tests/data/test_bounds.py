@@ -10,7 +10,6 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from sections import evaluating, training
 
 from deit_kd import recipe as recipes
 from deit_kd.data.transforms import MustFit, evaluation_transform, own_transform, train_transform
@@ -20,6 +19,7 @@ from deit_kd.export.publish import must_be_clean
 from deit_kd.models import load_student
 from deit_kd.models.config_json import read_config
 from deit_kd.text import for_markdown
+from sections import evaluating, training
 
 CONFIG = {"interpolation": "bicubic", "mean": (0.5,) * 3, "std": (0.5,) * 3}
 

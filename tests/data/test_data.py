@@ -10,8 +10,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sections import evaluating, training
-from streams import CPU, HEAVY, stream, train_loader
 from timm.data.auto_augment import rand_augment_transform
 from timm.data.mixup import Mixup
 
@@ -22,6 +20,8 @@ from deit_kd.data.mixing import mix, partner, smooth_one_hot
 from deit_kd.data.sources.catalog import EMBEDDED
 from deit_kd.data.transforms import evaluation_transform, train_transform
 from deit_kd.errors import UserError
+from sections import evaluating, training
+from streams import CPU, HEAVY, stream, train_loader
 
 
 @pytest.mark.parametrize("on", ["cpu", "device"])

@@ -13,12 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL
 from PIL import Image
-from sections import augmenting
 from timm.data import auto_augment
 from torch import Tensor
 
+from conftest import SMALL
 from deit_kd import recipe as recipes
 from deit_kd.data.decode import MOST_ELONGATED, as_pixels, decode, decode_image
 from deit_kd.data.loader import _seeded
@@ -30,6 +29,7 @@ from deit_kd.data.sources.pack import pack
 from deit_kd.data.transforms import _keep_one_bit, augment_operations, train_transform
 from deit_kd.errors import UserError
 from deit_kd.recipe import Recipe
+from sections import augmenting
 
 CPU = torch.device("cpu")
 SIZE = 112

@@ -12,12 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SMALL, python_calls
 from PIL import Image
-from sections import augmenting, training
 from torch import Tensor
 from torchvision.io import decode_jpeg
 
+from conftest import SMALL, python_calls
 from deit_kd import recipe as recipes
 from deit_kd.data import LoaderConfig, TrainLoader, decode, open_source
 from deit_kd.data.loader import _seeded
@@ -28,6 +27,7 @@ from deit_kd.data.on_device.jpegs import Decoder, UndecodedError, resized
 from deit_kd.data.transforms import train_transform
 from deit_kd.errors import UserError
 from deit_kd.seed import derive_seed
+from sections import augmenting, training
 
 CPU = torch.device("cpu")
 SHAPES = [(500, 375), (375, 500), (512, 512), (700, 200), (200, 700), (120, 90), (64, 64)]

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fuzzing import bounded, changed, damaged, json_bytes, survives
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -27,6 +26,7 @@ from deit_kd.data.sources.folders import CLASS_ORDER, read_class_names
 from deit_kd.data.sources.idx import read_idx
 from deit_kd.data.sources.pack import pack
 from deit_kd.text import printable
+from fuzzing import bounded, changed, damaged, json_bytes, survives
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (12, 10, 3), np.uint8)
 

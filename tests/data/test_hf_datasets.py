@@ -15,15 +15,15 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
-from conftest import ROOT, SMALL
 from PIL import Image
-from streams import stream
 from timm.data import ImageNetInfo
 
+from conftest import ROOT, SMALL
 from deit_kd.data import open_source
 from deit_kd.data.sources.hf_datasets import _synsets
 from deit_kd.data.sources.pack import pack
 from deit_kd.errors import UserError
+from streams import stream
 
 
 @pytest.fixture(autouse=True)

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from PIL import Image, ImageDraw, ImageOps
 
+from conftest import ROOT
 from deit_kd import recipe as recipes
 from deit_kd.cli import main
 from deit_kd.data import EvaluationLoader, LoaderConfig, decode, open_source

@@ -8,18 +8,18 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
-import killing
 import numpy as np
 import pytest
-from conftest import SMALL
 from PIL import Image
-from programs import run_script
-from streams import stream
 
+import killing
+from conftest import SMALL
 from deit_kd.cli import main
 from deit_kd.data import open_source
 from deit_kd.data.sources.pack import pack
 from deit_kd.errors import UserError
+from programs import run_script
+from streams import stream
 
 
 @pytest.fixture(scope="module")

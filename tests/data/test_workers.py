@@ -15,16 +15,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import killing
 import pytest
 import torch
-from conftest import SMALL
 from PIL import Image
-from programs import run_script
-from sections import evaluating
 
 import deit_kd.training.loop  # noqa: F401  # here once, instead of in each child
+import killing
 import train
+from conftest import SMALL
 from deit_kd import recipe as recipes
 from deit_kd.data import EvaluationLoader, LoaderConfig, TrainLoader, open_source, workers
 from deit_kd.data.on_device.augment import choose_augmentation
@@ -32,6 +30,8 @@ from deit_kd.data.sources.folder_source import FolderSource
 from deit_kd.data.transforms import evaluation_transform
 from deit_kd.errors import UserError
 from deit_kd.tasks import setup
+from programs import run_script
+from sections import evaluating
 
 CPU = torch.device("cpu")
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import SMALL
 from torch import nn
 
+from conftest import SMALL
 from deit_kd import recipe as recipes
 from deit_kd.distributed.accelerator import environment, make_accelerator, must_agree, on_cpu, plain_accelerator
 from deit_kd.errors import UserError

@@ -15,12 +15,10 @@ import pytest
 import torch
 from accelerate import Accelerator, debug_launcher
 from accelerate.state import AcceleratorState
-from conftest import SMALL
-from objectives import COUPLED, NONE, OBJECTIVES
 from safetensors.torch import load_file, save_file
-from sections import optimizing, scheduling
 from torch import Tensor, nn
 
+from conftest import SMALL
 from deit_kd import losses
 from deit_kd import recipe as recipes
 from deit_kd.data import Batch
@@ -35,6 +33,8 @@ from deit_kd.training.loop import fit
 from deit_kd.training.metrics import Tracker, read_metrics
 from deit_kd.training.optim import build_optimizer, build_schedule
 from deit_kd.training.setup import prepare
+from objectives import COUPLED, NONE, OBJECTIVES
+from sections import optimizing, scheduling
 
 LAYOUTS = [(2, 1), (4, 1), (1, 4), (2, 2)]  # processes, accumulation steps
 IN_ALL = ["logsum_correlation", "crd"]  # the others in the last alone, which has several of both

@@ -15,9 +15,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from fuzzing import limited
 from markdown_it import MarkdownIt
-from nasty import NASTY
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
@@ -31,6 +29,8 @@ from deit_kd.evaluation import report
 from deit_kd.evaluation.imagenet_benchmarks import Examination, open_benchmark
 from deit_kd.models import load_student, load_teacher
 from deit_kd.models.teacher import RELEASED
+from fuzzing import limited
+from nasty import NASTY
 
 SYNSETS = timm.data.ImageNetInfo("imagenet-1k").label_names()
 CPU = torch.device("cpu")

@@ -11,9 +11,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
-from nasty import NASTY, markdown
 from safetensors.torch import save_file
-from sections import citing, evaluating, naming
 from torch import zeros
 
 from deit_kd import recipe as recipes
@@ -26,6 +24,8 @@ from deit_kd.export.publish import must_be_clean
 from deit_kd.export.student import license
 from deit_kd.recipe.objectives import FEATURE_OBJECTIVES, LOGIT_OBJECTIVES
 from deit_kd.training.run_files import plain
+from nasty import NASTY, markdown
+from sections import citing, evaluating, naming
 
 TEACHER = {
     "name": "quickstart_teacher", "weights": "pretrained", "sha256": "0" * 64, "license": "apache-2.0", "parameters": 10, "gmacs": 0.1,

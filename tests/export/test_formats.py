@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from conftest import ROOT
 from safetensors.torch import load_file
 from timm.models._hub import save_for_hf
 from torch import nn
 
 import deit_kd
+from conftest import ROOT
 from deit_kd.cli import main
 from deit_kd.export import formats
 

@@ -16,18 +16,18 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import killing
 import pytest
 import timm
 import torch
-from conftest import ROOT, SMALL
 from huggingface_hub import ModelCard
-from programs import run_script
 from safetensors.torch import load_file, save_file
 
 import deit_kd
+import killing
+from conftest import ROOT, SMALL
 from deit_kd import load_student
 from deit_kd.cli import main
+from programs import run_script
 
 
 class Hub(ThreadingHTTPServer):

@@ -13,15 +13,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import killing
 import numpy as np
 import pytest
 import timm
 import torch
-from conftest import SMALL
 from PIL import Image
 from timm.models._hub import save_for_hf
 
+import killing
+from conftest import SMALL
 from deit_kd.cli import main, measure
 from deit_kd.errors import UserError
 from deit_kd.evaluation import report  # noqa: F401  # here, not in each forked child

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import timm
 import torch
-from fuzzing import limited, nested
 from PIL import Image
 from safetensors.torch import save_file
 from timm.models._hub import save_for_hf
@@ -30,6 +29,7 @@ from deit_kd.models import build
 from deit_kd.models.loading import architecture_of, load_student, preprocessing_of
 from deit_kd.models.teacher import doubts, load_teacher
 from deit_kd.models.weights import open_weights, read_weights
+from fuzzing import limited, nested
 
 NAMES = list("abcdefg")
 

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import timm
 import torch
-from fuzzing import bounded, damaged, json_bytes, survives
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save
@@ -21,6 +20,7 @@ from torch import nn
 
 from deit_kd.models.loading import architecture_of, load_student
 from deit_kd.models.teacher import load_teacher
+from fuzzing import bounded, damaged, json_bytes, survives
 
 SIDE = 32
 

@@ -13,17 +13,17 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from conftest import ROOT
 from PIL import Image
-from sections import optimizing
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor
 
+from conftest import ROOT
 from deit_kd import recipe as recipes
 from deit_kd.errors import UserError
 from deit_kd.models import Distiller, Teacher, build_student, load_teacher
 from deit_kd.models.features import pooled_features
 from deit_kd.models.students import authors_to_timm
+from sections import optimizing
 
 REFERENCE = json.loads((ROOT / "tests" / "reference" / "student_tiny.json").read_text())
 
@@ -255,9 +255,8 @@ def test_random_teacher_says_so() -> None:
 def test_teacher_from_a_folder_and_from_a_hub_cache(tmp_path: Path) -> None:
     import shutil
 
-    from programs import run_script
-
     from deit_kd.models.teacher import RELEASED
+    from programs import run_script
 
     released = load_teacher("quickstart_teacher")
     assert released.info.label_names is not None

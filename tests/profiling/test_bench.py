@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SMALL, FakeClock
-from programs import run_script
 
+from conftest import SMALL, FakeClock
 from deit_kd import cli
 from deit_kd import recipe as recipes
 from deit_kd.models import Teacher
 from deit_kd.profiling.advice import Conditions, advise, bottleneck_of, describe
 from deit_kd.profiling.bench import Bench, StepBenchmark, bench
+from programs import run_script
 
 CONDITIONS = Conditions(
     cores=16,

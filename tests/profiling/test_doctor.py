@@ -17,14 +17,14 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import ROOT, SMALL
-from programs import run_script
 
+from conftest import ROOT, SMALL
 from deit_kd import recipe as recipes
 from deit_kd.data.build import open_data
 from deit_kd.profiling import machine
 from deit_kd.profiling.doctor import run_checks, verdict
 from deit_kd.tasks import ready
+from programs import run_script
 
 
 def doctor(command: str, **environment: str) -> tuple[int, dict[str, str]]:

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from sections import described
 
 from deit_kd import cli
 from deit_kd import recipe as recipes
@@ -22,6 +21,7 @@ from deit_kd.profiling import forecast, roofline
 from deit_kd.profiling.devices import GPUS, Device, find_device
 from deit_kd.profiling.forecast import count_step, training_of
 from deit_kd.profiling.operations import Operation, StepCost
+from sections import described
 
 # parameters and GMACs: student (method's authors, timm), projector, RegNetY-160 (timm's results table)
 PUBLISHED = {

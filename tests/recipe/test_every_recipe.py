@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import ROOT
 
+from conftest import ROOT
 from deit_kd import recipe as recipes
 from deit_kd.models.build import build_models, resolve
 from deit_kd.recipe import library

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from fuzzing import bounded, changed, damaged, survives
 from hypothesis import given
 from hypothesis import strategies as st
 
 from deit_kd import recipe as recipes
 from deit_kd.text import printable
+from fuzzing import bounded, changed, damaged, survives
 
 RIGHT = {name: recipes.find(name)[0].read_bytes() for name in ("quickstart", "deit_two_teachers", "finetune")}
 VALUES = {name: yaml.safe_load(content) for name, content in RIGHT.items()}

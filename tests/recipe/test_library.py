@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT
 
+from conftest import ROOT
 from deit_kd import recipe as recipes
 from deit_kd.recipe import RecipeError
 

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
-from objectives import COUPLED, LOSS_OF
 
+from conftest import ROOT
 from deit_kd import losses
 from deit_kd.export.citations import PAPERS
 from deit_kd.recipe.objectives import (
@@ -22,6 +21,7 @@ from deit_kd.recipe.objectives import (
     FeatureObjective,
     couples_samples,
 )
+from objectives import COUPLED, LOSS_OF
 
 ROWS = {**LOGIT_OBJECTIVES, **FEATURE_OBJECTIVES}
 # Compared elsewhere: a memory over steps, maps of several levels, and a schedule over epochs.

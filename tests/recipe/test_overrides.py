@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
-from fuzzing import limited
 
+from conftest import ROOT
 from deit_kd import recipe as recipes
 from deit_kd.recipe import RecipeError
+from fuzzing import limited
 
 QUICKSTART = (ROOT / "recipes/quickstart/quickstart.yaml").read_text()
 SEED = next(number for number, line in enumerate(QUICKSTART.splitlines(), 1) if line.startswith("seed:"))

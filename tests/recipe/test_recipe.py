@@ -8,12 +8,12 @@ import inspect
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
-from programs import run_script
 
+from conftest import ROOT
 from deit_kd import losses
 from deit_kd import recipe as recipes
 from deit_kd.recipe import Recipe, RecipeError
+from programs import run_script
 
 NAMES = recipes.names()
 

@@ -11,10 +11,9 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import ROOT
-from programs import run_script
 from torch import Tensor
 
+from conftest import ROOT
 from deit_kd import losses
 from deit_kd import recipe as recipes
 from deit_kd.data import Batch
@@ -28,6 +27,7 @@ from deit_kd.models.projectors.vectors import build_projector
 from deit_kd.recipe.objectives import LOGIT_OBJECTIVES
 from deit_kd.tasks.distillation import Terms
 from deit_kd.training.metrics import read_metrics
+from programs import run_script
 
 PAGE = (ROOT / "docs" / "extending.md").read_text()
 (CODE,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)

@@ -13,12 +13,11 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import SMALL
-from objectives import NO_FEATURE, NO_KD, OBJECTIVES, feature
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from conftest import SMALL
 from deit_kd import losses
 from deit_kd import recipe as recipes
 from deit_kd.data import Batch
@@ -30,6 +29,7 @@ from deit_kd.recipe.objectives import FEATURE_OBJECTIVES, LOGIT_OBJECTIVES
 from deit_kd.tasks.classification import Classification
 from deit_kd.teacher_cache.class_means import load_or_compute
 from deit_kd.training.metrics import Clock
+from objectives import NO_FEATURE, NO_KD, OBJECTIVES, feature
 
 Cli = Callable[..., tuple[int, str]]
 CPU = torch.device("cpu")

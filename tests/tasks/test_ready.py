@@ -12,9 +12,9 @@ import pytest
 import timm
 import torch
 from accelerate import Accelerator
-from conftest import SMALL
 from timm.models._hub import save_for_hf
 
+from conftest import SMALL
 from deit_kd import recipe as recipes
 from deit_kd.errors import UserError
 from deit_kd.evaluation.metrics import near_chance

@@ -11,15 +11,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import fuzzing
 import pytest
 import torch
-from fuzzing import bounded, changed, damaged, json_bytes, survives
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import fuzzing
 from deit_kd import sweep as grid
 from deit_kd.data.sources import packed
 from deit_kd.errors import UserError
@@ -28,6 +27,7 @@ from deit_kd.files.whole import sha256
 from deit_kd.models import CachedTeacher, cached_teacher, teacher_formats
 from deit_kd.teacher_cache import class_means, identity
 from deit_kd.training import acceleration
+from fuzzing import bounded, changed, damaged, json_bytes, survives
 
 WIDTH, CLASSES, BATCH, STEPS, VIEWS = 6, 5, 4, 3, 2
 MANIFEST: dict[str, Any] = {

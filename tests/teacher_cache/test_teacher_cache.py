@@ -13,7 +13,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import killing
 import numpy as np
 import pytest
 import torch
@@ -22,6 +21,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import killing
 from deit_kd import cli
 from deit_kd import recipe as recipes
 from deit_kd.data.build import example_images, open_data

@@ -17,11 +17,11 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import SMALL, python_calls
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from conftest import SMALL, python_calls
 from deit_kd import recipe as recipes
 from deit_kd.data import LoaderConfig, TrainLoader, open_source
 from deit_kd.data.on_device.augment import choose_augmentation

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SMALL
 from safetensors.torch import load_file
 
+from conftest import SMALL
 from deit_kd.export.publish import _same_numbers
 from deit_kd.training.metrics import read_metrics
 

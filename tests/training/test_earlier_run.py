@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
 
 import deit_kd
+from conftest import ROOT
 
 RUN = ROOT / "tests" / "reference" / "earlier_run"
 WORDS = [

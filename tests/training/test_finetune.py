@@ -10,9 +10,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from programs import run_script
 from safetensors.torch import load_file
-from sections import optimizing
 from timm.models._hub import save_for_hf
 from torch import Tensor, nn
 
@@ -24,6 +22,8 @@ from deit_kd.errors import UserError
 from deit_kd.models.build import build_distiller, resolve
 from deit_kd.training.metrics import read_metrics
 from deit_kd.training.optim import build_optimizer
+from programs import run_script
+from sections import optimizing
 
 Cli = Callable[..., tuple[int, str]]
 SMALL = ["data.img_size=28", "global_batch_size=24", "run.workers=0", "run.log_every_steps=1", "epochs=3", "optim.warmup_epochs=1"]

@@ -11,10 +11,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from fuzzing import bounded, changed, damaged, json_bytes, survives
 from hypothesis import given
 from hypothesis import strategies as st
-from runs import command, make_data
 
 import train
 from deit_kd import recipe as recipes
@@ -22,6 +20,8 @@ from deit_kd.export import write_card
 from deit_kd.training import checkpoint, resume, run_start
 from deit_kd.training.metrics import Tracker
 from deit_kd.training.state import RunState
+from fuzzing import bounded, changed, damaged, json_bytes, survives
+from runs import command, make_data
 
 FILES = ("recipe.yaml", "run.json", "metrics.jsonl", "student/config.json")
 

@@ -10,14 +10,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import killing
 import pytest
-from conftest import SMALL, wait_until
-from programs import Program, run_script
 
 import deit_kd.export  # noqa: F401  # once, instead of in each killed child
+import killing
 import train
+from conftest import SMALL, wait_until
 from deit_kd.training.metrics import read_metrics
+from programs import Program, run_script
 
 STEPS = 12
 COMMAND = [

@@ -11,13 +11,13 @@ from typing import NamedTuple
 import pytest
 import torch
 import yaml
-from conftest import ROOT, SMALL
-from sections import optimizing, scheduling
 from torch import nn
 
+from conftest import ROOT, SMALL
 from deit_kd import recipe as recipes
 from deit_kd.recipe.library import SHORT_NAMES
 from deit_kd.training.optim import build_optimizer, build_schedule
+from sections import optimizing, scheduling
 
 Cli = Callable[..., tuple[int, str]]
 STEPS = 100  # an epoch

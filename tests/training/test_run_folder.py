@@ -16,13 +16,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import killing
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from runs import command, make_data
 from safetensors.torch import load_file, save_file
 
+import killing
 import train
 from deit_kd import export
 from deit_kd.errors import UserError
@@ -31,6 +30,7 @@ from deit_kd.files import whole as files
 from deit_kd.files.locks import locked
 from deit_kd.training import checkpoint, run_files
 from deit_kd.training.metrics import TIMES, read_metrics
+from runs import command, make_data
 
 Cli = Callable[..., tuple[int, str]]
 

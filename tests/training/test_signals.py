@@ -11,11 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-import killing
 import pytest
-from conftest import SMALL, wait_until
 
+import killing
 import train
+from conftest import SMALL, wait_until
 from deit_kd import export, plots
 from deit_kd.data import loader
 from deit_kd.errors import UserError

@@ -16,20 +16,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import killing
 import pytest
 import timm
 import torch
 from accelerate.state import AcceleratorState
-from conftest import MINUTES, ROOT, SMALL, wait_until
 from huggingface_hub import ModelCard
 from PIL import Image
-from programs import Program, run_script
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
+import killing
 import train
+from conftest import MINUTES, ROOT, SMALL, wait_until
 from deit_kd import recipe as recipes
 from deit_kd.data import Batch, build, open_source
 from deit_kd.data.transforms import evaluation_transform
@@ -37,6 +36,7 @@ from deit_kd.models import load_teacher
 from deit_kd.tasks.classification import Classification
 from deit_kd.training import loop
 from deit_kd.training.metrics import TIMES, Clock, Tracker
+from programs import Program, run_script
 
 Cli = Callable[..., tuple[int, str]]
 RANDOM_TEACHER = ["teacher.name=resnet10t", "teacher.weights=random"]
