@@ -25,7 +25,7 @@ from typing import Any
 from benchmarks.finetune_gain import DATA, run
 from benchmarks.paired import facts
 from deit_kd.export.student import fill_folder
-from deit_kd.files.whole import whole_folder
+from deit_kd.files.atomic import whole_folder
 from deit_kd.models import load_teacher
 
 ROOT = Path(__file__).resolve().parent.parent

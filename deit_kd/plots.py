@@ -19,7 +19,7 @@ from PIL import Image
 
 from deit_kd import recipe
 from deit_kd.errors import UserError
-from deit_kd.files.whole import whole
+from deit_kd.files.atomic import whole
 from deit_kd.text import for_plot, printable
 from deit_kd.training.metrics import TERM, read_metrics
 

@@ -33,11 +33,11 @@ from tqdm import tqdm
 
 from deit_kd import recipe as recipes
 from deit_kd.errors import UserError
+from deit_kd.files.atomic import clear, write_text
 from deit_kd.files.documents import Document, read_json
 from deit_kd.files.locks import open_lock
 from deit_kd.files.outputs import must_not_be_data
 from deit_kd.files.warn import optional, warn
-from deit_kd.files.whole import clear, write_text
 from deit_kd.text import for_code, for_csv, for_markdown, for_terminal, hide_secrets, lines_for_terminal, redact, redact_words
 from deit_kd.training.best import exported
 from deit_kd.training.metrics import read_metrics

@@ -22,8 +22,8 @@ def _bench_options(verb: argparse.ArgumentParser) -> None:
 
 def _write_json(file: Path | None, content: dict[str, Any]) -> None:
     if file is not None:
+        from deit_kd.files.atomic import write_json
         from deit_kd.files.outputs import replace, workspace
-        from deit_kd.files.whole import write_json
 
         with workspace(file, "another deit-kd") as made:
             write_json(made, content)

@@ -26,10 +26,10 @@ from deit_kd.data.transforms import MOST_RESIZED, own_transform
 from deit_kd.errors import UserError
 from deit_kd.evaluation import counts
 from deit_kd.evaluation.imagenet_benchmarks import Examination, open_benchmark
+from deit_kd.files.atomic import clear, write_json, write_text
 from deit_kd.files.documents import MEGABYTE, Document, read_json
 from deit_kd.files.outputs import claimed, must_not_be_data
 from deit_kd.files.warn import optional, warn
-from deit_kd.files.whole import clear, write_json, write_text
 from deit_kd.models import Distiller, StudentOutput, Teacher, load_student, load_teacher
 from deit_kd.models.features import TimmModel
 from deit_kd.plots import plot_report

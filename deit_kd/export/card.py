@@ -19,9 +19,9 @@ from deit_kd.errors import UserError
 from deit_kd.export.citations import bibtex, cited
 from deit_kd.export.markdown import Written, render
 from deit_kd.export.student import license
+from deit_kd.files.atomic import clear, write_text
 from deit_kd.files.documents import MEGABYTE, read_bytes, short
 from deit_kd.files.imports import file_of
-from deit_kd.files.whole import clear, write_text
 from deit_kd.recipe import Student
 from deit_kd.text import for_markdown, for_terminal, license_name, printable, redact_all, redact_path
 from deit_kd.training.best import exported

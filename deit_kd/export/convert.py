@@ -11,9 +11,9 @@ import deit_kd
 from deit_kd.errors import UserError
 from deit_kd.export.markdown import render
 from deit_kd.export.student import fill_folder
+from deit_kd.files.atomic import sha256, write_text
 from deit_kd.files.documents import MEGABYTE, check, parse_json, read_bytes
 from deit_kd.files.outputs import settle, workspace
-from deit_kd.files.whole import sha256, write_text
 from deit_kd.models.config_json import Labels
 from deit_kd.models.loading import build_found, read_student
 

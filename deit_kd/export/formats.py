@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from deit_kd.errors import UserError
+from deit_kd.files.atomic import write_bytes, write_tensors
 from deit_kd.files.outputs import settle, workspace
-from deit_kd.files.whole import write_bytes, write_tensors
 from deit_kd.models import load_student
 from deit_kd.models.described import RELEASED, folder_of
 from deit_kd.models.features import TimmModel

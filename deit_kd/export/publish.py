@@ -21,9 +21,9 @@ from timm.models import model_entrypoint
 from deit_kd.errors import UserError
 from deit_kd.export.card import REMEDY, files_that_agree
 from deit_kd.export.student import PERMISSIVE
+from deit_kd.files.atomic import write_json, write_text
 from deit_kd.files.documents import MEGABYTE, read_bytes, read_json, short
 from deit_kd.files.imports import file_of
-from deit_kd.files.whole import write_json, write_text
 from deit_kd.models import load_student
 from deit_kd.models.config_json import read_config
 from deit_kd.text import for_markdown, for_terminal, hide_secrets, leaks, license_name, printable

@@ -14,8 +14,8 @@ from timm.models import model_entrypoint
 from timm.models._hub import save_config_for_hf
 
 from deit_kd.errors import UserError
+from deit_kd.files.atomic import whole_folder, write_json, write_tensors
 from deit_kd.files.imports import file_of
-from deit_kd.files.whole import whole_folder, write_json, write_tensors
 from deit_kd.models.features import TimmModel
 from deit_kd.recipe import Data, Evaluation
 from deit_kd.text import license_name

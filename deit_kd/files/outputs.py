@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from deit_kd.errors import UserError
+from deit_kd.files.atomic import clear, flush, must_be_utf8
 from deit_kd.files.locks import lock_text, locked
 from deit_kd.files.warn import optional
-from deit_kd.files.whole import clear, flush, must_be_utf8
 from deit_kd.text import for_terminal
 
 BLOCK = 1 << 20

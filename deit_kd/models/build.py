@@ -152,7 +152,7 @@ def build_distiller(
     ]
     distiller = Distiller(student, projectors, [distillation.distill.student_tap for distillation in distillations])
     heads = distiller.distillation_heads
-    used = sum(token is not None for token in tokens(distillations, heads))
+    used = sum(index is not None for index in head_indices(distillations, heads))
     if heads > 1 and used not in (0, heads):
         raise UserError(
             f"student.name={recipe.student.name}: has {heads} distillation tokens, and the logits of {used} teachers go to them; state "
@@ -232,7 +232,7 @@ def _freeze(student: TimmModel, finetune: Finetune) -> None:
         raise UserError("finetune.frozen: leaves nothing to train; shorten it")
 
 
-def tokens(distillations: Sequence[Distillation], heads: int) -> list[int | None]:
+def head_indices(distillations: Sequence[Distillation], heads: int) -> list[int | None]:
     """The distillation head that each distillation trains, in order; None: it trains none. A single head serves all."""
     trains = [
         bool(distillation.distill.kd_weight) and distillation.distill.kd_head in ("distillation", "both")

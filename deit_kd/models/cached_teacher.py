@@ -22,8 +22,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from deit_kd.errors import UserError
+from deit_kd.files.atomic import sha256, write_json
 from deit_kd.files.documents import MEGABYTE, Document, must_be_a_file, parse_json, read_bytes, short
-from deit_kd.files.whole import sha256, write_json
 from deit_kd.models import teacher_formats
 from deit_kd.models.teacher import TeacherInfo, TeacherOutput
 from deit_kd.models.teacher_formats import Basis, decode

@@ -18,8 +18,8 @@ from torch.utils.data import Dataset
 from deit_kd.data import Source, TrainLoader
 from deit_kd.data.transforms import Transform
 from deit_kd.data.workers import SHARED_MEMORY, Batches, shared_memory_free, stack
+from deit_kd.files.atomic import fsync
 from deit_kd.files.warn import optional
-from deit_kd.files.whole import fsync
 from deit_kd.tasks.ready import Line
 
 SECONDS = 90  # that a worker has for its first batch

@@ -27,8 +27,8 @@ from deit_kd.models.features import TimmModel
 from deit_kd.models.statistics import frozen_statistics
 from deit_kd.recipe import Recipe, fingerprint
 from deit_kd.tasks.closeness import closeness
-from deit_kd.tasks.evaluate import StudentEvaluation, in_one_piece, measure_teachers, spectrum
-from deit_kd.tasks.setup import make_distiller, make_loaders, make_terms, run_facts
+from deit_kd.tasks.evaluate import StudentEvaluation, measure_teachers, spectrum, unsharded
+from deit_kd.tasks.setup import make_distiller, make_loaders, make_teacher_terms, run_facts
 from deit_kd.training.metrics import Clock, Tracker
 
 Answers = dict[AnyTeacher, TeacherOutput]
@@ -48,7 +48,7 @@ class Classification:
         compiled: torch.compile's mode for student, projectors and losses; None for none.
 
     Raises:
-        UserError: see `make_loaders`, `make_distiller` and `make_terms`.
+        UserError: see `make_loaders`, `make_distiller` and `make_teacher_terms`.
     """
 
     def __init__(
@@ -69,12 +69,12 @@ class Classification:
         self.distiller = make_distiller(recipe, self.num_classes, teachers, train.labels, accelerator, compiled)
         self.module: nn.Module = self.distiller
         self.student, self.projectors = self.distiller.student, self.distiller.projectors
-        self.terms, self.global_batch = make_terms(
+        self.teacher_terms, self.global_batch = make_teacher_terms(
             recipe, self.distiller, teachers, self.train_loader, output, accelerator, compiled
         )
-        piece = (recipe.student, self.num_classes, recipe.data.img_size, accelerator.device)
-        self.whole: Callable[[nn.Module], TimmModel] = lambda student: in_one_piece(student, *piece)
-        self.evaluation = StudentEvaluation(self.distiller, self.val_loader, holdout, self.whole, accelerator, compiled)
+        parts = (recipe.student, self.num_classes, recipe.data.img_size, accelerator.device)
+        self.unsharded: Callable[[nn.Module], TimmModel] = lambda student: unsharded(student, *parts)
+        self.evaluation = StudentEvaluation(self.distiller, self.val_loader, holdout, self.unsharded, accelerator, compiled)
         self.steps_per_epoch, self.accumulation_steps = self.train_loader.steps_per_epoch, self.train_loader.accumulation_steps
         self.images_per_step = self.train_loader.global_batch_size
         self.fingerprint, self.depends_on = fingerprint(recipe), dict[str, Any]()
@@ -88,7 +88,7 @@ class Classification:
     def train_batches(self, epoch: int, start_step: int, clock: Clock) -> Iterator[Batch]:
         """See `Task`. Under accumulation, losses that couple samples need the rows of all micro-batches first: an extra student forward."""
         stream = self.train_loader.epoch(epoch, start_step)
-        gathers_first = self.accumulation_steps > 1 and any(terms.needs_whole_batch() for terms in self.terms)
+        gathers_first = self.accumulation_steps > 1 and any(terms.needs_global_batch() for terms in self.teacher_terms)
         while True:
             with clock.span("data", host=True):
                 batches = list(islice(stream, self.accumulation_steps if gathers_first else 1))
@@ -98,51 +98,53 @@ class Classification:
                 self._answers = [self._ask(batch, clock) for batch in batches]
                 with torch.no_grad(), self.global_batch.recording(), frozen_statistics(self.module):
                     for batch, answers in zip(batches, self._answers, strict=True):
-                        self._equation(batch, answers, clock, detailed=False)
+                        self._compute_losses(batch, answers, clock, detailed=False)
             yield from batches
 
     def compute_terms(self, batch: Batch, clock: Clock, detailed: bool) -> dict[str, Tensor]:
         """The equation, and `agreement`, the share of equal decisions; on detailed steps also `closeness` of the features."""
         answers = self._answers.pop(0) if self._answers else self._ask(batch, clock)
-        terms = self._equation(batch, answers, clock, detailed)
+        terms = self._compute_losses(batch, answers, clock, detailed)
         self.global_batch.advance()
         return terms
 
     def _ask(self, batch: Batch, clock: Clock) -> Answers:
         """The teachers' answers; before the student runs, so that the activations of both are never held at once."""
-        teachers = dict.fromkeys(terms.teacher for terms in self.terms if terms.active(batch.epoch))
+        teachers = dict.fromkeys(terms.teacher for terms in self.teacher_terms if terms.active(batch.epoch))
         with clock.span("teacher"), self.accelerator.autocast():
             return {teacher: teacher.answer(batch) for teacher in teachers}
 
-    def _equation(self, batch: Batch, answers: Answers, clock: Clock, detailed: bool) -> dict[str, Tensor]:
-        active = {number: terms for number, terms in enumerate(self.terms) if terms.active(batch.epoch)}
+    def _compute_losses(self, batch: Batch, answers: Answers, clock: Clock, detailed: bool) -> dict[str, Tensor]:
+        """One student forward, and the equation above on it: `loss` and its terms."""
+        everyone = self.teacher_terms
+        active = {number: terms for number, terms in enumerate(everyone) if terms.active(batch.epoch)}
         torch.manual_seed(batch.seed)  # of dropout and drop path; it depends only on the position in the epoch
         with clock.span("student"):
-            taps = [answers[t.teacher].tapped[t.tap] if t in active.values() and t.tap is not None else None for t in self.terms]
+            taps = [answers[t.teacher].tapped[t.tap] if t in active.values() and t.tap is not None else None for t in everyone]
             student: StudentOutput = self.module(batch.images, taps)
             values: dict[str, Tensor] = {}
             loss = batch.targets.new_zeros(())
             if self.recipe.label_weight:
-                class_head = student.logits if any(t.teaches_tokens(batch.epoch) for t in self.terms) else student.prediction()
+                class_head = student.logits if any(t.teaches_tokens(batch.epoch) for t in everyone) else student.prediction()
                 values["ce"] = F.cross_entropy(class_head.to(batch.targets.dtype), batch.targets)
                 loss = self.recipe.label_weight * values["ce"]
             for number, terms in active.items():
-                answer, suffix = answers[terms.teacher], f"_{number}" if len(self.terms) > 1 else ""
+                answer, suffix = answers[terms.teacher], f"_{number}" if len(everyone) > 1 else ""
                 if terms.distill.kd_weight and terms.on("kd", batch.epoch):
                     values[f"kd{suffix}"] = kd = terms.kd(student, answer, batch)
                     loss = loss + terms.weight("kd", batch.epoch) * kd
                 if terms.tap is not None and terms.on("feature", batch.epoch):
                     values[f"feature{suffix}"] = feature = terms.feature(student, answer, batch, self.projectors[number])
                     loss = loss + terms.weight("feature", batch.epoch) * feature
-            for number, terms in enumerate(self.terms):  # DDP expects a gradient for every parameter
+            for number, terms in enumerate(everyone):  # DDP expects a gradient for every parameter
                 if not (number in active and terms.on("feature", batch.epoch)):
                     loss = loss + sum(0.0 * p.sum() for p in self.projectors[number].parameters())
         if 0 in active:
-            first = answers[self.terms[0].teacher]
-            if self.terms[0].distill.kd_weight:
+            first = answers[everyone[0].teacher]
+            if everyone[0].distill.kd_weight:
                 values["agreement"] = (student.prediction().argmax(1) == first.logits.argmax(1)).float().mean()
-            if detailed and self.terms[0].tap is not None:
-                values |= closeness(self.terms[0].distill, student.projected[0], first.tapped[self.terms[0].tap])
+            if detailed and everyone[0].tap is not None:
+                values |= closeness(everyone[0].distill, student.projected[0], first.tapped[everyone[0].tap])
         return {"loss": loss, **values}
 
     def sample_names(self, indices: Tensor) -> list[str]:
@@ -163,7 +165,7 @@ class Classification:
 
     def evaluate_teachers(self, tracker: Tracker, first: bool) -> None:
         """See `Task`, and `measure_teachers`."""
-        distills_logits = [bool(terms.distill.kd_weight) for terms in self.terms]
+        distills_logits = [bool(terms.distill.kd_weight) for terms in self.teacher_terms]
         if first and any(distills_logits):
             view = (self.recipe.data, self.recipe.evaluation)
             tracker.log("teacher", 0, measure_teachers(self.teachers, distills_logits, view, self.val_loader, self.accelerator))

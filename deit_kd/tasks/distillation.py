@@ -20,13 +20,13 @@ from deit_kd.recipe.objectives import FEATURE_OBJECTIVES, LOGIT_OBJECTIVES, Feat
 from deit_kd.seed import derive_seed
 
 
-class Terms:
+class TeacherTerms:
     """The terms of one teacher.
 
     Args:
         distill: names losses, weights and taps.
         number: of the teacher among the recipe's distillations.
-        token: which distillation head learns from it, of those that the student has.
+        head_index: which of the student's distillation heads learns from it.
         teacher: that is compared with.
         class_means: [K,E], for the losses that read them.
         global_batch: gathers the rows of losses that couple samples.
@@ -40,7 +40,7 @@ class Terms:
         self,
         distill: Distill,
         number: int,
-        token: int,
+        head_index: int,
         teacher: AnyTeacher,
         class_means: Tensor | None,
         global_batch: GlobalBatch,
@@ -50,8 +50,8 @@ class Terms:
         sees_global_batch: bool,
         compiled: str | None = None,
     ):
-        self.distill, self.number, self.token, self.teacher = distill, number, token, teacher
-        self.epochs, self.seed, self.whole = epochs, seed, sees_global_batch
+        self.distill, self.number, self.head_index, self.teacher = distill, number, head_index, teacher
+        self.epochs, self.seed, self.sees_global_batch = epochs, seed, sees_global_batch
         self.class_means, self.global_batch = class_means, global_batch
         self.tap = distill.teacher_tap if distill.feature_weight else None
         self.functions: dict[str, Callable[..., Tensor]] = {}
@@ -75,13 +75,12 @@ class Terms:
         """Whether a term of this teacher is on."""
         return bool((self.distill.kd_weight and self.on("kd", epoch)) or (self.tap is not None and self.on("feature", epoch)))
 
-    def needs_whole_batch(self) -> bool:
+    def needs_global_batch(self) -> bool:
         """Whether a term couples samples, so that it must see rows of all processes and micro-batches."""
-        losses = (
-            self.distill.kd_loss if self.distill.kd_weight else None,
-            self.distill.feature_loss if self.tap is not None else None,
-        )
-        return "noise_contrastive" in losses or (self.whole and any(couples_samples(name) for name in losses))
+        kd_loss = self.distill.kd_loss if self.distill.kd_weight else None
+        feature_loss = self.distill.feature_loss if self.tap is not None else None
+        couple = couples_samples(kd_loss) or couples_samples(feature_loss)
+        return feature_loss == "noise_contrastive" or (self.sees_global_batch and couple)
 
     def teaches_tokens(self, epoch: int) -> bool:
         """Whether a distillation head learns from this teacher alone, so that labels are for the class head."""
@@ -92,7 +91,7 @@ class Terms:
         name, head = self.distill.kd_loss, self.distill.kd_head
         assert name is not None
         dist_logits = student.dist_logits
-        own = dist_logits[self.token] if dist_logits else student.logits
+        own = dist_logits[self.head_index] if dist_logits else student.logits
         heads = {"class": [student.logits], "distillation": [own], "both": [student.logits, own]}[head or "class"]
         arguments = self._parameters(LOGIT_OBJECTIVES[name])
         if LOGIT_OBJECTIVES[name].reads_labels:
@@ -140,12 +139,12 @@ class Terms:
 
     def _loss(self, name: str, where: str, student: Tensor, teacher: Tensor, **parameters: Any) -> Tensor:
         """A loss by its name, over all rows of the global batch if it couples samples."""
-        function, whole = self.functions[name], self.whole and couples_samples(name)
+        function, gathers = self.functions[name], self.sees_global_batch and couples_samples(name)
         rows = {"student": student, "teacher": teacher, **{key: parameters.pop(key) for key in ("labels",) if key in parameters}}
-        if whole:
+        if gathers:
             rows = {side: self.global_batch.gather_rows(f"{self.number} {where} {side}", each) for side, each in rows.items()}
         value = function(rows.pop("student"), rows.pop("teacher"), **rows, **parameters)
-        return self.global_batch.rescale_for_mean(value) if whole else value
+        return self.global_batch.rescale_for_mean(value) if gathers else value
 
     def _parameters(self, row: LogitObjective | FeatureObjective) -> dict[str, Any]:
         """What the recipe states of a loss, as arguments of its function."""

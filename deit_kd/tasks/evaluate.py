@@ -22,7 +22,7 @@ from deit_kd.recipe import Data, Evaluation, Student
 from deit_kd.teacher_cache import identity
 
 
-def in_one_piece(student: nn.Module, stated: Student, num_classes: int, img_size: int, device: torch.device) -> TimmModel:
+def unsharded(student: nn.Module, stated: Student, num_classes: int, img_size: int, device: torch.device) -> TimmModel:
     """The student or its EMA; if FSDP cuts it over processes, a whole copy on every process."""
     if not fsdp.is_sharded(student):
         return cast(TimmModel, student)
@@ -38,7 +38,7 @@ class StudentEvaluation:
         distiller: the student with its projectors.
         val: the validation images.
         holdout: training images that are held out; None for none.
-        whole: the student or its EMA in one piece, see `in_one_piece`.
+        unsharded: gives the student or its EMA in one piece, see the function.
         accelerator: of this process.
         compiled: torch.compile's mode; None for none.
     """
@@ -48,11 +48,11 @@ class StudentEvaluation:
         distiller: Distiller,
         val: EvaluationLoader,
         holdout: EvaluationLoader | None,
-        whole: Callable[[nn.Module], TimmModel],
+        unsharded: Callable[[nn.Module], TimmModel],
         accelerator: Accelerator,
         compiled: str | None,
     ):
-        self.distiller, self.val, self.holdout, self.whole = distiller, val, holdout, whole
+        self.distiller, self.val, self.holdout, self.unsharded = distiller, val, holdout, unsharded
         self.accelerator, self.compiled = accelerator, compiled
         self._averaged: Distiller | None = None
 
@@ -60,8 +60,8 @@ class StudentEvaluation:
     def __call__(self, ema: nn.Module | None) -> dict[str, float]:
         """top1 and top5 in percent and nll of the mean of the heads, and each head's top1, over every image once."""
         sharded = fsdp.is_sharded(self.distiller.student)
-        distiller = Distiller(self.whole(self.distiller.student)) if sharded else self.distiller
-        ema = None if ema is None else self.whole(ema)
+        distiller = Distiller(self.unsharded(self.distiller.student)) if sharded else self.distiller
+        ema = None if ema is None else self.unsharded(ema)
         if self.accelerator.num_processes > 1:  # each process has its own running statistics; the first one's are exported
             for model in (distiller, ema) if ema is not None else (distiller,):
                 for buffer in model.buffers():

@@ -33,7 +33,7 @@ def write(
         UserError: the exported student gives other logits.
         OSError: the student cannot be written.
     """
-    student = task.whole(task.student if ema is None else ema.module)
+    student = task.unsharded(task.student if ema is None else ema.module)
     if not accelerator.is_main_process:
         return
     if best is not None:

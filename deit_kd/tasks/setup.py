@@ -19,11 +19,11 @@ from deit_kd.data.transforms import evaluation_transform
 from deit_kd.distributed.global_batch import GlobalBatch
 from deit_kd.errors import UserError
 from deit_kd.models import AnyTeacher, Distiller
-from deit_kd.models.build import build_distiller, tokens
+from deit_kd.models.build import build_distiller, head_indices
 from deit_kd.models.features import TimmModel
 from deit_kd.recipe import Recipe
 from deit_kd.seed import derive_seed
-from deit_kd.tasks.distillation import Terms
+from deit_kd.tasks.distillation import TeacherTerms
 from deit_kd.teacher_cache import identity
 from deit_kd.teacher_cache.class_means import stated_means
 
@@ -118,7 +118,7 @@ def make_distiller(
     return distiller
 
 
-def make_terms(
+def make_teacher_terms(
     recipe: Recipe,
     distiller: Distiller,
     teachers: Sequence[AnyTeacher],
@@ -126,7 +126,7 @@ def make_terms(
     output: Path,
     accelerator: Accelerator,
     compiled: str | None,
-) -> tuple[list[Terms], GlobalBatch]:
+) -> tuple[list[TeacherTerms], GlobalBatch]:
     """The terms of each teacher, and the global batch that they share.
 
     Args:
@@ -144,13 +144,13 @@ def make_terms(
     global_batch = GlobalBatch(accelerator, loader.accumulation_steps)
     images = (recipe.data, recipe.augmentation, loader.source, accelerator, loader.loader_config, recipe.global_batch_size)
     distillations, terms = recipe.distillations(), []
-    for number, token in enumerate(tokens(distillations, distiller.distillation_heads)):
+    for number, head_index in enumerate(head_indices(distillations, distiller.distillation_heads)):
         stated, teacher = distillations[number].distill, teachers[number]
         terms.append(
-            Terms(
+            TeacherTerms(
                 stated,
                 number,
-                token or 0,
+                head_index or 0,
                 teacher,
                 stated_means(output, *images, stated, teacher),
                 global_batch,

@@ -25,8 +25,8 @@ from deit_kd.data.loader import SKIPPED
 from deit_kd.data.sources.fingerprint import fingerprint
 from deit_kd.data.transforms import train_transform
 from deit_kd.errors import UserError
+from deit_kd.files.atomic import write_tensors
 from deit_kd.files.documents import MEGABYTE, Document, must_be_a_file, parse_json
-from deit_kd.files.whole import write_tensors
 from deit_kd.models import AnyTeacher, Teacher
 from deit_kd.recipe import Augmentation, Data, Distill
 from deit_kd.seed import derive_seed

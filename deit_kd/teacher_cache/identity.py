@@ -12,7 +12,7 @@ from typing import Any
 from deit_kd.data import Source, TrainLoader
 from deit_kd.data.sources.fingerprint import of_images
 from deit_kd.errors import UserError
-from deit_kd.files.whole import sha256
+from deit_kd.files.atomic import sha256
 from deit_kd.models import CachedTeacher
 from deit_kd.models.loading import file_of
 from deit_kd.recipe import Data, Evaluation, Teacher

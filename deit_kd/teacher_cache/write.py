@@ -28,8 +28,8 @@ from deit_kd.data.sources.base import split_holdout
 from deit_kd.data.transforms import evaluation_transform
 from deit_kd.errors import UserError
 from deit_kd.evaluation.metrics import measure
+from deit_kd.files.atomic import sha256, write_tensors
 from deit_kd.files.outputs import claimed
-from deit_kd.files.whole import sha256, write_tensors
 from deit_kd.models import Teacher, cached_teacher, teacher_formats
 from deit_kd.models.teacher_formats import Basis
 from deit_kd.recipe import Recipe

@@ -22,9 +22,9 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from deit_kd.errors import UserError
+from deit_kd.files.atomic import write_json
 from deit_kd.files.documents import MEGABYTE, read_json
 from deit_kd.files.warn import optional
-from deit_kd.files.whole import write_json
 from deit_kd.models import AnyTeacher, Teacher
 from deit_kd.models.folding import fold_batch_norms
 from deit_kd.recipe import Run

@@ -15,7 +15,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from deit_kd.distributed import fsdp
-from deit_kd.files.whole import write_json
+from deit_kd.files.atomic import write_json
 from deit_kd.training.metrics import Tracker
 from deit_kd.training.run_files import read_run
 

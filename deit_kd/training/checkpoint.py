@@ -24,9 +24,9 @@ from torch import Tensor
 
 from deit_kd.distributed import fsdp
 from deit_kd.errors import UserError
+from deit_kd.files.atomic import Tensors, sha256, whole_folder, write_tensors
 from deit_kd.files.documents import MEGABYTE, Document, check, read_json
 from deit_kd.files.warn import optional
-from deit_kd.files.whole import Tensors, sha256, whole_folder, write_tensors
 
 REMEDY = "give another checkpoint to --resume, or auto for the newest whole one"
 CHANGING = ("lr", "step", "lookahead_step")  # what training changes in the groups of an optimizer

@@ -16,7 +16,7 @@ from deit_kd.recipe import Run
 from deit_kd.training.best import Best
 from deit_kd.training.metrics import Clock, Tracker, Window
 from deit_kd.training.nonfinite import StepGuard, StepTerms
-from deit_kd.training.signals import Stop, Stopped, goes_on
+from deit_kd.training.signals import Stop, Stopped, stop_message
 from deit_kd.training.state import RunState
 from deit_kd.training.task import Task
 
@@ -84,51 +84,48 @@ def fit(
     elif step % eval_every == 0 or step >= total_steps:  # a checkpoint is saved before its step is evaluated
         evaluated = [line for line in tracker.lines("eval") if line["step"] == step]
         _evaluate(task, tracker, step, ema, best, evaluated[-1] if evaluated else None)
-    clock, window, guard = (
-        Clock(accelerator.device),
-        Window(step),
-        StepGuard(task, accelerator, optimizer, tracker, reads_every_step),
-    )
-    over, batches = _is_over(task, tracker, accelerator), None
+    clock, window = Clock(accelerator.device), Window(step)
+    guard = StepGuard(task, accelerator, optimizer, tracker, reads_every_step)
+    stopped_early, batches = _stops_early(task, tracker, accelerator), None
     task.module.train()
 
     with Stop(alone=accelerator.num_processes == 1) as stop:
         try:
-            while step < total_steps and not over and not guard.should_stop:
+            while step < total_steps and not stopped_early and not guard.should_stop:
                 epoch, step_of_epoch = divmod(step, task.steps_per_epoch)
                 if batches is None or step_of_epoch == 0:
                     batches = task.train_batches(epoch, step_of_epoch, clock)
                 lr = _set_learning_rate(optimizer, schedule(step))
                 step += 1
-                last = step == total_steps
+                is_last_step = step == total_steps
                 log, save, evaluate = step % run.log_every_steps == 0, step % save_every == 0, step % eval_every == 0
                 guard.snapshot()
-                terms = _backward(task, accelerator, batches, clock, log or last, stop, guard)
-                guard.settle(step, terms, wait=log or save or last or guard.should_stop)
+                terms = _backward(task, accelerator, batches, clock, log or is_last_step, stop, guard)
+                guard.finish_backward(step, terms, wait=log or save or is_last_step or guard.should_stop)
                 with clock.span("student"):
                     _update(task, accelerator, optimizer, clip_grad, ema, guard)
                 state.reached = step
                 tracker.advance()
-                if log or last:
+                if log or is_last_step:
                     progress = {"epoch": step / task.steps_per_epoch, "lr": lr, **tracker.means()}
                     tracker.log("train", step, {**progress, **window.close(step, task.images_per_step, clock)})
                 with window.paused():
-                    if (save and guard.step_is_valid) or last or guard.should_stop:
+                    if (save and guard.step_is_valid) or is_last_step or guard.should_stop:
                         state.save(step)  # before evaluating, which can take long and fail
-                    if (evaluate or last) and not guard.should_stop:
-                        with stop.waiting():
+                    if (evaluate or is_last_step) and not guard.should_stop:
+                        with stop.interruptible():
                             _evaluate(task, tracker, step, ema, best)
-                        over = _is_over(task, tracker, accelerator)
+                        stopped_early = _stops_early(task, tracker, accelerator)
             if guard.should_stop:
-                tracker.say(goes_on(step, folder))
-        except Stopped as stopped:  # in an evaluation, or in an unfinished step, which has changed only buffers
-            guard.restore(torch.full_like(guard.found_inf, step > state.reached))
-            guard.read()
-            state.save_what_is_not()
+                tracker.say(stop_message(step, folder))
+        except Stopped as stopped:  # in an evaluation, or in an unfinished step; such a step has changed buffers and nothing else
+            guard.restore_buffers(torch.full_like(guard.found_inf, step > state.reached))
+            guard.read_pending()
+            state.save_if_newer()
             stopped.give_reason()
-            tracker.say(goes_on(state.reached, folder))
+            tracker.say(stop_message(state.reached, folder))
             return False
-    return over or step >= total_steps
+    return stopped_early or step >= total_steps
 
 
 def _set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> float:
@@ -146,15 +143,15 @@ def _backward(
     stop: Stop,
     guard: StepGuard,
 ) -> StepTerms:
-    """The gradients of a step. All processes agree on isfinite(loss) before the last backward, so that the reduction overlaps it."""
+    """The gradients of a step. All processes agree on isfinite(loss) before the last backward, which overlaps the reduction."""
     done: StepTerms = []
     for micro in range(1, task.accumulation_steps + 1):
-        with stop.waiting():
-            batch, last = next(batches), micro == task.accumulation_steps
-        with nullcontext() if last else accelerator.no_sync(task.module):
+        with stop.interruptible():
+            batch, is_last_micro = next(batches), micro == task.accumulation_steps
+        with nullcontext() if is_last_micro else accelerator.no_sync(task.module):
             terms = task.compute_terms(batch, clock, detailed)
             done.append((batch.indices, {name: value.detach().clone() for name, value in terms.items()}))
-            if last:
+            if is_last_micro:
                 guard.agree(stop, torch.stack([values["loss"] for _, values in done]).sum())
             with clock.span("student"):
                 accelerator.backward(terms["loss"] / task.accumulation_steps)
@@ -191,7 +188,7 @@ def _evaluate(
     task.module.train()
 
 
-def _is_over(task: Task, tracker: Tracker, accelerator: Accelerator) -> bool:
+def _stops_early(task: Task, tracker: Tracker, accelerator: Accelerator) -> bool:
     """Whether to stop early. The main process decides, because only it has all lines."""
     answer = [accelerator.is_main_process and task.stop_early(tracker.lines("eval"))]
     broadcast_object_list(answer)

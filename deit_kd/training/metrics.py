@@ -19,8 +19,8 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
+from deit_kd.files.atomic import FULL, flush, write_text
 from deit_kd.files.warn import optional, warn
-from deit_kd.files.whole import FULL, flush, write_text
 from deit_kd.text import lines_for_terminal
 from deit_kd.training.run_files import parse_line, read_lines
 

@@ -21,8 +21,8 @@ StepTerms = list[tuple[Tensor, dict[str, Tensor]]]  # of each micro-batch of a s
 class StepGuard:
     """Lets a step count only if the loss is finite on all processes.
 
-    The answer stays on the device where the optimizer reads it there (torch's fused optimizers without a scaler). The host then learns it
-    on steps that are logged or saved, and waits for the device on no other. Everywhere else the host reads it at each step.
+    Torch's fused optimizers without a scaler read `found_inf` on the device. With them the host reads it on steps that are logged or
+    saved, and waits for the device on no other. With all other optimizers the host reads it at each step.
 
     Args:
         task: names the samples of a bad step.
@@ -78,7 +78,7 @@ class StepGuard:
         event.record()
         self._copied = copy, event
 
-    def settle(self, step: int, terms: StepTerms, wait: bool) -> None:
+    def finish_backward(self, step: int, terms: StepTerms, wait: bool) -> None:
         """After backward: puts the buffers back if the step does not count, and reports it.
 
         Args:
@@ -92,9 +92,9 @@ class StepGuard:
         self.step_is_valid = True
         self._pending.append((step, terms, self.found_inf))
         if wait or not self.deferred:
-            self.read()
+            self.read_pending()
         if self.deferred or not self.step_is_valid:
-            self.restore(self.found_inf)
+            self.restore_buffers(self.found_inf)
 
     def step(self) -> None:
         """The optimizer's step, unless this one does not count."""
@@ -105,12 +105,12 @@ class StepGuard:
         elif self.step_is_valid:
             self.optimizer.step()
 
-    def restore(self, where: Tensor) -> None:
+    def restore_buffers(self, where: Tensor) -> None:
         """Puts the buffers back if `where` [] is 1, without waiting for the device."""
         for before, buffer in zip(self._before, self._buffers, strict=True):
             buffer.copy_(torch.where(where.bool(), before, buffer))
 
-    def read(self) -> None:
+    def read_pending(self) -> None:
         """Waits for the device: adds the terms of steps that count to the means, and reports the others.
 
         Raises:
@@ -146,6 +146,6 @@ class StepGuard:
             )
             return
         raise UserError(
-            f"{fault}, {self.invalid_in_a_row} steps in a row; lower optim.lr, set optim.clip_grad, or use run.precision=no or teacher.precision=float32 if they were not; "
-            "with another recipe give another --output or --resume none"
+            f"{fault}, {self.invalid_in_a_row} steps in a row; lower optim.lr, set optim.clip_grad, or set run.precision=no and teacher.precision=float32; "
+            "start the changed recipe with another --output or with --resume none"
         )

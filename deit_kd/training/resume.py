@@ -12,9 +12,9 @@ import numpy as np
 from deit_kd.data import Source
 from deit_kd.data.sources.fingerprint import sizes
 from deit_kd.errors import UserError
+from deit_kd.files.atomic import sha256
 from deit_kd.files.documents import short
 from deit_kd.files.imports import imported
-from deit_kd.files.whole import sha256
 from deit_kd.models import AnyTeacher
 from deit_kd.models.loading import file_of
 from deit_kd.recipe import renamed

@@ -10,9 +10,9 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, StrictFloat, StrictInt
 
 from deit_kd.errors import UserError
+from deit_kd.files.atomic import flush, write_json
 from deit_kd.files.documents import MEGABYTE, Document, check, parse_json, read_bytes
 from deit_kd.files.warn import optional, warn
-from deit_kd.files.whole import flush, write_json
 
 Count = Annotated[StrictInt, Field(ge=0, le=10**15)]
 Number = (

@@ -23,9 +23,9 @@ from deit_kd.data import Source
 from deit_kd.distributed import fsdp
 from deit_kd.distributed.accelerator import environment
 from deit_kd.errors import UserError
+from deit_kd.files.atomic import write_json, write_text
 from deit_kd.files.documents import short
 from deit_kd.files.imports import imported
-from deit_kd.files.whole import write_json, write_text
 from deit_kd.models import build
 from deit_kd.models.summary import Plan
 from deit_kd.recipe import Recipe

@@ -11,8 +11,8 @@ from typing import Any
 from deit_kd import recipe as recipes
 from deit_kd.errors import UserError
 from deit_kd.files import documents
+from deit_kd.files.atomic import must_be_utf8
 from deit_kd.files.outputs import must_not_be_data
-from deit_kd.files.whole import must_be_utf8
 from deit_kd.text import for_terminal
 from deit_kd.training import checkpoint, run_files
 

@@ -17,9 +17,9 @@ from accelerate.utils import broadcast_object_list
 from deit_kd import recipe as recipes
 from deit_kd.data import Source
 from deit_kd.errors import UserError
+from deit_kd.files.atomic import clear, flush, make_folder
 from deit_kd.files.locks import locked
 from deit_kd.files.warn import optional
-from deit_kd.files.whole import clear, flush, make_folder
 from deit_kd.recipe import Recipe
 from deit_kd.text import redact
 from deit_kd.training import checkpoint, run_files, run_place

@@ -33,7 +33,7 @@ class Stopped(BaseException):
             raise self.reason from None
 
 
-def goes_on(step: int, folder: Path) -> str:
+def stop_message(step: int, folder: Path) -> str:
     """What a run in this folder says that a signal stopped."""
     if not step:
         return "stopped before the first step; the same command starts again"
@@ -81,7 +81,7 @@ class Stop:
         os.close(self._write)  # which ends the thread
 
     @contextmanager
-    def waiting(self) -> Iterator[None]:
+    def interruptible(self) -> Iterator[None]:
         """The block may take long and changes nothing that is kept: a signal, also one that came before, ends it at once.
 
         Raises:

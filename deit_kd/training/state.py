@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from deit_kd.distributed import fsdp
 from deit_kd.errors import UserError
+from deit_kd.files.atomic import FULL
 from deit_kd.files.documents import Document, check
-from deit_kd.files.whole import FULL
 from deit_kd.training import checkpoint, run_files
 from deit_kd.training.best import Best
 from deit_kd.training.metrics import Tracker
@@ -82,7 +82,7 @@ class RunState:
     reached: int = 0  # whole steps
     _saved: int = 0  # of them those that a checkpoint holds
 
-    def save_what_is_not(self) -> None:
+    def save_if_newer(self) -> None:
         """Saves the steps that were reached, unless none was made since the last save; see `save`."""
         if self.reached > self._saved:
             self.save(self.reached)

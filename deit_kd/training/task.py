@@ -15,6 +15,9 @@ from deit_kd.training.metrics import Clock, Tracker
 class Task(Protocol):
     """What is learned: all that the loop, the run folder and train.py use of it.
 
+    train.py makes one of `deit_kd.tasks.TASKS` with the arguments of `deit_kd.tasks.Classification`. A micro-batch is anything with
+    `indices` [B], the places of its samples among the training images. The benchmark of steps subclasses `Classification`.
+
     Attributes:
         module: every trainable parameter behind one forward; prepared by `deit_kd.training.setup`.
         student: the bare part of it that is exported.
@@ -47,7 +50,7 @@ class Task(Protocol):
         """Where the samples of a micro-batch, its `indices` [B], come from, for people."""
 
     def evaluate(self, ema: nn.Module | None) -> dict[str, float]:
-        """Metrics over the validation data; those of `ema` have names that begin with ema_."""
+        """Metrics over the validation data, in percent, such as `top1`; of `ema` as `ema_top1`, of held-out images as `holdout_top1`."""
 
     def evaluate_teachers(self, tracker: Tracker, first: bool) -> None:
         """At the run's `first` start logs the metrics of the teachers; at each start warns of teachers near chance."""
@@ -59,7 +62,7 @@ class Task(Protocol):
         """What to log of the trainable parts at each evaluation, such as the projector's spectrum."""
 
     def facts(self) -> dict[str, Any]:
-        """What run.json says of the data, the layout and the teachers."""
+        """What run.json says of data, layout and teachers; the keys are those of `deit_kd.tasks.setup.run_facts`."""
 
-    def whole(self, student: nn.Module) -> TimmModel:
-        """The student or its EMA in one piece, where FSDP cuts it over processes."""
+    def unsharded(self, student: nn.Module) -> TimmModel:
+        """The student or its EMA in one piece: FSDP cuts it over processes."""

@@ -77,7 +77,7 @@ def steps(
     teacher.double().dtype = torch.float64
     task = Double(recipe, accelerator, sources, [teacher], folder, 64 // processes // accumulation, print)
     assert task.accumulation_steps == accumulation
-    for terms in task.terms:
+    for terms in task.teacher_terms:
         terms.class_means = None if terms.class_means is None else terms.class_means.double()
     task.module.double()
     if spoil is not None and accelerator.is_last_process:

@@ -25,7 +25,7 @@ from deit_kd.models import StudentOutput, TeacherOutput, projectors
 from deit_kd.models.build import build_teachers
 from deit_kd.models.projectors.vectors import build_projector
 from deit_kd.recipe.objectives import LOGIT_OBJECTIVES
-from deit_kd.tasks.distillation import Terms
+from deit_kd.tasks.distillation import TeacherTerms
 from deit_kd.training.metrics import read_metrics
 from programs import run_script
 
@@ -104,7 +104,7 @@ def test_labels_come_by_name_and_a_changed_function_replaces_the_one_before(forg
     accelerator = Accelerator(cpu=True)
     global_batch = GlobalBatch(accelerator, 1)
     teacher = build_teachers(recipe, open_data(recipe.data, None)[0].class_names)[0]
-    terms = Terms(distillation.distill, 0, 0, teacher, None, global_batch, epochs=1, seed=0, sees_global_batch=True)
+    terms = TeacherTerms(distillation.distill, 0, 0, teacher, None, global_batch, epochs=1, seed=0, sees_global_batch=True)
     ours, theirs, targets = torch.randn(4, 10), torch.randn(4, 10), torch.eye(10)[[3, 1, 4, 1]]
     batch = Batch(torch.zeros(4, 3, 28, 28), targets, targets.argmax(1), torch.arange(4), 0, 0)
     value = terms.kd(StudentOutput(ours, (ours,), ()), TeacherOutput(theirs, theirs, {}), batch)

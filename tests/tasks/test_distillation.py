@@ -92,7 +92,7 @@ def test_the_logged_closeness_is_what_the_loss_compares(name: str, statistic: st
     forward = task.module.forward
     task.module.forward = lambda *arguments: seen.setdefault("student", forward(*arguments))  # type: ignore[method-assign]
     values = task.compute_terms(batch, Clock(CPU), detailed=True)
-    ours, theirs = seen["student"].projected[0].detach(), task.teachers[0](batch.images).tapped[task.terms[0].tap]
+    ours, theirs = seen["student"].projected[0].detach(), task.teachers[0](batch.images).tapped[task.teacher_terms[0].tap]
     if ours.ndim == 4:
         ours, theirs = (each.permute(0, 2, 3, 1).reshape(-1, each.shape[1]) for each in (ours, theirs))
     if statistic == "feature_correlation":
@@ -161,7 +161,7 @@ def test_weights_ramp_up_and_stages_end(fashion_folder: Path, tmp_path: Path) ->
         "distill.active_epochs.feature=[2, 4]",
     ]
     task = make_task(tmp_path, overrides, fashion_folder)
-    terms = task.terms[0]
+    terms = task.teacher_terms[0]
     assert [terms.weight("kd", epoch) for epoch in range(6)] == [0, 0.25, 0.5, 0.75, 1, 1]
     assert [terms.active(epoch) for epoch in range(8)] == [True] * 6 + [False] * 2
     clock = Clock(CPU)
@@ -256,7 +256,7 @@ MAP = f"{NO_KD}, feature_loss: attention_transfer, feature_weight: 1, student_ta
 def test_each_token_has_a_teacher_that_teaches_it(tmp_path: Path) -> None:
     """Two networks of one name with other weights; the first distillation teaches no token."""
     task = several(tmp_path, "deit_tiny_two_teachers_patch16_224", f"pretrained | {MAP}", f"pretrained | {KL}", f"random | {KL}")
-    assert [terms.token for terms in task.terms[1:]] == [0, 1]
+    assert [terms.head_index for terms in task.teacher_terms[1:]] == [0, 1]
     assert len(set(task.teachers)) == 2
     assert len(make_plan(task.recipe, 10).teachers) == 2
     batch = next(task.train_batches(0, 0, Clock(CPU)))
@@ -349,7 +349,7 @@ def test_norm_direction_takes_means_mixed_like_the_labels(fashion_folder: Path, 
     mixing = ["augmentation.mixup=0.8", "augmentation.mixup_prob=1", "augmentation.label_smoothing=0.1"]
     task = make_task(tmp_path, [*SMALL, *feature("norm_direction", more="class_means: auto"), *mixing], fashion_folder)
     batch = next(task.train_batches(0, 0, Clock(CPU)))
-    means = task.terms[0].class_means
+    means = task.teacher_terms[0].class_means
     assert means is not None
     taught = task.teachers[0](batch.images)
     student = task.module(batch.images, [taught.tapped["pooled"]])
@@ -358,5 +358,5 @@ def test_norm_direction_takes_means_mixed_like_the_labels(fashion_folder: Path, 
     share = torch.where(batch.labels == batch.labels[partner], torch.ones_like(share), share)
     mixed = share[:, None] * means[batch.labels] + (1 - share[:, None]) * means[batch.labels[partner]]
     expected = losses.norm_direction(student.projected[0], taught.features, 0.9 * mixed + 0.1 * means.mean(0))
-    actual = task.terms[0].feature(student, taught, batch, task.projectors[0])
+    actual = task.teacher_terms[0].feature(student, taught, batch, task.projectors[0])
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)

@@ -23,7 +23,7 @@ from deit_kd import sweep as grid
 from deit_kd.data.sources import packed
 from deit_kd.errors import UserError
 from deit_kd.evaluation import report
-from deit_kd.files.whole import sha256
+from deit_kd.files.atomic import sha256
 from deit_kd.models import CachedTeacher, cached_teacher, teacher_formats
 from deit_kd.teacher_cache import class_means, identity
 from deit_kd.training import acceleration

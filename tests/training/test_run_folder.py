@@ -25,8 +25,8 @@ import killing
 import train
 from deit_kd import export
 from deit_kd.errors import UserError
+from deit_kd.files import atomic as files
 from deit_kd.files import outputs, warn
-from deit_kd.files import whole as files
 from deit_kd.files.locks import locked
 from deit_kd.training import checkpoint, run_files
 from deit_kd.training.metrics import TIMES, read_metrics

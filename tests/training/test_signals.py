@@ -36,7 +36,7 @@ def fail(error: Exception) -> NoReturn:
 
 
 def wait_in(stop: Stop, work: Callable[[], Any]) -> None:
-    with stop.waiting():
+    with stop.interruptible():
         work()
 
 
@@ -112,7 +112,7 @@ def test_a_wait_ends_at_once_where_nobody_else_waits(before: bool) -> None:
 
 def test_where_others_wait_for_the_process_it_ends_for_another_start(tmp_path: Path) -> None:
     def work() -> None:
-        with Stop(alone=False, grace=0.1) as stop, stop.waiting():
+        with Stop(alone=False, grace=0.1) as stop, stop.interruptible():
             signalled(signal.SIGTERM)
             forever()
 

@@ -20,8 +20,8 @@ from deit_kd.data.sources.catalog import open_source
 from deit_kd.data.sources.folder_source import FolderSource
 from deit_kd.data.sources.shards import INDEX
 from deit_kd.errors import UserError
+from deit_kd.files.atomic import write_json
 from deit_kd.files.outputs import must_not_be_data, replace, workspace
-from deit_kd.files.whole import write_json
 
 
 def pack(data: Path, output: Path, short_side: int | None, shard_bytes: int) -> bool:

@@ -14,8 +14,8 @@ from pydantic import Field
 from deit_kd.data.sources.base import Source, Split
 from deit_kd.data.sources.folder_source import FolderSource
 from deit_kd.errors import UserError
+from deit_kd.files.atomic import sha256, write_json
 from deit_kd.files.documents import MEGABYTE, Document, read_json
-from deit_kd.files.whole import sha256, write_json
 from deit_kd.text import for_terminal
 
 FILE = "pack.json"
