@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import pytest
 from accelerate.state import AcceleratorState
+from matplotlib.figure import Figure
 from PIL import Image
 from timm.data import ImageNetInfo
 
@@ -50,6 +51,17 @@ def _fresh_accelerator() -> Iterator[None]:
     """Accelerate keeps its state in the process; a second run in one process starts clean."""
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def pictures() -> None:
+    """Pictures of runs in this process are rendered. Of tests that do not ask for it they are blank: that halves a short run's time."""
+
+
+@pytest.fixture(autouse=True)
+def _blank_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "pictures" not in request.fixturenames:
+        monkeypatch.setattr(Figure, "savefig", lambda self, file, **_: Image.new("RGB", (8, 8)).save(file, "png"))
 
 
 @pytest.fixture(scope="session")

@@ -27,6 +27,7 @@ AXES = ["distill.power=2,4", "seed=0,1"]
 QUICK = [*SMALL, "epochs=1", "optim.warmup_epochs=0", "teacher.name=resnet10t", "teacher.weights=random"]
 
 
+@pytest.mark.usefixtures("pictures")
 def test_a_grid_runs_once_and_is_extended(fashion_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "grid"
     command = ["grid", "quickstart", *AXES, *QUICK, "--data", str(fashion_folder), "--output", str(output), "--jobs", "2"]

@@ -53,6 +53,7 @@ def harmless(printed: str) -> None:
     assert not set(printed) & set("\x9b\u202e\u2066\u2028")
 
 
+@pytest.mark.usefixtures("pictures")
 def test_a_run_on_nasty_names_is_whole(
     nasty_folder: Path, tmp_path: Path, train_cli: Cli, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -176,6 +177,7 @@ def test_a_list_of_class_names_of_any_editor(encoding: str, newline: str, tmp_pa
     assert _class_names(tmp_path / "names.json", 5) == names
 
 
+@pytest.mark.usefixtures("pictures")
 def test_a_grid_over_nasty_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Values of an axis that are paths, formulas, markup; nothing is trained."""
     for number in range(3):

@@ -122,6 +122,7 @@ def test_memory_does_not_grow_with_the_square_of_the_classes(tmp_path: Path) -> 
     assert "| c2 | c29999 | 1 |" in (tmp_path / "report.md").read_text()
 
 
+@pytest.mark.usefixtures("pictures")
 @pytest.mark.filterwarnings("error")
 def test_names_of_others_in_a_report(tmp_path: Path) -> None:
     names = [name for name in NASTY if name]
@@ -291,6 +292,7 @@ def test_c_is_averaged_over_corruptions_and_severities(tmp_path: Path) -> None:
         open_benchmark("imagenet-c", tmp_path / "fog")
 
 
+@pytest.mark.usefixtures("pictures")
 def test_the_command_writes_table_json_and_picture(photo_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--data", str(photo_folder / "val"), "--output", str(tmp_path / "report"), "--batch-size", "8"]
     model = timm.create_model("resnet10t", num_classes=1000)
