@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from accelerate.state import AcceleratorState
 from matplotlib.figure import Figure
 from PIL import Image
@@ -32,6 +33,9 @@ from programs import ROOT, Program
 
 MINUTES = 900  # seconds after which a test that hangs ends; no right run comes near it, however loaded the machine is
 sys.path.insert(0, str(ROOT))
+# Autograd looks for devices at its first backward. What some tests load (exporters, compilers) then counts as one, and autograd starts
+# threads, after which no forked child can train. So the first backward is here.
+torch.ones(1, requires_grad=True).sum().backward()
 
 # What turns the quick start into a run of seconds, on a folder of 240 real images: 10 steps an epoch.
 SMALL = [

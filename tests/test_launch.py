@@ -21,6 +21,8 @@ from conftest import MINUTES, ROOT, SMALL, wait_until
 from deit_kd.training.metrics import read_metrics
 from programs import run_script
 
+pytestmark = pytest.mark.slow
+
 RUN = [
     *("--device", "cpu", "--recipe", "quickstart", *SMALL, "teacher.name=resnet10t", "teacher.weights=random"),
     *("epochs=500", "run.eval_every_epochs=500", "run.save_every_steps=4", "run.log_every_steps=1"),

@@ -28,6 +28,7 @@ QUICK = [*SMALL, "epochs=1", "optim.warmup_epochs=0", "teacher.name=resnet10t", 
 
 
 @pytest.mark.usefixtures("pictures")
+@pytest.mark.slow
 def test_a_grid_runs_once_and_is_extended(fashion_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "grid"
     command = ["grid", "quickstart", *AXES, *QUICK, "--data", str(fashion_folder), "--output", str(output), "--jobs", "2"]
@@ -100,7 +101,8 @@ def orphaned(fashion_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     output = tmp_path_factory.mktemp("orphaned") / "grid"
     words = ["grid", "quickstart", "distill.power=2,4", *QUICK, "--data", str(fashion_folder), "--output", str(output)]
     first = Program("-m", "deit_kd", *words)
-    wait_until(lambda: (output / "power=2.log").exists(), first)
+    log = output / "power=2.log"
+    wait_until(lambda: log.exists() and log.stat().st_size, first)  # the run itself has written: it lives, and holds its lock
     first.kill()
     first.wait()
     with (output / "power=2.lock").open("a") as lock, pytest.raises(BlockingIOError):
@@ -110,6 +112,7 @@ def orphaned(fashion_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return output, words, done.stderr
 
 
+@pytest.mark.slow
 def test_a_run_that_outlives_its_grid_is_waited_for(orphaned: tuple[Path, list[str], str]) -> None:
     output, _, said = orphaned
     assert "power=2: another process runs it" in said
@@ -119,6 +122,8 @@ def test_a_run_that_outlives_its_grid_is_waited_for(orphaned: tuple[Path, list[s
     assert [row["n"] for row in csv.DictReader((output / "grid.csv").open())] == ["1", "1"]
 
 
+@pytest.mark.usefixtures("pictures")
+@pytest.mark.slow
 def test_a_grid_that_is_killed_before_each_change_ends_alike(orphaned: tuple[Path, list[str], str]) -> None:
     output, words, _ = orphaned
     tables = {name: (output / name).read_bytes() for name in ("grid.csv", "grid.md", "grid.png")}

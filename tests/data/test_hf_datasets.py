@@ -81,6 +81,7 @@ def server(tmp_path: Path) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("kind", ["parquet", "tar"])
+@pytest.mark.slow
 def test_a_run_on_files_behind_urls(kind: str, server: str, parquet: Path, fashion_folder: Path, tmp_path: Path) -> None:
     if kind == "tar":
         pack(fashion_folder, tmp_path / "shards", None, 10_000_000)

@@ -110,6 +110,7 @@ def test_a_loading_process_that_dies_is_replaced(
     assert signal.getsignal(signal.SIGCHLD) == before, "torch's handler would raise in the middle of a save"
 
 
+@pytest.mark.slow
 def test_one_that_dies_again_and_again_ends_the_program_by_name(fashion_folder: Path, tmp_path: Path) -> None:
     """In evaluation."""
     source = open_source("image_folder", fashion_folder, "val")
@@ -282,6 +283,7 @@ def test_all_that_a_loading_process_needs_can_be_sent_to_it(overrides: list[str]
         assert values(there) == values(next(batches(keys)))
 
 
+@pytest.mark.slow
 def test_spawned_processes_give_the_same_stream(expected: list[str], fashion_folder: Path) -> None:
     script = (
         "import sys, multiprocessing; multiprocessing.set_start_method('spawn'); sys.path[:0] = ['tests', 'tests/data']; "

@@ -278,6 +278,7 @@ def test_real_takes_any_of_several_answers(tmp_path: Path) -> None:
         open_benchmark("imagenet-real", tmp_path)
 
 
+@pytest.mark.slow
 def test_c_is_averaged_over_corruptions_and_severities(tmp_path: Path) -> None:
     for corruption in report.CORRUPTIONS:
         for severity in range(1, 6):

@@ -44,6 +44,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 @torch.inference_mode()
+@pytest.mark.slow
 def test_programs_take_any_batch(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import onnxruntime
 

@@ -29,6 +29,8 @@ from deit_kd import load_student
 from deit_kd.cli import main
 from programs import run_script
 
+pytestmark = pytest.mark.slow
+
 
 class Hub(ThreadingHTTPServer):
     """What it was told: repositories, commits (path -> content), objects of large files, and every request."""

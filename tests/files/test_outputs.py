@@ -111,6 +111,7 @@ def content(folder: Path) -> dict[str, bytes | None]:
 
 
 @pytest.mark.parametrize("name", VERBS)
+@pytest.mark.slow
 def test_killed_before_each_change_the_same_command_ends_alike(name: str, verb: Callable[[str], list[str]], tmp_path: Path) -> None:
     words, out = verb(name), tmp_path / "out"
     whole = killing.run(lambda: main(words), out)

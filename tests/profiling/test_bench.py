@@ -133,6 +133,7 @@ def test_advice_fits_the_measurement() -> None:
     assert "batch_statistics=device" in first_words(talks, replace(CONDITIONS, gpus=8))[-1]
 
 
+@pytest.mark.slow
 def test_bench_of_two_processes(fashion_folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "bench.json"
     launched = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, "-m", "deit_kd", "bench", "quickstart")

@@ -143,6 +143,7 @@ def test_a_precision_that_is_not_there_is_a_line() -> None:
     assert "ok    teacher" in done.stdout
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path: Path) -> None:
     code, lines = doctor(f"quickstart --device cpu --output '{tmp_path}'", ACCELERATE_USE_CPU="1")
     assert {name for name, line in lines.items() if line.startswith("fail")} == set()

@@ -220,6 +220,7 @@ def test_a_cache_takes_what_its_formula_says() -> None:
 
 
 @pytest.mark.usefixtures("processor_clock")
+@pytest.mark.slow
 def test_plan_from_the_command_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     file = tmp_path / "plan.json"
     cli.main(["plan", "deit_ti_plain", "--gpu", "h100", "--gpus", "4", "--json", str(file), "epochs=30"])

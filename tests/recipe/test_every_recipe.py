@@ -77,6 +77,7 @@ def one_of_each_kind() -> list[str]:
 
 
 @pytest.mark.parametrize("name", one_of_each_kind())
+@pytest.mark.slow
 def test_one_recipe_of_each_kind_trains_two_steps(name: str, train_cli: Cli, fashion_folder: Path, tmp_path: Path) -> None:
     options = ["--data", fashion_folder, "--output", tmp_path / "run", "--max-steps", 2]
     code, printed = train_cli("--recipe", name, *options, *COMMON, *reduced(name))

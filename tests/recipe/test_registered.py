@@ -72,6 +72,7 @@ def test_the_page_trains_and_the_card_names_the_file(file: Path, tmp_path: Path)
     assert looked.returncode == 0, looked.stderr
 
 
+@pytest.mark.slow
 def test_two_processes_import_the_file(file: Path, fashion_folder: Path, tmp_path: Path) -> None:
     """They log the terms of one process; tests/distributed/test_global_batch.py has more layouts, in float64."""
     data = ["--data", fashion_folder, "data.source=image_folder", "teacher.weights=random", "student.drop_path=0"]

