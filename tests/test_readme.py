@@ -61,6 +61,7 @@ def quick_start(copy: Path) -> str:
     return bash(copy / "launch" / "quickstart.sh", "--max-steps", "4")
 
 
+@pytest.mark.slow
 def test_quick_start_and_what_follows_it(copy: Path, quick_start: str) -> None:
     printed = quick_start
     assert re.search(r"teacher +959,066 +91\.30", printed), printed
@@ -79,6 +80,7 @@ def test_quick_start_and_what_follows_it(copy: Path, quick_start: str) -> None:
 
 
 @pytest.mark.usefixtures("quick_start")
+@pytest.mark.slow
 def test_what_is_done_with_students(copy: Path, fashion_folder: Path) -> None:
     """After the quick start: each line that needs neither ImageNet nor an authors' file."""
     picture = sorted((fashion_folder / "val/9 Ankle boot").iterdir())[0]

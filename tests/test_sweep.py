@@ -79,6 +79,7 @@ def test_a_grid_refuses_before_it_runs(tmp_path: Path) -> None:
     assert not (tmp_path / "grid").exists()
 
 
+@pytest.mark.slow
 def test_a_failed_run_is_told(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"1 of 1 runs failed, the first: name=nonsense,seed=0: error: teacher.name=nonsense"):
         run_grid("quickstart", ["teacher.name=nonsense", "seed=0"], tmp_path / "grid", None, 1)
@@ -139,6 +140,7 @@ def test_a_grid_that_is_killed_before_each_change_ends_alike(orphaned: tuple[Pat
     assert moments > 8
 
 
+@pytest.mark.slow
 def test_a_grid_leaves_alone_what_others_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["grid", "quickstart", "seed=0", "teacher.name=nonsense", "--output", str(tmp_path / "grid")]
     (tmp_path / "grid/a run").mkdir(parents=True)

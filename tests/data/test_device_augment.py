@@ -270,6 +270,7 @@ def test_where_it_is_done() -> None:
         choose_augmentation(*augmenting(recipes.load("deit_ti", ["augmentation.auto_augment=4a", "run.augment_on=device"])), CPU)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_bit_exactly(fashion_folder: Path, tmp_path: Path, train_cli: Callable[..., tuple[int, str]]) -> None:
     heavy = ["augmentation.auto_augment=rand-m9-mstd0.5-inc1", "augmentation.random_erasing=0.5", "augmentation.mixup=0.8"]
     options = ["--recipe", "quickstart", "--data", fashion_folder, *SMALL, *heavy, "augmentation.mixup_prob=1.0"]

@@ -298,6 +298,7 @@ def test_where_images_are_decoded() -> None:
         choose_augmentation(*augmenting(recipes.load("deit_ti", [*DECODED, *padded])), CPU)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_bit_exactly(folder: Path, tmp_path: Path, train_cli: Callable[..., tuple[int, str]]) -> None:
     options = ["--recipe", "quickstart", "--data", folder, *SMALL, *HEAVY, *DECODED, "global_batch_size=12"]
     options += ["teacher.name=resnet10t", "teacher.weights=random", "run.save_every_steps=2", "run.eval_every_epochs=9"]

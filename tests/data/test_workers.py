@@ -96,6 +96,7 @@ def leave_it() -> None:
 
 
 @pytest.mark.parametrize("do", [kill_it, crash_it, leave_it])
+@pytest.mark.slow
 def test_a_loading_process_that_dies_is_replaced(
     do: Callable[[], Any], expected: list[str], fashion_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -86,6 +86,7 @@ def test_conv_stem_student_takes_other_sizes_and_classes() -> None:
 
 
 @pytest.mark.parametrize("first", ["deit_kd", "timm"])
+@pytest.mark.slow
 def test_students_are_registered_whichever_is_imported_first(first: str) -> None:
     from programs import run_script
 

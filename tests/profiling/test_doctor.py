@@ -42,6 +42,7 @@ def doctor(command: str, **environment: str) -> tuple[int, dict[str, str]]:
     return done.returncode, {line.split()[1]: line for line in lines}
 
 
+@pytest.mark.slow
 def test_alone(tmp_path: Path) -> None:
     done = run_script("-m", "deit_kd", "doctor", "quickstart", "--output", tmp_path / "runs")
     *found, verdict = done.stdout.splitlines()

@@ -243,6 +243,7 @@ def test_plan_from_the_command_line(capsys: pytest.CaptureFixture[str], tmp_path
 
 
 @pytest.mark.usefixtures("processor_clock")
+@pytest.mark.slow
 def test_cores_of_a_gpu_that_decodes_are_told_on_a_machine_without_one(
     photo_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -255,6 +256,7 @@ def test_cores_of_a_gpu_that_decodes_are_told_on_a_machine_without_one(
 
 
 @pytest.mark.usefixtures("processor_clock")
+@pytest.mark.slow
 def test_measured_steps_stand_beside_the_prediction(fashion_folder: Path) -> None:
     small = ["data.source=image_folder", "global_batch_size=24", "run.workers=0", "teacher.weights=random"]
     told = forecast.forecast(recipes.load("quickstart", small), fashion_folder, None, "cpu", 1, 1)

@@ -60,6 +60,7 @@ def test_couples_samples_is_true(name: str) -> None:
     assert torch.isclose(loss(slice(0, 8)), halves, rtol=1e-9) != couples_samples(name)
 
 
+@pytest.mark.slow
 def test_a_loss_is_added_by_its_function_and_its_row(
     train_cli: Callable[..., tuple[int, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

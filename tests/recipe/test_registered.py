@@ -48,6 +48,7 @@ def of_page(file: Path, output: Path, *more: object) -> list[str]:
     return [*words, *SHORT, *SMALL, *map(str, more)]
 
 
+@pytest.mark.slow
 def test_the_page_trains_and_the_card_names_the_file(file: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     done = run_script("train.py", *of_page(file, output))

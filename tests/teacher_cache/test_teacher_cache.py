@@ -172,6 +172,7 @@ def test_the_principal_components_of_enough_rank_lose_nothing_but_precision() ->
     assert less["features_relative_error"] > 0.1
 
 
+@pytest.mark.slow
 def test_a_run_from_the_cache_is_told_resumes_exactly_and_goes_round(
     data: Path, exact: Path, tmp_path: Path, train_cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -422,6 +423,7 @@ def test_a_teacher_of_other_classes_teaches_features_alone(data: Path, tmp_path:
         make_task(data, cache, tmp_path, *teacher)
 
 
+@pytest.mark.slow
 def test_a_teacher_of_smaller_images_is_told(data: Path, tmp_path: Path, train_cli: Cli) -> None:
     options = ["--recipe", "quickstart", "--data", data, *SIZE, "teacher.img_size=20"]
     code, printed = train_cli(*options, "--dry-run")

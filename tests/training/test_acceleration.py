@@ -161,6 +161,7 @@ def test_plain_is_what_timm_builds() -> None:
     assert len(norms(teacher)) == 20
 
 
+@pytest.mark.slow
 def test_freed_memory_is_used_again() -> None:
     """Large tensors of one step after another touch no new page, where they otherwise touch all of theirs."""
     code = """

@@ -165,6 +165,7 @@ def undisturbed(fashion_folder: Path, tmp_path_factory: pytest.TempPathFactory) 
     return (output / "student/model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_signal_in_any_part_of_a_run_saves_it_and_asks_for_another_start(
     undisturbed: bytes, fashion_folder: Path, tmp_path: Path
 ) -> None:

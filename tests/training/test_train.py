@@ -437,6 +437,7 @@ def test_no_space_left(size: str, expected: str, tmp_path: Path, fashion_folder:
     assert "Traceback" not in ended.printed
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_old_checkpoint_and_the_run_goes_on_if_told_so(tmp_path: Path, fashion_folder: Path) -> None:
     """A real file system of 1.6 MB under the checkpoints: it holds one of 1.1 MB."""
     output = tmp_path / "run"
@@ -451,6 +452,7 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_the_run_goes_on_if_told_so(tm
     assert (output / "student/model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_to_the_last_byte_and_then_is_not(tmp_path: Path, fashion_folder: Path) -> None:
     """Not even a log line fits for a while; afterwards all of them are there, and the same command resumes where the run just fits."""
     disk = tmp_path / "disk"
@@ -485,6 +487,7 @@ def test_features_alone_can_come_from_a_teacher_of_other_classes(train_cli: Cli,
     assert "agreement" not in next(line for line in metrics(tmp_path / "run") if line["kind"] == "train")
 
 
+@pytest.mark.slow
 def test_a_crash_with_workers_ends_the_process(fashion_folder: Path, tmp_path: Path) -> None:
     options = [
         "--recipe",
