@@ -46,7 +46,8 @@ def reduced(name: str) -> list[str]:
     if name == "cifar100_teacher":
         return []
     if name.startswith("deit_two_teachers"):  # a Swin takes images of its own size
-        return [*SMALL_DEIT, *(f"teachers.0.{key}" for key in SMALL_REGNET), "teachers.1.weights=random", "teachers.1.img_size=224"]
+        small = ["teachers.1.name=swin_tiny_patch4_window7_224", "teachers.1.weights=random", "teachers.1.img_size=224"]
+        return [*SMALL_DEIT, *(f"teachers.0.{key}" for key in SMALL_REGNET), *small]
     if not name.startswith("deit"):
         memory = ["projector.negatives=64"] if name == "cifar100_crd" else []
         return ["teacher.weights=random", *memory]
