@@ -32,6 +32,7 @@ from typing import Any
 from tqdm import tqdm
 
 from deit_kd import recipe as recipes
+from deit_kd.data.workers import cores
 from deit_kd.errors import UserError
 from deit_kd.files.atomic import clear, write_text
 from deit_kd.files.documents import Document, read_json
@@ -103,7 +104,7 @@ def _run(
     imports: Sequence[Path],
 ) -> list[str]:
     """Runs these cells, those that other processes hold last; returns a line for each that failed."""
-    threads = {} if jobs == 1 else {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
+    threads = {} if jobs == 1 else {"OMP_NUM_THREADS": str(max(1, cores() // jobs))}
     interrupted, failures = Event(), []
 
     def work(cell: Cell, waits: bool) -> str | None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from deit_kd.data import LoaderConfig, Source, open_source
 from deit_kd.data.sources.base import turned
 from deit_kd.data.transforms import evaluation_transform
+from deit_kd.data.workers import cores
 from deit_kd.errors import UserError
 from deit_kd.files.warn import warn
 from deit_kd.recipe import Data, Evaluation, Run
@@ -93,11 +94,12 @@ def example_images(source: Source, data: Data, evaluation: Evaluation, count: in
 def loader_config(data: Data, run: Run, accelerator: Accelerator, warn: Callable[[str], None]) -> LoaderConfig:
     """Where this process's loaders work, and with how many workers."""
     stated = run.workers
+    on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))  # the launcher sets it
     return LoaderConfig(
         device=accelerator.device,
         num_processes=accelerator.num_processes,
         process_index=accelerator.process_index,
-        workers=min(16, (os.cpu_count() or 1) // accelerator.num_processes) if stated == "auto" else stated,
+        workers=min(16, cores() // on_this_machine) if stated == "auto" else stated,
         on_bad_image=data.on_bad_image,
         warn=warn,
         remedy=BAD_IMAGE,

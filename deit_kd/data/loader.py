@@ -308,7 +308,7 @@ class TrainLoader:
 class EvaluationLoader:
     """Every image once: process p of P takes images p, p+P, ... ; yields (images [B,3,H,W], labels [B]) on the device.
 
-    A transform with randomness gives the same tensors each time, by `seed`.
+    The last of several batches is filled up with zeros of the label SKIPPED: compiled networks then see one size. A transform with randomness gives the same tensors each time, by `seed`.
     """
 
     def __init__(self, source: Source, transform: Transform, loader_config: LoaderConfig, batch_size: int, seed: int = 0):
@@ -316,6 +316,7 @@ class EvaluationLoader:
         mine = np.arange(loader_config.process_index, len(source), loader_config.num_processes)
         mine = np.stack([mine, np.zeros_like(mine)], axis=1)
         self._keys = [(0, mine[start : start + batch_size]) for start in range(0, len(mine), batch_size)]
+        self._rows = min(batch_size, len(mine))
         self._batches = _batches(_SeededDataset(source, transform, seed, loader_config.on_bad_image, False), loader_config)
 
     def __len__(self) -> int:
@@ -331,4 +332,8 @@ class EvaluationLoader:
                     self.loader_config.warn(f"{fault}; evaluation leaves it out")
             if images is None:  # a whole batch of unreadable images
                 continue
-            yield images.to(self.loader_config.device, non_blocking=True), labels.to(self.loader_config.device, non_blocking=True)
+            images, labels = (each.to(self.loader_config.device, non_blocking=True) for each in (images, labels))
+            if missing := self._rows - len(labels):
+                images = torch.cat([images, images.new_zeros(missing, *images.shape[1:])])
+                labels = torch.cat([labels, labels.new_full((missing,), SKIPPED)])
+            yield images, labels

@@ -29,10 +29,24 @@ from deit_kd.errors import UserError
 from deit_kd.files.warn import warn
 
 SHARED_MEMORY = Path("/dev/shm")
+CGROUPS = Path("/sys/fs/cgroup")
 SMALL = 1 << 16  # bytes; a smaller tensor is quicker through the pipe, and takes no descriptor
 DEATHS = 3  # of loading processes, with no batch between them, end the run
 
 _cannot_share: str | None = None  # in a loading process: why its batches come through the pipe
+
+
+def cores() -> int:
+    """The CPU cores that this process may use: by its affinity, and by the quota of its cgroup, which containers and Slurm set."""
+    allowed = float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    with suppress(OSError, ValueError, IndexError):
+        own = Path("/proc/self/cgroup").read_text().split("::")[1].split("\n")[0].lstrip("/")
+        folders = [CGROUPS / own, *(CGROUPS / own).parents]
+        for folder in folders[: folders.index(CGROUPS) + 1]:
+            with suppress(OSError, ValueError):  # no file, or "max": no quota there
+                quota, period = (folder / "cpu.max").read_text().split()
+                allowed = min(allowed, float(quota) / float(period))
+    return max(1, int(allowed))
 
 
 def shared_memory_free() -> int | None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin
+from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, InitProcessGroupKwargs
 
 from deit_kd.errors import UserError
 from deit_kd.recipe import Run
@@ -131,7 +132,20 @@ def precision_of(stated: str, cpu: bool) -> str:
 def plain_accelerator(cpu: bool, precision: str = "no", **settings: Any) -> Accelerator:
     """An Accelerator that takes precision, accumulation and compilation from no variable of the environment."""
     once = GradientAccumulationPlugin(num_steps=1)  # the number alone would yield to the environment's
-    return Speaking(cpu=cpu, mixed_precision=precision, gradient_accumulation_plugin=once, dynamo_backend="no", **settings)
+    handlers = [
+        # Processes wait while the first one downloads weights or lists a slow disk; NCCL's own limit is 10 minutes.
+        InitProcessGroupKwargs(timeout=timedelta(hours=2)),
+        # Training reads no running statistics, and evaluation sends its own: broadcasting them at each forward is for nothing.
+        DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+    ]
+    return Speaking(
+        cpu=cpu,
+        mixed_precision=precision,
+        gradient_accumulation_plugin=once,
+        dynamo_backend="no",
+        kwargs_handlers=handlers,
+        **settings,
+    )
 
 
 def make_accelerator(run: Run, clip_grad: float | None, device: str, output: Path) -> Accelerator:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -23,6 +22,7 @@ from deit_kd.data.sources.base import Split
 from deit_kd.data.sources.catalog import open_folder_to_evaluate
 from deit_kd.data.sources.folders import order_in_doubt
 from deit_kd.data.transforms import MOST_RESIZED, own_transform
+from deit_kd.data.workers import cores
 from deit_kd.errors import UserError
 from deit_kd.evaluation import counts
 from deit_kd.evaluation.imagenet_benchmarks import Examination, open_benchmark
@@ -109,7 +109,7 @@ def evaluate_model(
     source = examination.source
     config = timm.data.resolve_model_data_config(model)
     transform = own_transform(**config)
-    workers = min(16, (os.cpu_count() or 1) - 1)
+    workers = min(16, cores() - 1)
     placed = LoaderConfig(device, 1, 0, workers, on_bad_image, _tell, remedy="remove it, or give --on-bad-image skip")
     batch_size = min(batch_size, max(1, MOST_RESIZED // math.prod(config["input_size"][1:])))  # fewer where images are very large
     loader = EvaluationLoader(source, transform, placed, batch_size)

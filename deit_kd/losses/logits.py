@@ -31,9 +31,9 @@ def hard_distillation(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
 
 
 def _without_label(logits: Tensor, labels: Tensor) -> Tensor:
-    """[B,K] -> [B,K-1]: the logits of all other classes."""
-    others = torch.ones_like(logits, dtype=torch.bool).scatter_(1, labels[:, None], False)
-    return logits[others].view(len(logits), -1)
+    """[B,K] -> [B,K-1]: the logits of all other classes, by their indices: for a mask the host would have to wait for the device."""
+    others = torch.arange(logits.shape[1] - 1, device=logits.device)
+    return logits.gather(1, others + (others >= labels[:, None]))
 
 
 def decoupled_distillation(

@@ -43,9 +43,11 @@ class StudentOutput(NamedTuple):
     ]  # of each distillation, the student's features in the teacher's width; None: it compares none
 
     def prediction(self) -> Tensor:
-        """[B,K]: what the exported student returns, the mean of its heads."""
+        """[B,K]: what the exported student returns, the mean of its heads, which is taken in float32 at least."""
         heads = (self.logits, *self.dist_logits)
-        return self.logits if len(heads) == 1 else torch.stack(heads).mean(dim=0)
+        if len(heads) == 1:
+            return self.logits
+        return torch.stack([head if head.dtype == torch.float64 else head.float() for head in heads]).mean(dim=0)
 
 
 class Distiller(nn.Module):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass
 
 import torch
 
+from deit_kd.data.workers import cores
 from deit_kd.profiling.bench import Bench, StepBenchmark
 
 SMALL_SHARE = 0.15  # of a step; less than this is not worth a change
@@ -17,7 +17,7 @@ SMALL_SHARE = 0.15  # of a step; less than this is not worth a change
 class Conditions:
     """What advice depends on beside the benchmark."""
 
-    cores: int  # of the machine
+    cores: int  # that this process may use
     threads: int  # that torch computes with, in each process on a CPU
     gpus: int  # that torch sees
     accumulation_steps: int
@@ -31,7 +31,7 @@ def conditions_of(benchmark: StepBenchmark) -> Conditions:
     """The conditions of this machine and the benchmark's recipe."""
     recipe = benchmark.recipe
     return Conditions(
-        cores=os.cpu_count() or 1,
+        cores=cores(),
         threads=torch.get_num_threads(),
         gpus=torch.cuda.device_count(),
         accumulation_steps=benchmark.task.accumulation_steps,

@@ -23,6 +23,7 @@ from deit_kd import recipe as recipes
 from deit_kd.data.build import loader_config
 from deit_kd.data.sources.fingerprint import fingerprint
 from deit_kd.data.transforms import evaluation_transform
+from deit_kd.data.workers import cores
 from deit_kd.errors import UserError
 from deit_kd.files.warn import collected
 from deit_kd.models import build
@@ -117,7 +118,7 @@ def _versions(accelerator: Accelerator) -> Line:
 
 def _devices(accelerator: Accelerator) -> Line:
     gpu = accelerator.device.type == "cuda"
-    name = torch.cuda.get_device_name(accelerator.device) if gpu else f"CPU, {len(os.sched_getaffinity(0))} cores"
+    name = torch.cuda.get_device_name(accelerator.device) if gpu else f"CPU, {cores()} cores"
     places = [f"{rank}: {where}" for rank, where in enumerate(_everywhere(f"{name} on {socket.gethostname()}", accelerator))]
     text = "; ".join(places[:16]) + ("; ..." if len(places) > 16 else "")
     if not gpu and shutil.which("nvidia-smi") and os.environ.get("ACCELERATE_USE_CPU") is None:

@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from accelerate import Accelerator
-from timm.layers import convert_sync_batchnorm
 
 from deit_kd.data import EvaluationLoader, Source, TrainLoader
 from deit_kd.data.build import accumulation, loader_config
 from deit_kd.data.on_device.augment import choose_augmentation
 from deit_kd.data.sources.base import split_holdout
 from deit_kd.data.transforms import evaluation_transform
+from deit_kd.distributed.batch_norm import synchronize_batch_norms
 from deit_kd.distributed.global_batch import GlobalBatch
 from deit_kd.errors import UserError
 from deit_kd.models import AnyTeacher, Distiller
@@ -97,7 +97,7 @@ def make_distiller(
     accelerator: Accelerator,
     compiled: str | None,
 ) -> Distiller:
-    """Student and projectors as a run trains them: with synchronized batch norms on several GPUs, and compiled if that is wanted.
+    """Student and projectors as a run trains them: with batch norms over all processes, and compiled if that is wanted.
 
     Args:
         recipe: names them.
@@ -111,8 +111,8 @@ def make_distiller(
         UserError: see `build_distiller`.
     """
     distiller = build_distiller(recipe, num_classes, teachers, torch.from_numpy(labels))
-    if recipe.batch_statistics == "global" and accelerator.num_processes > 1 and accelerator.device.type == "cuda":
-        distiller = convert_sync_batchnorm(distiller)  # torch has it on CUDA alone
+    if recipe.batch_statistics == "global" and accelerator.num_processes > 1:
+        synchronize_batch_norms(distiller)
     if compiled:
         distiller.compile_forward(compiled)
     return distiller

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -140,8 +141,12 @@ def _compute(
     for images, labels in tqdm(loader, "class means", delay=2, disable=None if accelerator.is_main_process else True):
         features = teacher(images).features.double()
         known = labels != SKIPPED
-        sums.index_add_(0, labels[known], features[known])
-        counts += labels[known].bincount(minlength=classes)
+        if accelerator.device.type == "cuda":  # index_add_ adds in any order there, so that a second pass gave another file
+            shares = F.one_hot(labels.clamp_min(0), classes).double() * known[:, None]
+            sums, counts = sums + shares.T @ features, counts + shares.sum(0)
+        else:
+            sums.index_add_(0, labels[known], features[known])
+            counts += labels[known].bincount(minlength=classes)
     sums, counts = accelerator.reduce(sums), accelerator.reduce(counts)
     if not sums.isfinite().all():
         raise UserError(f"teacher {teacher.info.name}: features are not finite in {teacher.dtype}; set teacher.precision=float32")

@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 import sys
+import sysconfig
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -105,10 +106,14 @@ def _compile_mode(run: Run, device: torch.device, sharded: bool) -> str | None:
     chosen = run.compile
     if chosen == "auto":  # on a CPU it takes minutes; everywhere a C compiler
         has_compiler = any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang")))
-        chosen = run.speed == "auto" and device.type == "cuda" and not sharded and has_compiler
+        has_headers = Path(sysconfig.get_path("include"), "Python.h").is_file()  # Triton compiles its launcher against them
+        chosen = run.speed == "auto" and device.type == "cuda" and not sharded and has_compiler and has_headers
     if chosen is False:
         return None
     torch._inductor.config.fallback_random = True  # drop path draws what it draws without compilation
+    torch._dynamo.config.recompile_limit = (
+        64  # networks share code: each is another graph of one function, and beyond 8 all run eagerly
+    )
     return "default" if chosen is True else chosen
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -16,6 +17,29 @@ from deit_kd.training.task import Task
 
 SKIPPED_IN_A_ROW = 3  # steps without a finite loss end the run
 StepTerms = list[tuple[Tensor, dict[str, Tensor]]]  # of each micro-batch of a step its indices and its terms
+
+
+class _Buffers:
+    """Buffers of one dtype and their values before a step, behind each other: three kernels however many they are."""
+
+    def __init__(self, buffers: list[Tensor]):
+        self.buffers = buffers
+        self.before = torch.cat([each.detach().reshape(-1) for each in buffers])
+
+    def keep(self) -> None:
+        torch.cat([each.reshape(-1) for each in self.buffers], out=self.before)
+
+    def put_back(self, where: Tensor) -> None:
+        now = torch.cat([each.reshape(-1) for each in self.buffers])
+        values = torch.where(where.bool(), self.before, now).split([each.numel() for each in self.buffers])
+        torch._foreach_copy_(self.buffers, [value.view_as(each) for value, each in zip(values, self.buffers, strict=True)])
+
+
+def _by_dtype(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+    groups: dict[torch.dtype, list[Tensor]] = {}
+    for each in tensors:
+        groups.setdefault(each.dtype, []).append(each)
+    return list(groups.values())
 
 
 class StepGuard:
@@ -50,13 +74,14 @@ class StepGuard:
         self._pending: list[tuple[int, StepTerms, Tensor]] = []  # step, its terms, found_inf
         self._copied: tuple[Tensor, torch.cuda.Event] | None = None
         stored = task.module.state_dict()  # non-persistent buffers never change
-        self._buffers = [buffer for name, buffer in task.module.named_buffers() if name in stored]
-        self._before = [buffer.clone() for buffer in self._buffers]
+        self._buffers = [
+            _Buffers(each) for each in _by_dtype(buffer for name, buffer in task.module.named_buffers() if name in stored)
+        ]
 
     def snapshot(self) -> None:
         """Before a step: copies the buffers (of batch norms and memories), which the step changes."""
-        if self._buffers:
-            torch._foreach_copy_(self._before, self._buffers)
+        for each in self._buffers:
+            each.keep()
 
     def agree(self, stop: Stop, loss: Tensor) -> None:
         """Before the last backward pass of a step: sets `found_inf` and `should_stop` from the loss [] and the requests of all processes."""
@@ -107,8 +132,8 @@ class StepGuard:
 
     def restore_buffers(self, where: Tensor) -> None:
         """Puts the buffers back if `where` [] is 1, without waiting for the device."""
-        for before, buffer in zip(self._before, self._buffers, strict=True):
-            buffer.copy_(torch.where(where.bool(), before, buffer))
+        for each in self._buffers:
+            each.put_back(where)
 
     def read_pending(self) -> None:
         """Waits for the device: adds the terms of steps that count to the means, and reports the others.

@@ -34,7 +34,7 @@ def build_optimizer(optim: Optim, finetune: Finetune | None, lr_factor: float, m
     # One kernel for all parameters, 3.6 times the speed on a CPU; and it knows by itself that a step does not count.
     fused = {"fused": True} if optim.name in ("adamw", "adam", "sgd", "momentum") else {}
     try:
-        return create_optimizer_v2(
+        optimizer: torch.optim.Optimizer = create_optimizer_v2(
             module if groups is None else groups,
             opt=optim.name,
             lr=optim.lr * lr_factor,
@@ -45,6 +45,12 @@ def build_optimizer(optim: Optim, finetune: Finetune | None, lr_factor: float, m
         )
     except (TypeError, ValueError, AssertionError, IndexError) as error:
         raise UserError(f"optim.name={optim.name}: cannot take the recipe's betas, eps or momentum ({error}); use adamw") from None
+    if fused and any(group.get("momentum") for group in optimizer.param_groups):
+        # Fused SGD allocates momentum in its first step without a value, and writes none if that step is skipped.
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def _undecayed(optim: Optim, module: Any) -> set[str]:

@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ import train
 from conftest import SMALL
 from deit_kd import recipe as recipes
 from deit_kd.data import EvaluationLoader, LoaderConfig, TrainLoader, open_source, workers
+from deit_kd.data.build import loader_config
 from deit_kd.data.on_device.augment import choose_augmentation
 from deit_kd.data.sources.folder_source import FolderSource
 from deit_kd.data.transforms import evaluation_transform
@@ -332,3 +334,24 @@ def test_what_doctor_asks(fashion_folder: Path) -> None:
 )
 def test_what_tells_of_a_death(error: Exception, died: bool) -> None:
     assert workers._tells_of_a_death(error) is died
+
+
+def test_cores_are_those_of_affinity_and_of_the_cgroup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)))
+    monkeypatch.setattr(workers, "CGROUPS", tmp_path)
+    assert workers.cores() == 12
+    (tmp_path / "cpu.max").write_text("max 100000\n")
+    assert workers.cores() == 12
+    (tmp_path / "cpu.max").write_text("550000 100000\n")
+    assert workers.cores() == 5
+    (tmp_path / "cpu.max").write_text("5000 100000\n")
+    assert workers.cores() == 1
+
+
+def test_processes_of_one_machine_share_its_cores(fashion_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 64 processes 8 are here."""
+    recipe = recipes.load("quickstart")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    accelerator = SimpleNamespace(device=CPU, num_processes=64, process_index=0)
+    assert loader_config(recipe.data, recipe.run, accelerator, print).workers == 8  # type: ignore[arg-type]

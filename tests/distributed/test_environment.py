@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -117,3 +118,11 @@ def test_a_run_keeps_what_it_read_and_refuses_what_contradicts(
     code, printed = train_cli(*run)
     assert code == 0, printed
     assert json.loads((tmp_path / "run" / "run.json").read_text())["environment"] == {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+
+
+def test_processes_wait_long_and_send_no_running_statistics() -> None:
+    """NCCL's own ten minutes are less than a download takes; DDP's own buffers are sent in each forward, contrastive memories too."""
+    accelerator = plain_accelerator(cpu=True)
+    assert accelerator.init_handler.timeout == timedelta(hours=2)
+    assert not accelerator.ddp_handler.broadcast_buffers
+    assert accelerator.ddp_handler.gradient_as_bucket_view

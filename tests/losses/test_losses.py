@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from conftest import ROOT
 from deit_kd import losses
@@ -363,3 +364,31 @@ def test_no_power_overflows(power: float) -> None:
     (wanted,) = torch.autograd.grad(exact, student)
     torch.testing.assert_close(value.double(), exact, rtol=1e-6, atol=0)
     torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-9)
+
+
+def inputs(name: str) -> tuple[Any, ...]:
+    """Of a loss: two tensors, and whatever else it compares."""
+    torch.manual_seed(0)
+    maps = [torch.randn(4, 6, side, side) for side in (4, 2)]
+    others: dict[str, tuple[Any, ...]] = {
+        "mean_direction": (torch.randn(4, 6), torch.randn(4, 6)),
+        "norm_direction": (torch.randn(4, 6), torch.randn(4, 6), torch.randn(4, 6)),
+        "attention_transfer": (maps[0], maps[0] + 1),
+        "hierarchical_context": (maps, [each + 1 for each in maps]),
+        "noise_contrastive": (torch.rand(4, 9), 40),
+        "dense_hard_distillation": (maps[0], maps[1], 0.5),
+    }
+    reads_labels = name in LOGIT_OBJECTIVES and LOGIT_OBJECTIVES[name].reads_labels
+    labels = (torch.tensor([0, 1, 5, 2]),) if reads_labels else ()
+    return others.get(name, (torch.randn(4, 6), torch.randn(4, 6), *labels))
+
+
+@pytest.mark.parametrize("name", sorted(OF_ROWS))
+def test_a_loss_is_one_graph_and_waits_for_no_value(name: str) -> None:
+    """torch.compile does not break it, and tensors without values give a tensor: no mask, no number that Python reads."""
+    function, arguments = getattr(losses, name), inputs(name)
+    torch._dynamo.reset()
+    explained = torch._dynamo.explain(function)(*arguments)
+    assert (explained.graph_count, explained.graph_break_count) == (1, 0), explained.break_reasons
+    value = function(*tree_map_only(Tensor, lambda tensor: tensor.to("meta"), arguments))
+    assert value.shape == ()

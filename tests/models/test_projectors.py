@@ -15,7 +15,7 @@ from deit_kd import losses
 from deit_kd import recipe as recipes
 from deit_kd.errors import UserError
 from deit_kd.models.build import build_distiller, build_teachers
-from deit_kd.models.distiller import Distiller, project
+from deit_kd.models.distiller import Distiller, StudentOutput, project
 from deit_kd.models.features import forward_with_intermediates, select_feature, stages_of
 from deit_kd.models.projectors.contrastive_memory import ContrastiveMemory
 from deit_kd.models.projectors.review_fusion import ReviewFusion
@@ -323,3 +323,18 @@ def test_taps_of_a_network_that_ends_in_tokens_alone() -> None:
             assert select_feature(student, hidden, tap).shape == (2, 256)  # type: ignore[union-attr]
         with pytest.raises(UserError, match="tap spatial: PoolingVisionTransformer ends in tokens that form no square map"):
             select_feature(student, hidden, "spatial")
+
+
+def test_a_degenerate_orthonormal_map_is_no_error_but_not_finite() -> None:
+    """An error would make the host wait for the device at each step; a loss that is not finite skips the step."""
+    projector = Orthonormal(6, 10)
+    nn.init.zeros_(projector.weight)
+    assert projector(random(4, 6)).isnan().all()
+
+
+def test_the_mean_of_heads_is_taken_in_float32() -> None:
+    heads = torch.tensor([[[1.0, 1.0078125]], [[1.0, 1.0]]]).bfloat16()
+    prediction = StudentOutput(heads[0], (heads[1],), ()).prediction()
+    assert prediction.dtype == torch.float32
+    assert prediction[0, 1] > prediction[0, 0], "in bfloat16 both are 1"
+    assert StudentOutput(heads[0].double(), (heads[1].double(),), ()).prediction().dtype == torch.float64

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -190,3 +190,27 @@ def test_a_key_of_later_does_not_change_the_mark_of_a_checkpoint() -> None:
 
 
 BEFORE = "ae140de9e3f7debeff5c7acc104031eeb44513b4caf6d36795123dd0b771de1a"
+
+
+@pytest.mark.parametrize("name", ["sgd", "momentum"])
+def test_a_skipped_first_step_leaves_momentum_at_zero(name: str) -> None:
+    """As a GPU skips it: the kernel reads `found_inf`. torch allocates momentum without a value, and would use what lay there."""
+    after = []
+    for skips in (True, False):
+        torch.manual_seed(0)
+        module = Module()
+        recipe = recipes.load("cifar100_kd", [f"optim.name={name}"])
+        optimizer: Any = build_optimizer(*optimizing(recipe), module)
+        for parameter in module.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        if skips:
+            before = [parameter.detach().clone() for parameter in module.parameters()]
+            optimizer.found_inf = torch.ones(())
+            optimizer.step()
+            del optimizer.found_inf
+            assert all(map(torch.equal, before, module.parameters()))
+            assert all(not state["momentum_buffer"].any() for state in optimizer.state.values())
+        for _ in range(2):
+            optimizer.step()
+        after.append([parameter.detach() for parameter in module.parameters()])
+    assert all(map(torch.equal, *after))

@@ -168,7 +168,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory, fashion_folder: Path
     return output
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("step", [10, 11, 15, "drawn"])  # the last step of an epoch, the first, one in the middle, any
 def test_resume_is_bit_exact(
     step: int | str, workers: int, uninterrupted: Path, fashion_folder: Path, tmp_path: Path, train_cli: Cli
@@ -209,7 +209,13 @@ def test_accumulation_divides_the_declared_batch(tmp_path: Path, fashion_folder:
     assert "24 = 1 process x 3 micro-batches x 8 images" in (tmp_path / "run/student/README.md").read_text()
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 75), (signal.SIGTERM, 75), (signal.SIGHUP, 75), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [
+        (signal.SIGTERM, 75),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in ((signal.SIGINT, 75), (signal.SIGHUP, 75), (signal.SIGKILL, -9))),
+    ],
+)
 def test_an_interrupted_run_goes_on(number: signal.Signals, code: int, tmp_path: Path, fashion_folder: Path) -> None:
     output = tmp_path / "run"
     command = ["train.py", "--recipe", "quickstart", "--data", fashion_folder, "--output", output]

@@ -70,8 +70,8 @@ def solarize_add(images: Tensor, added: Tensor) -> Tensor:
 
 def posterize(images: Tensor, bits: Tensor) -> Tensor:
     """ImageOps.posterize to 1 to 8 bits."""
-    step = torch.pow(2, 8 - bits).short().view(-1, 1, 1, 1)
-    return (images.short() // step * step).to(torch.uint8)
+    shift = (8 - bits).to(torch.uint8).view(-1, 1, 1, 1)
+    return images >> shift << shift
 
 
 def histogram(images: Tensor) -> Tensor:

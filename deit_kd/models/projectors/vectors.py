@@ -26,7 +26,8 @@ class Orthonormal(nn.Module):
         """Q [E,D], in the weight's precision."""
         wide = self.weight.shape[0] < self.weight.shape[1]
         tall = (self.weight.t() if wide else self.weight).double()
-        factor = linalg.cholesky(tall.t() @ tall)
+        factor, failed = linalg.cholesky_ex(tall.t() @ tall)  # cholesky itself makes the host wait for its error
+        factor = factor.masked_fill(failed.bool(), float("nan"))  # a loss that is not finite, which skips the step and is reported
         q = linalg.solve_triangular(factor, tall.t(), upper=False)
         return (q if wide else q.t()).to(self.weight.dtype)
 
