@@ -240,7 +240,7 @@ class TrainLoader:
             targets = smooth_one_hot(labels, self.num_classes, self.augmentation.label_smoothing)
             rng = np.random.default_rng(derive_seed(self.seed, "mix", view, start // self.global_batch_size))
             images, targets = mix(images, targets, self.augmentation, rng)
-            indices = torch.from_numpy(order[start : start + self.micro_batch_size, 0].copy()).to(place.device, non_blocking=True)
+            indices = self._moved(torch.from_numpy(order[start : start + self.micro_batch_size, 0].copy()))
             seed = derive_seed(self.seed, "batch", epoch, start)
             yield Batch(images, targets, labels, indices, epoch, seed, self._remembered(view, start))
 
@@ -285,9 +285,13 @@ class TrainLoader:
     def _remembered(self, view: int, start: int) -> dict[str, Tensor]:
         if self.memory is None:
             return {}
-        rows, on_gpu = self.memory.read(view, start, self.micro_batch_size), self.loader_config.device.type == "cuda"
-        pinned = {name: value.pin_memory() if on_gpu else value for name, value in rows.items()}
-        return {name: value.to(self.loader_config.device, non_blocking=True) for name, value in pinned.items()}
+        rows = self.memory.read(view, start, self.micro_batch_size)
+        return {name: self._moved(value) for name, value in rows.items()}
+
+    def _moved(self, rows: Tensor) -> Tensor:
+        """On the device; pinned before, so that the host does not wait for the copy to a GPU."""
+        device = self.loader_config.device
+        return (rows.pin_memory() if device.type == "cuda" else rows).to(device, non_blocking=True)
 
     def _order(self, epoch: int) -> np.ndarray:
         """[steps x global batch, 2]: (index, view) in the order of the epoch.
