@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from deit_kd.data.on_device.draws import BatchPlan, CannotBeDrawnError, Jpegs, WorkerTransform
+from deit_kd.data.on_device.draws import BatchPlan, CannotBeDrawnError, Jpegs, Turn, WorkerTransform
 from deit_kd.data.on_device.jpegs import Decoder
-from deit_kd.data.on_device.pillow_ops import OPERATIONS, affine
+from deit_kd.data.on_device.pillow_ops import Taps, blend, gaussian_blur, look_up, resample
 from deit_kd.data.transforms import Transform, train_transform
 from deit_kd.errors import UserError
 from deit_kd.recipe import Augmentation, Data, Run
@@ -61,10 +61,11 @@ class Finish:
     def __init__(self, data: Data, device: torch.device, decodes: bool):
         self.device, size = device, data.img_size
         self.mean, self.std = (torch.tensor(each, device=device).view(-1, 1, 1) for each in (data.mean, data.std))
-        self.fill = torch.tensor([min(255, round(255 * each)) for each in data.mean], dtype=torch.uint8, device=device)
+        self.fill = torch.tensor([[min(255.0, round(255 * each))] for each in data.mean], device=device)
         levels = (torch.arange(65536, dtype=torch.float64) + 0.5) / 65536
         self.normal = torch.special.ndtri(levels).float().to(device)
         self.places = _scramble(torch.arange(3 * size * size, dtype=torch.int32)).view(3, size, size).to(device)
+        self.side = torch.arange(size, device=device)
         self.decoder = Decoder(size, device) if decodes else None
 
     def __call__(self, images: Tensor | None, plan: BatchPlan) -> Tensor:
@@ -73,25 +74,40 @@ class Finish:
         Raises:
             UndecodedError: see there.
         """
-        moved = (each.to(self.device, non_blocking=True) for each in (plan.members, plan.arguments, *plan[3:6]))
-        members, arguments, erased, boxes, noise = moved
+        numbers = plan.unpack(plan.packed.to(self.device, non_blocking=True))
         images = None if images is None else images.to(self.device, non_blocking=True)
         if plan.jpegs is not None:
             images = self._decode(images, plan.jpegs)
         assert images is not None, "a batch has images"
-        for name, start, end in plan.groups:
-            group = members[start:end]
-            chosen, values = images.index_select(0, group), arguments[start:end]
-            if name in OPERATIONS:
-                chosen = OPERATIONS[name](chosen, values[:, 0])
-            else:
-                chosen = affine(chosen, values, self.fill, bicubic=name == "bicubic")
-            images.index_copy_(0, group, chosen)
-        normalized = images.float().div_(255).sub_(self.mean).div_(self.std)
-        if len(erased):
-            filled = self._erase(normalized.index_select(0, erased), boxes, noise)
+        if plan.turns:
+            images = self._augment(images, plan.turns, numbers)
+        normalized = images.div(255).sub_(self.mean).div_(self.std)
+        if len(numbers["erased"]):
+            erased = numbers["erased"]
+            filled = self._erase(normalized.index_select(0, erased), numbers["boxes"], numbers["noise"])
             normalized.index_copy_(0, erased, filled)
         return normalized
+
+    def _augment(self, images: Tensor, turns: list[Turn], numbers: dict[str, Tensor]) -> Tensor:
+        """In each turn the images of one form lie behind each other, and are changed in place."""
+        taps = Taps(numbers["matrices"], numbers["weights"], images.shape[2]) if len(numbers["matrices"]) else None
+        tables, factors, sigmas = 0, 0, 0
+        resampled = 0
+        for turn, order in zip(turns, numbers["order"], strict=False):
+            images = images.index_select(0, order)
+            looked_up, blended = turn.tables + turn.autocontrast + turn.equalize, turn.color + turn.contrast + turn.sharpness
+            parts = images.split([turn.idle, looked_up, blended, turn.resampled, turn.gaussian_blur])
+            if looked_up:
+                look_up(parts[1], numbers["tables"][tables : tables + turn.tables], turn.autocontrast, turn.equalize)
+            if blended:
+                blend(parts[2], numbers["factors"][factors : factors + blended], turn.color, turn.contrast)
+            if taps and turn.resampled:
+                resample(parts[3], taps, resampled, self.fill)
+            if turn.gaussian_blur:
+                parts[4].copy_(gaussian_blur(parts[4], numbers["sigmas"][sigmas : sigmas + turn.gaussian_blur]))
+            tables, factors, sigmas = tables + turn.tables, factors + blended, sigmas + turn.gaussian_blur
+            resampled += turn.resampled
+        return images.index_select(0, numbers["order"][-1])
 
     def _decode(self, images: Tensor | None, jpegs: Jpegs) -> Tensor:
         """The whole batch, decoded; `images` is None where all are JPEGs."""
@@ -108,10 +124,8 @@ class Finish:
 
         The noise takes 65,536 values, the midpoints of equal shares of the distribution.
         """
-        top, left, height, width = boxes.view(-1, 4, 1, 1, 1).unbind(1)
-        row = torch.arange(images.shape[2], device=self.device).view(1, 1, -1, 1)
-        column = torch.arange(images.shape[3], device=self.device).view(1, 1, 1, -1)
-        inside = (row >= top) & (row < top + height) & (column >= left) & (column < left + width)
+        row, column = ((self.side >= boxes[..., :1]) & (self.side < boxes[..., 1:])).unbind(1)
+        inside = (row[:, :, None] & column[:, None])[:, None]
         drawn = _scramble(self.places + noise.view(-1, 1, 1, 1)) & 0xFFFF
         return torch.where(inside, self.normal[drawn.long()], images)
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -21,6 +22,7 @@ from torch import Tensor
 from torchvision.transforms import CenterCrop, ColorJitter, InterpolationMode, Normalize, RandomCrop, RandomHorizontalFlip, Resize
 
 from deit_kd.data.decode import Jpeg
+from deit_kd.data.on_device.pillow_ops import interpolation_weights, table
 from deit_kd.data.sources.base import pixels, pixels_or_jpeg
 from deit_kd.data.transforms import MustFit, augment_operations, train_transform
 from deit_kd.recipe import Augmentation, Data
@@ -63,16 +65,38 @@ class Jpegs(NamedTuple):
     others: Tensor  # [B-J] int, positions of the other images
 
 
-class BatchPlan(NamedTuple):
-    """The operations on a batch, by groups of samples that drew the same one. The host knows the groups, so it need not ask the device."""
+class Turn(NamedTuple):
+    """How many images of a batch take which form of operation next, in the order in which they then lie."""
 
-    groups: list[tuple[str, int, int]]  # operation, and which part of the next two; one after another
-    members: Tensor  # [M] int, positions in the batch
-    arguments: Tensor  # [M,6] float64, as many as the operation takes
-    erased: Tensor  # [E] int, positions in the batch
-    boxes: Tensor  # [E,4] int: top, left, height, width
-    noise: Tensor  # [E] int32, seeds
+    idle: int = 0
+    tables: int = 0  # of a pixel alone, see `pillow_ops.table`
+    autocontrast: int = 0
+    equalize: int = 0
+    color: int = 0
+    contrast: int = 0
+    sharpness: int = 0
+    resampled: int = 0
+    gaussian_blur: int = 0
+
+
+class BatchPlan(NamedTuple):
+    """The operations on a batch. The host knows how many images take each, so it need not ask the device.
+
+    Numbers for the device lie behind each other in one tensor, which costs one copy; `unpack` gives them by name:
+        order: [T+1,B] int64: of each turn, where in the one before its images are; the last puts the batch back in order.
+        tables: [.,256] uint8, factors: [.] float32, matrices: [.,2,3] float64, weights: [.,4,4] float32, sigmas: [.] float64: of the
+            operations of all turns.
+        erased: [E] int64, positions in the batch; boxes: [E,2,2] int64, where rows and columns begin and end; noise: [E] int32, seeds.
+    """
+
+    turns: list[Turn]
+    packed: Tensor  # [bytes] uint8
+    layout: list[tuple[str, torch.dtype, tuple[int, ...], int, int]]  # name, dtype, shape, and between which bytes
     jpegs: Jpegs | None = None
+
+    def unpack(self, packed: Tensor) -> dict[str, Tensor]:
+        """The numbers by name, of `packed` on any device."""
+        return {name: packed[start:end].view(dtype).view(shape) for name, dtype, shape, start, end in self.layout}
 
 
 class CannotBeDrawnError(Exception):
@@ -230,25 +254,55 @@ class _Target:
         self.box = rows.start, columns.start, rows.stop - rows.start, columns.stop - columns.start
 
 
+_TABLES = ("posterize", "solarize", "solarize_add", "invert", "brightness")
+_RESAMPLED = ("bicubic", "bilinear")
+
+
 def make_plan(drawn: Sequence[AugmentParams | None]) -> BatchPlan:
     """The plan of a batch; a sample that needs no operation is None."""
-    groups: dict[tuple[int, str], list[tuple[int, Sequence[float]]]] = {}
-    for position, each in enumerate(drawn):
-        for turn, (name, arguments) in enumerate(each.operations if each else ()):
-            groups.setdefault((turn, name), []).append((position, arguments))
-    ordered = [(name, groups[turn, name]) for turn, name in sorted(groups)]
-    entries = [entry for _, group in ordered for entry in group]
-    ends = torch.tensor([len(group) for _, group in ordered]).cumsum(0).tolist() if ordered else []
+    turns, orders, before = list[Turn](), list[list[int]](), list(range(len(drawn)))
+    tables, factors, matrices, weights, sigmas = (list[Any]() for _ in range(5))
+    for number in range(max((len(each.operations) for each in drawn if each), default=0)):
+        takes: dict[str, list[tuple[int, str, Sequence[float]]]] = {form: [] for form in Turn._fields}
+        for position, each in enumerate(drawn):
+            name, arguments = each.operations[number] if each and number < len(each.operations) else ("idle", ())
+            form = "tables" if name in _TABLES else "resampled" if name in _RESAMPLED else name
+            takes[form].append((position, name, arguments))
+        turns.append(Turn(*map(len, takes.values())))
+        tables += [table(name, *arguments or (0.0,)) for _, name, arguments in takes["tables"]]
+        factors += [arguments[0] for form in ("color", "contrast", "sharpness") for _, _, arguments in takes[form]]
+        sigmas += [arguments[0] for _, _, arguments in takes["gaussian_blur"]]
+        for _, name, (a, b, c, d, e, f) in takes["resampled"]:
+            matrices.append([[a, b, c - 0.5], [d, e, f - 0.5]])
+            weights.append(interpolation_weights(name))
+        order = [position for group in takes.values() for position, _, _ in group]
+        place = {position: index for index, position in enumerate(before)}
+        orders.append([place[position] for position in order])
+        before = order
+    orders.append(sorted(range(len(before)), key=before.__getitem__))
     boxes = [(position, each.box, each.noise) for position, each in enumerate(drawn) if each and each.box]
-    return BatchPlan(
-        groups=[(name, end - len(group), end) for (name, group), end in zip(ordered, ends, strict=True)],
-        members=torch.tensor([position for position, _ in entries], dtype=torch.int64),
-        arguments=torch.tensor([[*each, *[0.0] * (6 - len(each))] for _, each in entries], dtype=torch.float64).view(-1, 6),
-        erased=torch.tensor([position for position, _, _ in boxes], dtype=torch.int64),
-        boxes=torch.tensor([box for _, box, _ in boxes], dtype=torch.int64).view(-1, 4),
-        noise=torch.tensor([seed for _, _, seed in boxes], dtype=torch.int32),
-        jpegs=_jpegs([each.image if each else None for each in drawn]),
+    packed, layout = _pack(
+        order=np.array(orders, np.int64),
+        tables=np.array(tables, np.uint8).reshape(-1, 256),
+        factors=np.array(factors, np.float32),
+        matrices=np.array(matrices, np.float64).reshape(-1, 2, 3),
+        weights=np.array(weights, np.float32).reshape(-1, 4, 4),
+        sigmas=np.array(sigmas, np.float64),
+        erased=np.array([position for position, _, _ in boxes], np.int64),
+        boxes=np.array([[[y, y + h], [x, x + w]] for _, (y, x, h, w), _ in boxes], np.int64).reshape(-1, 2, 2),
+        noise=np.array([seed for _, _, seed in boxes], np.int32),
     )
+    return BatchPlan(turns, packed, layout, _jpegs([each.image if each else None for each in drawn]))
+
+
+def _pack(**arrays: np.ndarray) -> tuple[Tensor, list[tuple[str, torch.dtype, tuple[int, ...], int, int]]]:
+    """Arrays behind each other in bytes, each from a multiple of 8 on."""
+    content, layout = bytearray(), []
+    for name, array in arrays.items():
+        dtype = torch.from_numpy(array).dtype
+        layout.append((name, dtype, array.shape, len(content), len(content) + array.nbytes))
+        content += array.tobytes() + bytes(-array.nbytes % 8)
+    return torch.frombuffer(content, dtype=torch.uint8), layout
 
 
 def _jpegs(images: Sequence[Tensor | Crop | None]) -> Jpegs | None:

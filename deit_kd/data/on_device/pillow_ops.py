@@ -1,116 +1,96 @@
 """Pillow's image operations on batches of 8-bit images, each sample with its own argument, on any device.
 
-Images are [N,C,H,W] uint8 with C = 3, arguments [N] or [N,6] float64. Results are those of Pillow 13: equal, but for affine transforms and
-blurring, which it computes in another precision and which may differ by one gray level here and there. Nothing waits for the device.
+Images are [N,3,H,W] uint8. Operations of one form are done in one call, because launching a kernel costs a GPU's host more than running it:
+those of a pixel alone are looked up in tables, those that mix an image with another of itself are blended, those that move pixels are
+resampled. Results are those of Pillow 13: equal, but for resampling and blurring, which it computes in another precision and which may differ by
+one gray level here and there. Nothing waits for the device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from functools import cache
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-
-def blend(degenerate: Tensor, images: Tensor, factor: Tensor) -> Tensor:
-    """ImageEnhance: from the degenerate image (factor 0) through the image (1) and on, in float32, cut off as C casts."""
-    start = degenerate.float()
-    mixed = start + factor.float().view(-1, 1, 1, 1) * (images.float() - start)
-    return mixed.clamp_(0, 255).to(torch.uint8)
+GRAY = 19595, 38470, 7471  # of 65536: what red, green and blue are of mode L
 
 
-def gray(images: Tensor) -> Tensor:
-    """[N,1,H,W] uint8: mode L."""
-    red, green, blue = images.int().unbind(1)
-    return ((red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16).to(torch.uint8)[:, None]
+def table(name: str, argument: float) -> np.ndarray:
+    """[256] uint8: what becomes of each value under an operation of a pixel alone."""
+    values = np.arange(256)
+    if name == "invert":
+        return (255 - values).astype(np.uint8)
+    if name == "solarize":  # inverts from the threshold on
+        return np.where(values < int(argument), values, 255 - values).astype(np.uint8)
+    if name == "solarize_add":  # of timm: lightens what is below 128
+        return np.where(values < 128, np.minimum(values + int(argument), 255), values).astype(np.uint8)
+    if name == "posterize":  # to 1 to 8 bits
+        return (values >> 8 - int(argument) << 8 - int(argument)).astype(np.uint8)
+    assert name == "brightness"  # ImageEnhance blends with black, in float32, and cuts off as C casts
+    return np.clip(np.float32(argument) * values.astype(np.float32), 0, 255).astype(np.uint8)
 
 
-def color(images: Tensor, factor: Tensor) -> Tensor:
-    """ImageEnhance.Color."""
-    return blend(gray(images), images, factor)
-
-
-def contrast(images: Tensor, factor: Tensor) -> Tensor:
-    """ImageEnhance.Contrast: about the rounded mean of the gray image."""
-    pixels = gray(images).flatten(1)
-    mean = pixels.sum(1, dtype=torch.int64).double().div_(pixels.shape[1]).add_(0.5).floor_()
-    return blend(mean.view(-1, 1, 1, 1), images, factor)
-
-
-def brightness(images: Tensor, factor: Tensor) -> Tensor:
-    """ImageEnhance.Brightness."""
-    return blend(torch.zeros_like(images[:, :1]), images, factor)
-
-
-def sharpness(images: Tensor, factor: Tensor) -> Tensor:
-    """ImageEnhance.Sharpness: the degenerate image is smoothed by (1 1 1, 1 5 1, 1 1 1) / 13, but for its border."""
-    rows = images.short()
-    rows = rows[:, :, :-2] + rows[:, :, 1:-1] + rows[:, :, 2:]
-    total = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:] + 4 * images[:, :, 1:-1, 1:-1].short()
-    smooth = images.clone()
-    smooth[:, :, 1:-1, 1:-1] = ((2 * total + 13) // 26).to(torch.uint8)
-    return blend(smooth, images, factor)
-
-
-def invert(images: Tensor, _: Tensor) -> Tensor:
-    """ImageOps.invert."""
-    return 255 - images
-
-
-def solarize(images: Tensor, threshold: Tensor) -> Tensor:
-    """ImageOps.solarize: inverts from the threshold on."""
-    return torch.where(images.short() < threshold.short().view(-1, 1, 1, 1), images, 255 - images)
-
-
-def solarize_add(images: Tensor, added: Tensor) -> Tensor:
-    """Of timm: lightens what is below 128."""
-    lighter = (images.short() + added.short().view(-1, 1, 1, 1)).clamp_(max=255).to(torch.uint8)
-    return torch.where(images < 128, lighter, images)
-
-
-def posterize(images: Tensor, bits: Tensor) -> Tensor:
-    """ImageOps.posterize to 1 to 8 bits."""
-    shift = (8 - bits).to(torch.uint8).view(-1, 1, 1, 1)
-    return images >> shift << shift
-
-
-def histogram(images: Tensor) -> Tensor:
-    """[N,C,256] int64."""
-    values = images.flatten(2).long()
-    counts = torch.zeros(*values.shape[:2], 256, dtype=torch.int64, device=images.device)
-    return counts.scatter_add_(2, values, torch.ones((), dtype=torch.int64, device=images.device).expand_as(values))
-
-
-def look_up(images: Tensor, table: Tensor) -> Tensor:
-    """Images through a table [N,C,256]."""
-    return table.to(torch.uint8).gather(2, images.flatten(2).long()).view_as(images)
-
-
-def _ends(counts: Tensor) -> tuple[Tensor, Tensor]:
-    """The lowest and the highest value that occurs, [N,C,1] int64."""
-    there = (counts > 0).to(torch.uint8)
-    return there.argmax(2, keepdim=True), 255 - there.flip(2).argmax(2, keepdim=True)
-
-
-def autocontrast(images: Tensor, _: Tensor) -> Tensor:
-    """ImageOps.autocontrast."""
-    low, high = _ends(histogram(images))
-    values = torch.arange(256, device=images.device).expand(*low.shape[:2], 256)
+@cache
+def autocontrast_tables(device: torch.device) -> Tensor:
+    """[256,256,256] uint8: the table of ImageOps.autocontrast for each lowest and highest value."""
+    values = torch.arange(256, device=device)
+    low, high = values.view(-1, 1, 1), values.view(1, -1, 1)
     span = (high - low).double().clamp_(min=1)
     scale = torch.full_like(span, 255.0) / span  # 255.0 / span would multiply by the rounded reciprocal
-    table = (values * scale + -low * scale).trunc_().clamp_(0, 255).long()
-    return look_up(images, torch.where(high > low, table, values))
+    stretched = (values * scale + -low * scale).trunc_().clamp_(0, 255).to(torch.uint8)
+    return torch.where(high > low, stretched, values.to(torch.uint8))
 
 
-def equalize(images: Tensor, _: Tensor) -> Tensor:
-    """ImageOps.equalize."""
-    counts = histogram(images)
-    values = torch.arange(256, device=images.device).expand_as(counts)
-    _, high = _ends(counts)
-    step = (counts.sum(2, keepdim=True) - counts.gather(2, high)) // 255
-    before = counts.cumsum(2) - counts
-    table = ((step // 2 + before) // step.clamp(min=1)).clamp_(max=255)
-    return look_up(images, torch.where(step > 0, table, values))  # a single value has step 0 too
+def look_up(images: Tensor, tables: Tensor, autocontrast: int, equalize: int) -> None:
+    """Changes images in place: first those of the tables [n,256] uint8, then those of ImageOps.autocontrast, then those of ImageOps.equalize."""
+    pixels = images.flatten(2)
+    values, known = pixels.long(), len(tables)
+    found = [tables[:, None].expand(-1, images.shape[1], -1)] if known else []
+    if autocontrast or equalize:
+        low, high = torch.aminmax(values[known:], dim=2)
+    if autocontrast:
+        found.append(autocontrast_tables(images.device)[low[:autocontrast], high[:autocontrast]])
+    if equalize:
+        found.append(_equalizing(values[known + autocontrast :], high[autocontrast:]))
+    torch.gather(found[0] if len(found) == 1 else torch.cat(found), 2, values, out=pixels)
+
+
+def _equalizing(values: Tensor, highest: Tensor) -> Tensor:
+    """The tables [n,C,256] uint8 of ImageOps.equalize for values [n,C,P], the highest of which are given [n,C]."""
+    counts = values.new_zeros(*values.shape[:2], 257)
+    counts[..., 1:].scatter_add_(2, values, _one(values.device).expand_as(values))
+    below = counts.cumsum(2)[..., :256]  # pixels of lower values
+    step = below.gather(2, highest[..., None]) // 255
+    equalized = ((step >> 1) + below).floor_divide_(step.clamp(min=1)).clamp_(max=255)
+    return torch.where(step > 0, equalized, _values(values.device)).to(torch.uint8)  # a single value has step 0 too
+
+
+def blend(images: Tensor, factors: Tensor, color: int, contrast: int) -> None:
+    """Changes images in place as ImageEnhance: first those of Color, then of Contrast, then of Sharpness.
+
+    Each goes from a degenerate image (factor 0) through itself (1) and on, in float32, cut off as C casts.
+    """
+    full, grays = images.float(), color + contrast
+    degenerate = full.clone()
+    if grays:
+        # Sums of whole numbers below 2^24 are exact in float32.
+        gray = (full[:grays] * _gray_weights(images.device)).sum(1, keepdim=True).add_(0.5).floor_()
+        degenerate[:color] = gray[:color]
+        if contrast:  # about the rounded mean of the gray image
+            pixels = gray[0].numel()
+            mean = gray[color:].sum((1, 2, 3), dtype=torch.float64).mul_(1 / pixels)
+            degenerate[color:grays] = (
+                mean.add_(0.5 + 0.25 / pixels).floor_().view(-1, 1, 1, 1)
+            )  # safe from the reciprocal's rounding
+    if grays < len(images):  # smoothed by (1 1 1, 1 5 1, 1 1 1) / 13, but for the border
+        sharp = full[grays:]
+        total = F.avg_pool2d(sharp, 3, 1, divisor_override=1).add_(sharp[:, :, 1:-1, 1:-1], alpha=4)
+        degenerate[grays:, :, 1:-1, 1:-1] = total.mul_(1 / 13).add_(13.5 / 26).floor_()
+    images.copy_(full.sub_(degenerate).mul_(factors.view(-1, 1, 1, 1)).add_(degenerate).clamp_(0, 255))
 
 
 def gaussian_blur(images: Tensor, sigma: Tensor) -> Tensor:
@@ -139,61 +119,73 @@ def gaussian_blur(images: Tensor, sigma: Tensor) -> Tensor:
     return images
 
 
-def affine(images: Tensor, matrix: Tensor, fill: Tensor, bicubic: bool) -> Tensor:
-    """Image.transform(AFFINE): what lies at a x + b y + c, d x + e y + f, for the matrix (a b c d e f) in pixels.
+def interpolation_weights(kind: str) -> np.ndarray:
+    """[4,4] float32: coefficients of d^3, d^2, d and 1 for each of four neighbors, between the second and third of which a point lies at d.
 
-    Bicubic is Pillow's cubic with a = -1. Differences are taken as Pillow takes them, so that flat regions stay as they are.
+    Bicubic is Pillow's with a = -1.
+    """
+    if kind == "bicubic":
+        return np.array([[-1, 1, -1, 1], [2, -2, 1, -1], [-1, 0, 1, 0], [0, 1, 0, 0]], np.float32)
+    return np.array([[0, 0, 0, 0], [0, 0, 0, 0], [0, -1, 1, 0], [0, 1, 0, 0]], np.float32)
+
+
+class Taps:
+    """Where pixels of resampled images come from: Image.transform(AFFINE) of square images, each with a matrix and an interpolation.
 
     Args:
-        images: [N,3,H,W] uint8.
-        matrix: [N,6] float64.
-        fill: [3] uint8, of what lies outside.
-        bicubic: or bilinear.
+        matrices: [N,2,3] float64: the place in an image, x and y in pixels less a half, of (x, y, 1).
+        weights: [N,4,4] float32, see `interpolation_weights`.
+        size: pixels a side.
     """
-    count, channels, height, width = images.shape
-    a, b, c, d, e, f = matrix.double().view(-1, 6, 1, 1).unbind(1)
-    out_y = torch.arange(height, device=images.device, dtype=torch.float64).view(1, -1, 1) + 0.5
-    out_x = torch.arange(width, device=images.device, dtype=torch.float64).view(1, 1, -1) + 0.5
-    at_x, at_y = a * out_x + b * out_y + c, d * out_x + e * out_y + f
-    outside = (at_x < 0) | (at_x >= width) | (at_y < 0) | (at_y >= height)
-    left, top = (at_x - 0.5).floor(), (at_y - 0.5).floor()
-    dx, dy = ((at_x - 0.5 - left).float()[:, None], (at_y - 0.5 - top).float()[:, None])
-    pixels, column, row = images.flatten(2), left.int(), top.int()
 
-    def at(offset_y: int, offset_x: int) -> Tensor:
-        index = (row + offset_y).clamp_(0, height - 1).mul_(width).add_((column + offset_x).clamp_(0, width - 1))
-        taken = pixels.gather(2, index.long().view(count, 1, -1).expand(-1, channels, -1))
-        return taken.view(count, channels, height, width).float()
-
-    if bicubic:
-        lines = [_cubic([at(y, x) for x in range(-1, 3)], dx) for y in range(-1, 3)]
-        values = _cubic(lines, dy)
-    else:
-        upper, lower = (torch.addcmul(at(y, 0), dx, at(y, 1) - at(y, 0)) for y in (0, 1))
-        values = torch.addcmul(upper, dy, lower - upper)
-    return torch.where(outside[:, None], fill.view(1, -1, 1, 1), values.clamp_(0, 255).to(torch.uint8))
+    def __init__(self, matrices: Tensor, weights: Tensor, size: int):
+        place = torch.bmm(matrices, _grid(size, matrices.device).expand(len(matrices), -1, -1))  # [N,2,P]
+        self.outside = (place.clamp(-0.5, math.nextafter(size - 0.5, 0)) != place).any(1)  # [N,P]
+        corner = place.floor()
+        distance = place.sub_(corner).float()[..., None]
+        neighbors = (corner.int()[..., None] + _offsets(matrices.device)).clamp_(0, size - 1)  # [N,2,P,4]
+        self.indices = (neighbors[:, 1, :, :, None] * size).add(neighbors[:, 0, :, None]).flatten(2)  # [N,P,16]
+        cubic, square, linear, constant = weights[:, :, None, None].unbind(1)
+        along = (cubic * distance).add_(square).mul_(distance).add_(linear).mul_(distance).add_(constant)  # [N,2,P,4]
+        self.shares = (along[:, 1, :, :, None] * along[:, 0, :, None]).flatten(2)  # [N,P,16]
 
 
-def _cubic(values: list[Tensor], distance: Tensor) -> Tensor:
-    """Between the second and the third of four."""
-    v1, v2, v3, v4 = values
-    p2 = v3 - v1
-    p3 = 2 * (v1 - v2) + v3 - v4
-    p4 = v2 - v1 + v4 - v3
-    return v2 + distance * (p2 + distance * (p3 + distance * p4))
+def resample(images: Tensor, taps: Taps, start: int, fill: Tensor) -> None:
+    """Changes images in place by their taps, which begin at `start`; `fill` [3,1] float32 is what lies outside.
+
+    Neighbors count by their difference from one of them, so that flat regions stay as they are.
+    """
+    pixels, end = images.flatten(2), start + len(images)
+    index = taps.indices[start:end].long().flatten(1)[:, None].expand(-1, pixels.shape[1], -1)
+    neighbors = pixels.float().gather(2, index).view(*pixels.shape, 16)
+    nearest = neighbors[..., 5]
+    values = (neighbors - nearest[..., None]).mul_(taps.shares[start:end, None]).sum(3).add_(nearest).clamp_(0, 255)
+    pixels.copy_(torch.where(taps.outside[start:end, None], fill, values))
 
 
-# By the names that draws give them, beside affine: (images, argument of each) -> images
-OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "color": color,
-    "contrast": contrast,
-    "brightness": brightness,
-    "sharpness": sharpness,
-    "invert": invert,
-    "solarize": solarize,
-    "solarize_add": solarize_add,
-    "posterize": posterize,
-    "autocontrast": autocontrast,
-    "equalize": equalize,
-    "gaussian_blur": gaussian_blur,
-}
+@cache
+def _grid(size: int, device: torch.device) -> Tensor:
+    """[3,P] float64: the centers (x, y, 1) of an image's pixels."""
+    center = torch.arange(size, dtype=torch.float64, device=device) + 0.5
+    y, x = torch.meshgrid(center, center, indexing="ij")
+    return torch.stack([x, y, torch.ones_like(x)]).flatten(1)
+
+
+@cache
+def _offsets(device: torch.device) -> Tensor:
+    return torch.arange(-1, 3, dtype=torch.int32, device=device)
+
+
+@cache
+def _values(device: torch.device) -> Tensor:
+    return torch.arange(256, device=device)
+
+
+@cache
+def _one(device: torch.device) -> Tensor:
+    return torch.ones((), dtype=torch.int64, device=device)
+
+
+@cache
+def _gray_weights(device: torch.device) -> Tensor:
+    return torch.tensor(GRAY, dtype=torch.float32, device=device).view(-1, 1, 1) / 65536
