@@ -139,6 +139,7 @@ def test_no_secret_of_a_command_is_stored_or_printed(tmp_path: Path, train_cli: 
     assert command.startswith("python train.py --recipe quickstart_alone --data https://host.test/photos --output")
 
 
+@pytest.mark.slow
 def test_trackers_get_no_path(tmp_path: Path, train_cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     from accelerate import Accelerator
 

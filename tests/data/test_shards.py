@@ -55,6 +55,7 @@ def test_it_is_webdatasets_layout_and_the_same_bytes_twice(shards: Path, fashion
         assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_run_on_shards(shards: Path, tmp_path: Path) -> None:
     options = [*SMALL, "data.source=shards", "teacher.name=resnet10t", "teacher.weights=random"]
     done = run_script(

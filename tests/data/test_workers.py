@@ -180,6 +180,7 @@ def test_a_batch_that_does_not_come_is_told(
 
 
 @pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.slow
 def test_a_run_that_waits_for_data_without_end_is_saved_and_stopped(number: int, fashion_folder: Path, tmp_path: Path) -> None:
     """A process that is stopped hears no SIGTERM either."""
     output, get, seen = tmp_path / "run", FolderSource.__getitem__, [0]

@@ -240,6 +240,7 @@ def test_device_statistics_are_those_of_a_micro_batch(run: Run, tmp_path: Path) 
     assert state["layout"] == {"processes": 2, "accumulation_steps": 1, "batch_statistics": "device"}
 
 
+@pytest.mark.slow
 def test_another_number_of_processes_goes_on(run: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """1 -> 2 -> 1 processes, two of them with a part of the student each, the last accumulating, against a run that nobody interrupted."""
     overrides = [*OBJECTIVES["logsum_correlation"], *MIXED]

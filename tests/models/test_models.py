@@ -253,6 +253,7 @@ def test_random_teacher_says_so() -> None:
     assert (info.num_classes, info.license) == (6, "none, random weights")
 
 
+@pytest.mark.slow
 def test_teacher_from_a_folder_and_from_a_hub_cache(tmp_path: Path) -> None:
     import shutil
 

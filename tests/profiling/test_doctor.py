@@ -137,6 +137,7 @@ def test_what_a_disk_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert "cannot be written to" in machine.disk_operation("locks", tmp_path / "nowhere").text
 
 
+@pytest.mark.slow
 def test_a_precision_that_is_not_there_is_a_line() -> None:
     done = run_script("-m", "deit_kd", "doctor", "quickstart", "run.precision=fp16", "--device", "cpu")
     assert done.returncode == 2

@@ -107,6 +107,7 @@ def test_weights_to_go_on_from_and_class_means_are_looked_at(fashion_folder: Pat
     assert "distill.class_means=/nowhere: no such file" in said
 
 
+@pytest.mark.slow
 def test_a_run_that_starts_is_approved(fashion_folder: Path) -> None:
     assert refusals(recipes.load("quickstart"), None) == []
     assert refusals(recipes.load("quickstart", [*SMALL, LITE, *FEATURES_ONLY]), fashion_folder) == []
@@ -168,6 +169,7 @@ def test_chance_is_told_from_knowledge() -> None:
     assert "knows 13.3 % of the validation images, chance is 11.1 %" in line
 
 
+@pytest.mark.slow
 def test_a_teacher_near_chance_is_said_before_training_and_on_resuming(
     ignorant: Path, fashion_folder: Path, tmp_path: Path, train_cli: Cli
 ) -> None:

@@ -110,6 +110,7 @@ def test_interrupted_runs_keep_what_the_undisturbed_one_keeps(
         shutil.rmtree(run / "student")
 
 
+@pytest.mark.slow
 def test_averaged_weights_and_held_out_images_choose(fashion_folder: Path, tmp_path: Path, train_cli: Cli) -> None:
     common = ["--data", fashion_folder, "--output", tmp_path / "ema"]
     code, printed = train_cli("--recipe", "quickstart_alone", *common, *OPTIONS, "ema_decay=0.5")

@@ -161,6 +161,7 @@ def test_training_stops_where_held_out_images_are_told_no_better(
     assert "stopped at step 21 of 63" in card
 
 
+@pytest.mark.slow
 def test_the_command(weights: Path, fashion_folder: Path, tmp_path: Path) -> None:
     """Size and normalization are those of the weights; overrides of the user win."""
     command = ["-m", "deit_kd", "finetune", weights, "--data", fashion_folder, "--output", tmp_path / "run"]

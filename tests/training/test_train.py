@@ -572,6 +572,7 @@ def test_trackers(tracker: str, train_cli: Cli, fashion_folder: Path, tmp_path: 
     assert list((tmp_path / "run").rglob("events.out.tfevents.*"))
 
 
+@pytest.mark.slow
 def test_a_teacher_that_overflows_later_is_refused_before_the_first_step(
     train_cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
