@@ -90,7 +90,7 @@ def model() -> list[dict[str, Any]]:
     for gpus in (8, 64, 512):
         speed = INSIDE if gpus <= 8 else BETWEEN
         others = (gpus - 1) / gpus
-        gathered = others * gpus * LOCAL_BATCH * counted.gathered_per_image * 4
+        gathered = others * gpus * (LOCAL_BATCH * counted.gathered_per_image + counted.gathered_per_share) * 4
         rows.append(
             {
                 "gpus": gpus,

@@ -21,7 +21,7 @@ LAYERS: dict[str, set[str]] = {
     "losses": {"recipe"},
     "distributed": {"recipe"},
     "data": {"recipe"},
-    "models": {"data", "recipe"},
+    "models": {"data", "losses", "recipe"},
     "__init__": {"models", "recipe", "losses"},
     "training": {"__init__", "data", "distributed", "models", "recipe"},
     "plots": {"recipe", "training"},

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from deit_kd.errors import UserError
+from deit_kd.losses.shares import numbers_exchanged
 from deit_kd.models.cached_teacher import read_manifest
 from deit_kd.models.distiller import Distiller, shape_of
 from deit_kd.models.features import Tapped, forward_with_intermediates, select_feature
@@ -33,6 +34,7 @@ class Plan:
     shapes: tuple[tuple[str, str], ...]  # (what, shape)
     taps: tuple[str, ...]  # for each distillation: student's tap -> projector -> teacher's tap, and the loss between them
     gathered_per_image: int  # numbers that processes exchange for losses that couple samples
+    gathered_per_share: int  # and that they exchange for each micro-batch, however large it is
 
     @property
     def gradient_bytes(self) -> int:
@@ -120,11 +122,12 @@ def count_networks(
             if ours is not None and theirs is not None
         ]
     pairs = zip(distillations, student.projected, tapped, strict=True)
+    each = [_gathered(distillation.distill, num_classes, ours, theirs) for distillation, ours, theirs in pairs if couples]
+    gathered = [sum(numbers) for numbers in zip((0, 0), *each, strict=True)]
     return Plan(
         num_classes=num_classes,
-        gathered_per_image=sum(
-            _gathered(distillation.distill, num_classes, ours, theirs) if couples else 0 for distillation, ours, theirs in pairs
-        ),
+        gathered_per_image=gathered[0],
+        gathered_per_share=gathered[1],
         student_parameters=count(distiller.student),
         student_gmacs=student_gmacs,
         projector_parameters=count(distiller.projectors),
@@ -135,14 +138,17 @@ def count_networks(
     )
 
 
-def _gathered(distill: Distill, classes: int, ours: Tapped | None, theirs: Tapped | None) -> int:
-    """Numbers that the processes exchange for each image, for losses that couple samples."""
+def _gathered(distill: Distill, classes: int, ours: Tapped | None, theirs: Tapped | None) -> tuple[int, int]:
+    """Numbers that the processes exchange for each image and for each micro-batch, for losses that couple samples."""
     heads = 2 if distill.kd_head == "both" else 1
     logits = 2 * heads * classes if distill.kd_weight and couples_samples(distill.kd_loss) else 0
     if not (distill.feature_weight and couples_samples(distill.feature_loss)):
-        return logits
+        return logits, 0
+    assert distill.feature_loss is not None
     sides = [side if isinstance(side, list) else [side] for side in (ours, theirs)]
-    return logits + sum(level[0].numel() for levels in sides for level in levels if level is not None)
+    if isinstance(theirs, torch.Tensor) and (numbers := numbers_exchanged(distill.feature_loss, vars(distill), theirs.shape[1])):
+        return logits, numbers
+    return logits + sum(level[0].numel() for levels in sides for level in levels if level is not None), 0
 
 
 def _tap_line(distillation: Distillation, distiller: Distiller, image: torch.Tensor, projected: Tapped, theirs: Tapped) -> str:
@@ -202,7 +208,8 @@ def describe(
         f"({optim.lr:g}, rule {optim.lr_rule})",
         f"a checkpoint takes {plan.checkpoint_bytes / 1e6:.0f} MB, {keep_checkpoints + 1} of them while one is written",
         f"on several processes a step reduces {plan.gradient_bytes / 1e6:.1f} MB of gradients and gathers "
-        f"{plan.gathered_per_image * global_batch_size * 4 / 1e6:.1f} MB of what losses of the whole batch compare",
+        f"{plan.gathered_per_image * global_batch_size * 4 / 1e6:.1f} MB of what losses of the whole batch compare"
+        + (f", and {plan.gathered_per_share * 4 / 1e3:.3g} kB a process" if plan.gathered_per_share else ""),
         f"weights, gradients and moments take {plan.checkpoint_bytes * 4 / 3 / 1e6:.0f} MB on each device, the teacher "
         f"{plan.teacher_parameters * 4 / 1e6:.0f} MB in float32; activations come on top",
     ]

@@ -210,7 +210,8 @@ class StepBenchmark:
             return 0.0, 0.0
         counted = build.make_plan(self.recipe, self.task.num_classes)
         gradients = torch.zeros(counted.gradient_bytes // 4, device=self.accelerator.device)
-        rows = torch.zeros(self.loader.micro_batch_size, max(1, counted.gathered_per_image), device=self.accelerator.device)
+        numbers = self.loader.micro_batch_size * counted.gathered_per_image + counted.gathered_per_share
+        rows = torch.zeros(1, max(1, numbers), device=self.accelerator.device)
 
         def seconds(function: Callable[[], Any]) -> float:
             times = []
@@ -224,7 +225,7 @@ class StepBenchmark:
             return median(times[1:])
 
         gather = seconds(lambda: self.accelerator.gather(rows)) * self.task.accumulation_steps
-        return seconds(lambda: self.accelerator.reduce(gradients)), gather if counted.gathered_per_image else 0.0
+        return seconds(lambda: self.accelerator.reduce(gradients)), gather if numbers else 0.0
 
     def _wait(self) -> None:
         if self.accelerator.device.type == "cuda":

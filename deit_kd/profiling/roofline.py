@@ -149,11 +149,13 @@ def predict(
     forward = slower * seconds_of(work.student_forward, micro, device, efficiency["student"])
     backward = slower * seconds_of(work.student_backward, micro, device, efficiency["student"])
     update = slower * (28 + (12 if training.has_ema else 0)) * work.trained_parameters / device.bandwidth
-    passes = 2 if micro_steps > 1 and plan.gathered_per_image else 1  # a first without gradients, see GlobalBatch
+    passes = (
+        2 if micro_steps > 1 and (plan.gathered_per_image or plan.gathered_per_share) else 1
+    )  # a first without gradients, see GlobalBatch
     student = micro_steps * (passes * forward + backward) + update
     speed = device.inside if nodes == 1 else device.between
     reduced = 2 * (processes - 1) / processes * plan.gradient_bytes
-    gathered = (processes - 1) * share * plan.gathered_per_image * 4.0
+    gathered = (processes - 1) * (share * plan.gathered_per_image + micro_steps * plan.gathered_per_share) * 4.0
     steps_per_epoch = train_images // total
     steps = training.epochs * max(1, steps_per_epoch)
     seconds = micro_steps * teacher + student + (reduced + gathered) / speed

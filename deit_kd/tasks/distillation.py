@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from deit_kd import losses
 from deit_kd.data import Batch
 from deit_kd.distributed.global_batch import GlobalBatch
+from deit_kd.losses.shares import by_shares
 from deit_kd.models import AnyTeacher, StudentOutput, TeacherOutput
 from deit_kd.models.projectors.contrastive_memory import ContrastiveMemory
 from deit_kd.recipe import Distill
@@ -128,11 +129,9 @@ class TeacherTerms:
             # Mixed like the labels. Their smoothing lets the other classes' means in as well, as in the authors' DeiT code, where
             # they are those of the batch.
             means = batch.targets @ self.class_means
-            return (
-                losses.mean_direction(student, means)
-                if name == "mean_direction"
-                else losses.norm_direction(student, teacher, means)
-            )
+            if name == "mean_direction":
+                return losses.mean_direction(student, means)
+            return losses.norm_direction(student, teacher, means)
         if student.ndim == 4:
             student, teacher = (rearrange(each, "b c h w -> (b h w) c") for each in _one_size(student, teacher))
         return self._loss(name, f"features {stage}", student, teacher, **self._parameters(FEATURE_OBJECTIVES[name]))
@@ -141,10 +140,13 @@ class TeacherTerms:
         """A loss by its name, over all rows of the global batch if it couples samples."""
         function, gathers = self.functions[name], self.sees_global_batch and couples_samples(name)
         rows = {"student": student, "teacher": teacher, **{key: parameters.pop(key) for key in ("labels",) if key in parameters}}
-        if gathers:
-            rows = {side: self.global_batch.gather_rows(f"{self.number} {where} {side}", each) for side, each in rows.items()}
-        value = function(rows.pop("student"), rows.pop("teacher"), **rows, **parameters)
-        return self.global_batch.rescale_for_mean(value) if gathers else value
+        if not gathers:
+            return function(rows.pop("student"), rows.pop("teacher"), **rows, **parameters)
+        if steps := by_shares(name, parameters):  # a few numbers of the rows in their place
+            function, rows = steps.of_shares, {"shares": steps.of_rows(student, teacher, **parameters)[None]}
+        whole = {side: self.global_batch.gather_rows(f"{self.number} {where} {side}", each) for side, each in rows.items()}
+        sides = [whole.pop(side) for side in ("student", "teacher", "shares") if side in whole]
+        return self.global_batch.rescale_for_mean(function(*sides, **whole, **parameters))
 
     def _parameters(self, row: LogitObjective | FeatureObjective) -> dict[str, Any]:
         """What the recipe states of a loss, as arguments of its function."""

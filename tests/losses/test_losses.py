@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map_only
 
 from conftest import ROOT
 from deit_kd import losses
+from deit_kd.losses.shares import by_shares
 from deit_kd.recipe.objectives import FEATURE_OBJECTIVES, LOGIT_OBJECTIVES
 
 OF_ROWS = {*LOGIT_OBJECTIVES, *FEATURE_OBJECTIVES}
@@ -392,3 +393,28 @@ def test_a_loss_is_one_graph_and_waits_for_no_value(name: str) -> None:
     assert (explained.graph_count, explained.graph_break_count) == (1, 0), explained.break_reasons
     value = function(*tree_map_only(Tensor, lambda tensor: tensor.to("meta"), arguments))
     assert value.shape == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("logsum_correlation", {"power": 4.0}),
+        *(("logsum", {"power": 4.0, "normalization": each}) for each in ("l2", "layer", "none")),
+    ],
+    ids=str,
+)
+def test_a_loss_of_shares_is_that_of_all_rows(name: str, parameters: dict[str, Any]) -> None:
+    """Value and gradient, also far from zero, where sums of squares would cancel; and of equal sides, where all is zero."""
+    torch.manual_seed(0)
+    steps = by_shares(name, parameters)
+    assert steps is not None
+    for far, same in ((0.0, False), (1e6, False), (0.0, True)):
+        teacher = torch.randn(12, 5, dtype=torch.float64) + far
+        student = (teacher.clone() if same else torch.randn(12, 5, dtype=torch.float64) + far).requires_grad_()
+        whole = getattr(losses, name)(student, teacher, **parameters)
+        of_each = [steps.of_rows(*rows, **parameters) for rows in zip(student.chunk(4), teacher.chunk(4), strict=True)]
+        shares = steps.of_shares(torch.stack(of_each), **parameters)
+        torch.testing.assert_close(shares, whole, rtol=1e-10, atol=1e-12)
+        gradients = [torch.autograd.grad(value, student)[0] for value in (shares, whole)]
+        torch.testing.assert_close(*gradients, rtol=1e-6 if far else 1e-9, atol=1e-10)
+    assert by_shares("logsum", {"normalization": "batch"}) is None
