@@ -28,6 +28,7 @@ sys.path.insert(0, str(ROOT))
 from deit_kd import losses
 from deit_kd import recipe as recipes
 from deit_kd.distributed.global_batch import GlobalBatch
+from deit_kd.losses.shares import by_shares
 from deit_kd.models import Distiller, build_student
 from deit_kd.models.build import make_plan
 from deit_kd.models.projectors.vectors import build_projector
@@ -53,7 +54,8 @@ def worker(batch: int, rounds: int, file: str) -> None:
     optimizer = torch.optim.AdamW(distiller.parameters(), 1e-4)
     model, optimizer = accelerator.prepare(distiller, optimizer)
     images, teacher = torch.randn(batch, 3, 224, 224), torch.randn(batch, WIDTH)
-    rows = GlobalBatch(accelerator, 1)
+    rows, steps = GlobalBatch(accelerator, 1), by_shares("logsum_correlation", {})
+    assert steps is not None
 
     def step(whole: bool) -> float:
         accelerator.wait_for_everyone()
@@ -61,8 +63,7 @@ def worker(batch: int, rounds: int, file: str) -> None:
         output = model(images, [teacher])
         pair = output.projected[0], teacher
         if whole:
-            student_rows, teacher_rows = (rows.gather_rows(str(n), each) for n, each in enumerate(pair))
-            feature = rows.rescale_for_mean(losses.logsum_correlation(student_rows, teacher_rows))
+            feature = rows.rescale_for_mean(steps.of_shares(rows.gather_rows("moments", steps.of_rows(*pair)[None])))
         else:
             feature = losses.logsum_correlation(*pair)
         accelerator.backward(feature + output.logits.mean() + output.dist_logits[0].mean())
