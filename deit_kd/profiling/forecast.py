@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -21,6 +22,7 @@ from deit_kd.profiling.devices import GPUS, Device
 from deit_kd.profiling.operations import Operation, StepCost, count_operations
 from deit_kd.profiling.roofline import Prediction, Training
 from deit_kd.recipe import Recipe
+from deit_kd.tasks.setup import FEW_IMAGES
 
 IMAGENET_IMAGES, IMAGENET_VAL_IMAGES = 1_281_167, 50_000
 IMAGENET_FILE_BYTES = 110e3  # 140 GB over as many files
@@ -98,6 +100,7 @@ def training_of(recipe: Recipe) -> Training:
         eval_every_epochs=recipe.run.eval_every_epochs,
         has_ema=bool(recipe.ema_decay),
         moments=1 if recipe.optim.momentum is not None else 2,
+        augments=recipe.augmentation.auto_augment is not None and recipe.run.augment_on != "cpu",
     )
 
 
@@ -246,6 +249,7 @@ def describe(found: Forecast) -> str:
         f"{'device':<16}{'batch':>10}{'fits':>7}{'GB':>7}{'teacher ms':>12}{'student':>9}{'network':>9}{'images/s':>10}{'cores':>7}"
         f"{'hours':>10}{'device-hours':>14}",
         *(_row(found, each) for each in found.predictions),
+        *_host_lines(found.predictions),
     ]
     return "\n".join(lines)
 
@@ -259,6 +263,19 @@ def _row(found: Forecast, each: Prediction) -> str:
         f"{1000 * each.student_seconds:>9.3g}{network:>9.3g}{each.images_per_second:>10,.0f}{_cores(found, each) or '?':>7}"
         f"{each.hours:>10,.3g}{each.device_hours:>14,.3g}"
     )
+
+
+def _host_lines(predictions: Sequence[Prediction]) -> list[str]:
+    """The devices that would wait for their host, and what to change."""
+    bound = [each for each in predictions if each.is_host_bound]
+    if not bound:
+        return []
+    names = ", ".join(
+        f"{each.device}{' compiled' if each.compiled else ''} ({1000 * (each.teacher_seconds + each.student_seconds):.3g} ms of work, "
+        f"{1000 * each.host_seconds:.3g} ms of launches)"
+        for each in bound
+    )
+    return [f"bound by launches, not by the device: {names}; {FEW_IMAGES}"]
 
 
 def _sum(operations: tuple[Operation, ...], field: str) -> float:

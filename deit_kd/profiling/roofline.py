@@ -22,6 +22,9 @@ from deit_kd.profiling.operations import Operation, StepCost
 EFFICIENCY = {"teacher": {False: 0.71, True: 0.84}, "student": {False: 0.55, True: 0.71}}
 # Of a CPU: measured here on one AMD EPYC core with AVX-512, batches of 8 in float32, processor time: RegNetY-160 0.83, 0.79, DeiT-Ti 0.82, DeiT-S 0.83.
 CPU_EFFICIENCY = {"teacher": 0.8, "student": 0.8}
+# Launches a step beside the networks', counted by the suite's rehearsal: of the augmentation with and without RandAugment, of optimizer and guard.
+AUGMENTATION, UPDATE = {True: 150, False: 10}, 30
+COMPILED = 0.5  # of an eager step's launches, an estimate: what is compiled fuses everything but products and convolutions
 USABLE = 0.9  # of a device's memory; the rest goes to the driver and to gaps
 
 
@@ -35,6 +38,7 @@ class Training:
     eval_every_epochs: int
     has_ema: bool
     moments: int  # numbers that the optimizer keeps for each parameter
+    augments: bool  # by operations of RandAugment and its kin
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,7 @@ class Prediction:
     all_reduce_seconds: float
     gather_bytes: float
     gather_seconds: float
+    host_seconds: float  # that the host of a GPU needs to launch all kernels
     steps: int
     images_per_second: float  # of all devices, if the data keep up
     evaluation_hours: float
@@ -62,8 +67,13 @@ class Prediction:
 
     @property
     def step_seconds(self) -> float:
-        """Seconds of all parts, none of them hidden behind another."""
-        return self.teacher_seconds + self.student_seconds + self.all_reduce_seconds + self.gather_seconds
+        """Seconds of all parts, none of them hidden behind another but launches behind the device's work."""
+        return max(self.teacher_seconds + self.student_seconds, self.host_seconds) + self.all_reduce_seconds + self.gather_seconds
+
+    @property
+    def is_host_bound(self) -> bool:
+        """Whether the device waits for launches."""
+        return self.host_seconds >= self.teacher_seconds + self.student_seconds
 
 
 def seconds_of(operations: Iterable[Operation], batch: int, device: Device, efficiency: float) -> float:
@@ -73,8 +83,8 @@ def seconds_of(operations: Iterable[Operation], batch: int, device: Device, effi
         max(each.flops * batch / device.flops, (each.bytes_per_image * batch + each.fixed_bytes) / device.bandwidth)
         for each in operations
     ]
-    if device.is_gpu:  # the host runs ahead of the device, or holds it up
-        return max(sum(moved) / efficiency, len(operations) * device.launch)
+    if device.is_gpu:  # the host runs ahead of the device, or holds it up: see `Prediction.host_seconds`
+        return sum(moved) / efficiency
     return sum(moved) / efficiency + len(operations) * device.launch
 
 
@@ -158,7 +168,10 @@ def predict(
     gathered = (processes - 1) * (share * plan.gathered_per_image + micro_steps * plan.gathered_per_share) * 4.0
     steps_per_epoch = train_images // total
     steps = training.epochs * max(1, steps_per_epoch)
-    seconds = micro_steps * teacher + student + (reduced + gathered) / speed
+    launches = (0 if plan.cached else len(work.teacher)) + passes * len(work.student_forward) + len(work.student_backward)
+    launches = micro_steps * (launches + AUGMENTATION[training.augments]) + UPDATE
+    host = (COMPILED if compiled else 1.0) * launches * device.launch if device.is_gpu else 0.0
+    seconds = max(micro_steps * teacher + student, host) + (reduced + gathered) / speed
     evaluations = -(-training.epochs // training.eval_every_epochs) * (2 if training.has_ema else 1)
     evaluation = val_images / processes / micro * (evaluations * forward + teacher)
     hours = (steps * seconds + evaluation) / 3600
@@ -176,6 +189,7 @@ def predict(
         all_reduce_seconds=reduced / speed,
         gather_bytes=gathered,
         gather_seconds=gathered / speed,
+        host_seconds=host,
         steps=steps,
         images_per_second=total / seconds,
         evaluation_hours=evaluation / 3600,

@@ -27,6 +27,12 @@ from deit_kd.tasks.distillation import TeacherTerms
 from deit_kd.teacher_cache import identity
 from deit_kd.teacher_cache.class_means import stated_means
 
+FEW = 64  # images of a micro-batch below which the host of a GPU is likely to launch kernels more slowly than the GPU runs them
+FEW_IMAGES = (
+    "give each GPU more images (fewer GPUs, or a larger global_batch_size: published runs have 256 to 1024, and optim.lr_rule scales the "
+    "learning rate), or launch fewer kernels by run.compile=true"
+)
+
 
 class Loaders(NamedTuple):
     """The loaders of a run; `holdout` is of the images that fine-tuning holds out."""
@@ -82,6 +88,10 @@ def make_loaders(
         wanted = identity.cache_identity(stated, recipe.data, loader, share, accelerator.mixed_precision)
         identity.check_identity(cache, wanted, warn)
     micro = loader.micro_batch_size
+    if accelerator.device.type == "cuda" and micro < FEW and accelerator.num_processes > 1:
+        warn(
+            f"each GPU has {micro} images at a time, so few that it may wait for its host; {FEW_IMAGES}; deit-kd plan says what that costs"
+        )
     if micro < 2 and any(distillation.distill.feature_weight for distillation in recipe.distillations()):
         raise UserError(f"global_batch_size={recipe.global_batch_size}: leaves {micro} image a micro-batch, feature losses need 2")
     transform = evaluation_transform(recipe.data, recipe.evaluation)

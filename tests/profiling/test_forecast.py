@@ -271,3 +271,19 @@ def test_measured_steps_stand_beside_the_prediction(fashion_folder: Path) -> Non
     # a network this small does not reach its roofline, but the order of magnitude must hold
     assert 0.05 < measured["predicted"]["step_seconds"] / seconds["whole"] < 5
     assert "predicted" in forecast.compare(measured)
+
+
+def test_few_images_a_gpu_are_bound_by_launches() -> None:
+    """As 256 images on eight, which are 32 each; 1,024 on one are not, and need no more time than the device does."""
+    recipe = recipes.load("deit_ti_plain")
+    plan, work = make_plan(recipe, None), counted("deit_ti_plain")
+    training = training_of(recipe)
+    assert training.augments
+    few = roofline.predict(training, plan, work, GPUS["h200"], train_images=1_281_167, gpus=8)
+    assert few.is_host_bound
+    assert few.step_seconds == pytest.approx(few.host_seconds + few.all_reduce_seconds + few.gather_seconds)
+    many = roofline.predict(
+        training_of(recipes.load("deit_ti_plain", ["global_batch_size=1024"])), plan, work, GPUS["h200"], train_images=1_281_167
+    )
+    assert not many.is_host_bound
+    assert many.step_seconds == pytest.approx(many.teacher_seconds + many.student_seconds)
