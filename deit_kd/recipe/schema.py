@@ -220,6 +220,7 @@ class Run(Section):
         "auto"  # freed memory stays the process's, so that no page is zeroed again; auto: on a CPU, where glibc can do it
     )
     compile: bool | Literal["auto", "reduce-overhead", "max-autotune"] = "auto"  # teacher, student, losses; auto: on a GPU
+    compile_teacher: bool | Literal["auto", "reduce-overhead", "max-autotune"] = "auto"  # auto: as compile
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -149,8 +149,13 @@ def make_teacher_terms(
         compiled: torch.compile's mode for losses; None for none.
 
     Raises:
-        UserError: see `stated_means`.
+        UserError: CUDA graphs while micro-batches accumulate; see also `stated_means`.
     """
+    if compiled in ("reduce-overhead", "max-autotune") and loader.accumulation_steps > 1:
+        raise UserError(
+            f"run.compile={compiled}: its CUDA graphs write over gradients that micro-batches accumulate; use run.compile=true, with "
+            f"run.compile_teacher={compiled} for the teacher alone, or leave out --device-batch-size"
+        )
     global_batch = GlobalBatch(accelerator, loader.accumulation_steps)
     images = (recipe.data, recipe.augmentation, loader.source, accelerator, loader.loader_config, recipe.global_batch_size)
     distillations, terms = recipe.distillations(), []

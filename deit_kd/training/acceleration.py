@@ -82,12 +82,13 @@ def prepare(
     if run.keep_memory is True and not kept:
         raise UserError("run.keep_memory=true: only the C library of Linux, glibc, can do this; set run.keep_memory=auto")
     compiled = _compile_mode(run, accelerator.device, sharded)
+    of_teacher = compiled if run.compile_teacher == "auto" else _mode(run.compile_teacher)
     networks = [each.live for each in dict.fromkeys(teachers)]
     images = example().to(accelerator.device) if any(networks) else torch.empty(0)
     quick = tuple(None if each is None else _quicken(each, run, images, accelerator) for each in networks)
     for each in networks:
-        if compiled and each:
-            each.compile_forward(compiled)
+        if of_teacher and each:
+            each.compile_forward(of_teacher)
     return Acceleration(quick, compiled, kept)
 
 
@@ -108,6 +109,11 @@ def _compile_mode(run: Run, device: torch.device, sharded: bool) -> str | None:
         has_compiler = any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang")))
         has_headers = Path(sysconfig.get_path("include"), "Python.h").is_file()  # Triton compiles its launcher against them
         chosen = run.speed == "auto" and device.type == "cuda" and not sharded and has_compiler and has_headers
+    return _mode(chosen)
+
+
+def _mode(chosen: bool | str) -> str | None:
+    """torch.compile's mode, and what goes with it; None for False."""
     if chosen is False:
         return None
     torch._inductor.config.fallback_random = True  # drop path draws what it draws without compilation

@@ -341,3 +341,23 @@ def test_the_main_thread_does_nothing_for_each_image(on: str, fashion_folder: Pa
         calls.append(Counter({place: n for place, n in counted.items() if "deit_kd" in place[0]}))
     assert sum(calls[0].values()) > 0
     assert sum(calls[1].values()) - sum(calls[0].values()) <= (20 if on == "device" else 0), calls
+
+
+def test_the_teacher_is_compiled_alone_if_that_is_asked_for() -> None:
+    teachers, example = [cnn("resnet18")], torch.randn(2, 3, 32, 32)
+    run = Run(compile=False, compile_teacher="reduce-overhead")
+    assert acceleration.prepare(run, teachers, lambda: example, Accelerator(cpu=True)).compiled is None
+    assert teachers[0]._compiled is not None
+    teachers = [cnn("resnet18")]
+    run = Run(compile=True, compile_teacher=False)
+    assert acceleration.prepare(run, teachers, lambda: example, Accelerator(cpu=True)).compiled == "default"
+    assert teachers[0]._compiled is None
+
+
+def test_cuda_graphs_of_the_student_are_refused_where_gradients_accumulate(
+    train_cli: Cli, fashion_folder: Path, tmp_path: Path
+) -> None:
+    words = ["--recipe", "quickstart", "--data", fashion_folder, *SMALL, "--output", tmp_path, "--device-batch-size", 8]
+    code, printed = train_cli(*words, "teacher.name=resnet10t", "teacher.weights=random", "run.compile=reduce-overhead")
+    assert code == 2, printed
+    assert "run.compile=reduce-overhead: its CUDA graphs write over gradients that micro-batches accumulate; use" in printed
